@@ -1,0 +1,55 @@
+# Each target that needs the virtual environment makes it first. A later run leaves it alone, unless one of the two
+# files that say what belongs in it has changed.
+
+VENV   := .venv
+READY  := $(VENV)/.ready
+BIN    := $(VENV)/bin
+ARGS   ?=
+PYTHON ?= python3 python3.13 python3.12 python3.11
+
+# Each candidate is run, not only looked up: it may be too old, or lack ensurepip or the headers, which distributions
+# package separately. torch.compile builds its kernels against the headers.
+USABLE := import ensurepip, pathlib, sys, sysconfig; \
+          headers = pathlib.Path(sysconfig.get_path("include"), "Python.h").exists(); \
+          sys.exit(sys.version_info < (3, 11) or not headers)
+BASE    = $(firstword $(foreach name,$(PYTHON),$(shell $(name) -c '$(USABLE)' 2>/dev/null && echo $(name))))
+
+# torch.compile itself looks only for g++ (clang++ on a Mac), unless CXX names another.
+override export CXX := $(firstword $(foreach name,$(CXX) g++ clang++,$(shell command -v $(name) 2>/dev/null)))
+
+.PHONY: help demo test lint types wheel examples clean compiler
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+
+demo: compiler $(READY)  ## train a deep residual network both ways, and show what was gained
+	$(BIN)/python examples/train_resnet.py $(ARGS)
+
+test: compiler $(READY)  ## run the tests, or some of them: make test ARGS="-k layering"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## check the style of the code
+	$(BIN)/ruff check
+
+types: $(READY)  ## check the types of the package
+	$(BIN)/mypy
+
+wheel: $(READY)  ## build dist/*.tar.gz, and from it dist/*.whl
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+
+examples: compiler $(READY)  ## run every example in its short form
+	@set -e; for example in examples/*.py; do echo "$$example --quick"; $(BIN)/python "$$example" --quick; done
+
+clean:  ## remove the virtual environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/out
+
+compiler:
+	@: $(if $(CXX),,$(error torch.compile needs a C++ compiler: install g++ or clang++, or name one in CXX))
+
+$(READY): pyproject.toml constraints.txt
+	@: $(if $(BASE),,$(error no Python >= 3.11 with venv and headers (on Debian: python3-venv, python3-dev) among: $(PYTHON)))
+	@echo "Setting up $(VENV) with $(BASE): some minutes the first time."
+	@$(BASE) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[examples,test]' --constraint constraints.txt
+	@touch $@

@@ -1,0 +1,74 @@
+"""Words for nodes: module paths and source lines as a model's author knows them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+
+from torch import fx
+
+from pcr_fx.passes.effects import op_name
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_INDEXED = re.compile(r"\._modules\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]")
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the module that called the op: `blocks.17.linear1`; empty for the model itself."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    entry = list(stack.values())[-1]
+    path = entry[0] if isinstance(entry, tuple) else str(entry)
+    # Dynamo writes L['self'].blocks.17 or L['self']._modules['blocks']._modules['17'].
+    if path.startswith("L["):
+        path = path[path.index("]") + 1 :]
+    path = _INDEXED.sub(lambda match: "." + (match.group(1) or match.group(2)), path)
+    return path.strip(".")
+
+
+def module_range(blocks: Sequence[Sequence[fx.Node]]) -> str:
+    """A run of blocks by the modules they come from: `blocks.0..1023`."""
+    prefixes = [_common_prefix([module_path(node) for node in block]) for block in blocks]
+    first, last = prefixes[0], prefixes[-1]
+    if first == last and len(blocks) >= 1:
+        # Blocks that are no modules of their own: name the first and the last op's module instead.
+        first, last = module_path(blocks[0][0]), module_path(blocks[-1][-1])
+    return _range(first, last) or "forward"
+
+
+def _common_prefix(paths: Sequence[str]) -> str:
+    common = os.path.commonprefix([path.split(".") for path in paths])  # type: ignore[type-var]
+    return ".".join(common)
+
+
+def _range(first: str, last: str) -> str:
+    if first == last:
+        return first
+    left, right = first.split("."), last.split(".")
+    if len(left) == len(right):
+        differ = [index for index, (a, b) in enumerate(zip(left, right, strict=True)) if a != b]
+        if len(differ) == 1:
+            index = differ[0]
+            return ".".join([*left[:index], f"{left[index]}..{right[index]}", *left[index + 1 :]])
+    return f"{first or 'forward'}..{last or 'forward'}"
+
+
+def describe_source(node: fx.Node) -> str:
+    """`model.py:31`, the innermost line of the user's own code; empty when it is not known."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame[0]]
+    if not own:
+        return ""
+    file, line = own[-1]
+    return f"{os.path.basename(file)}:{line}"
+
+
+def describe_node(node: fx.Node) -> str:
+    """An op and where it stands: `add_ in blocks.3 (model.py:31)`."""
+    if node.op == "output":
+        return "the model's output"
+    place = module_path(node)
+    source = describe_source(node)
+    return op_name(node) + (f" in {place}" if place else "") + (f" ({source})" if source else "")

@@ -1,0 +1,82 @@
+"""Bring a captured graph to one form, where that provably changes nothing."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from pcr_fx.passes.effects import is_fresh, is_idle_dropout, is_inplace_variant, op_name, writes
+
+_FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ipow: operator.pow,
+    operator.imatmul: operator.matmul,
+}
+
+
+def normalise_graph(graph: fx.Graph) -> None:
+    """Remove what does nothing, and write in-place ops as ordinary ones where nobody can tell the difference."""
+    for node in list(graph.nodes):
+        if is_idle_dropout(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if _writes_unseen(node, position):
+            _make_functional(node)
+
+
+def _writes_unseen(node: fx.Node, position: dict[fx.Node, int]) -> bool:
+    """Whether the op overwrites a fresh value that nobody reads afterwards, under any name."""
+    written = writes(node)
+    if len(written) != 1 or node.op == "call_module" or "out" in node.kwargs:
+        return False
+    target = written[0]
+    if not is_fresh(target) or node.args[0] is not target:
+        return False
+    others = [user for user in target.users if user is not node]
+    return all(position[user] < position[node] and is_fresh(user) for user in others)
+
+
+def _make_functional(node: fx.Node) -> None:
+    written = node.args[0]
+    if node.target in _FUNCTIONAL_OPERATORS:
+        node.target = _FUNCTIONAL_OPERATORS[node.target]
+    elif node.op == "call_function" and is_inplace_variant(node):
+        _switch_off_inplace(node)
+        return
+    elif node.op == "call_method" and hasattr(torch.Tensor, op_name(node).removesuffix("_")):
+        node.target = op_name(node).removesuffix("_")
+    elif node.op == "call_function" and hasattr(torch, op_name(node)):
+        node.target = getattr(torch, op_name(node))
+    else:
+        return
+    if any(_dtype(value) is None or _dtype(value) != _dtype(written) for value in node.all_input_nodes):
+        _keep_dtype(node, written)
+
+
+def _switch_off_inplace(node: fx.Node) -> None:
+    if "inplace" in node.kwargs:
+        node.kwargs = {**node.kwargs, "inplace": False}
+    else:
+        # Given by position, `inplace` is the last argument of all these functions.
+        node.args = (*node.args[:-1], False)
+
+
+def _keep_dtype(node: fx.Node, written: Any) -> None:
+    """An in-place op keeps the dtype of what it writes to, where an ordinary one would promote it."""
+    with node.graph.inserting_after(node):
+        kept = node.graph.call_method("type_as", (node, written))
+    kept.meta = dict(node.meta)
+    node.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    return getattr(node.meta.get("example_value"), "dtype", None)

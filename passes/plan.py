@@ -1,0 +1,97 @@
+"""Plan each chain that was found: check its body, and choose what will run it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from pcr_fx.body import Signature
+from pcr_fx.chain import TensorSpec
+from pcr_fx.errors import BodyError
+from pcr_fx.node import solved_dtype
+from pcr_fx.options import Options
+from pcr_fx.passes.detect import Detection, FoundChain, Rejected
+from pcr_fx.passes.rewrite import sortable_chains
+from pcr_fx.planner import Choice, Plan, choose, make_plan
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedChain:
+    """A chain with its plan; `plan` and `choice` are `None` while its shapes are not known yet."""
+
+    found: FoundChain
+    plan: Plan | None
+    choice: Choice | None
+
+    @property
+    def left_alone(self) -> bool:
+        """Whether the rest of the compiler does as well or better: block by block, both ways, and nobody asked for it."""
+        return self.choice is not None and self.choice.leaves_alone
+
+
+def plan_chains(
+    graph: fx.Graph, detection: Detection, attributes: dict[str, Any], options: Options
+) -> tuple[list[PlannedChain], list[Rejected]]:
+    """Plans for the chains found; those that cannot be solved as a whole go to the rejected, with the reason."""
+    planned, rejected = [], list(detection.rejected)
+    sortable = sortable_chains(graph, detection.chains)
+    for found in detection.chains:
+        try:
+            if found not in sortable:
+                raise BodyError("a value computed from one of its states decides what a later block is given")
+            planned.append(_plan_chain(found, attributes, options))
+        except BodyError as reason:
+            origin = found.chain.origin
+            rejected.append(Rejected(origin.modules, str(reason), found.chain.length, origin.source))
+    return planned, rejected
+
+
+def _plan_chain(found: FoundChain, attributes: dict[str, Any], options: Options) -> PlannedChain:
+    groups = [
+        [_value(node, attributes) for node in nodes]
+        for nodes in (found.initial, [column[0] for column in found.operands], found.shared)
+    ]
+    if any(value is None for group in groups for value in group):
+        return PlannedChain(found, None, None)
+    signature = Signature(*(tuple(_spec(value) for value in group) for group in groups))
+    plan = make_plan(found.chain, signature, options)
+    _fix_other_sizes(groups, plan)
+    layout = plan.program.layout
+    samples = math.prod(signature.states[0].shape[dim] for dim in layout.batch_dims)
+    return PlannedChain(found, plan, choose(options.solver, plan.program, samples))
+
+
+def _value(node: fx.Node, attributes: dict[str, Any]) -> Any:
+    if node.op == "get_attr" and str(node.target) in attributes:
+        return attributes[str(node.target)]
+    return node.meta.get("example_value")
+
+
+def _spec(value: torch.Tensor) -> TensorSpec:
+    spec = TensorSpec.of(value)
+    sizes = []
+    for size in spec.shape:
+        hint = size.node.hint if isinstance(size, torch.SymInt) else size
+        if hint is None:
+            raise BodyError(f"the size {size} of an operand depends on data")
+        sizes.append(int(hint))
+    return replace(spec, shape=tuple(sizes), dtype=solved_dtype(spec.dtype))
+
+
+def _fix_other_sizes(groups: Sequence[Sequence[torch.Tensor]], plan: Plan) -> None:
+    """Tell a compiler that traces with symbolic sizes which of them this plan holds for as they are.
+
+    Taking the value of a symbolic size makes the compiler guard it: another size then compiles anew.
+    """
+    generality = plan.program.generality
+    state_dims = plan.program.layout.batch_dims if generality.any_batch else ()
+    free = [*(state_dims for _ in groups[0]), *generality.operand_dims]
+    for value, dims in zip([value for group in groups for value in group], free, strict=True):
+        for dim, size in enumerate(value.shape):
+            if dim not in dims:
+                int(size)

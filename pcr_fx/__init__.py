@@ -1,0 +1,42 @@
+"""Deep PyTorch models, their chains of repeated blocks evaluated in parallel.
+
+`torch.compile(model, backend="deeppcr")` compiles an unchanged model; `transform` is the explicit way; `report` and
+`explain` say what was done, and why the rest was not; `solve_chain` is the solver itself.
+"""
+
+from pcr_fx.backend import register
+from pcr_fx.errors import (
+    BodyError,
+    CaptureError,
+    OptionError,
+    PcrFxError,
+    SolveError,
+    UnsupportedError,
+)
+from pcr_fx.explicit import TransformedModule, transform
+from pcr_fx.introspect import explain, report
+from pcr_fx.options import Options
+from pcr_fx.reports import RewriteReport
+from pcr_fx.solve import ChainSolution, solve_chain
+from pcr_fx.solvers import Outcome, SolveStats
+
+__all__ = [
+    "BodyError",
+    "CaptureError",
+    "ChainSolution",
+    "OptionError",
+    "Options",
+    "Outcome",
+    "PcrFxError",
+    "RewriteReport",
+    "SolveError",
+    "SolveStats",
+    "TransformedModule",
+    "UnsupportedError",
+    "explain",
+    "report",
+    "solve_chain",
+    "transform",
+]
+
+register()

@@ -1,0 +1,129 @@
+"""The `torch.compile` way in: `torch.compile(model, backend="deeppcr")`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import fx
+
+from pcr_fx.errors import OptionError
+from pcr_fx.node import SolveNode, stack_operands
+from pcr_fx.options import Options
+from pcr_fx.passes.detect import find_chains
+from pcr_fx.passes.normalise import normalise_graph
+from pcr_fx.passes.plan import plan_chains
+from pcr_fx.passes.rewrite import rewrite_chains
+from pcr_fx.reports import RewriteReport, build_report, merge_reports
+
+NAME = "deeppcr"
+_reports: list[RewriteReport] = []
+
+
+def deeppcr(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Find the chains of a graph that Dynamo captured, put solve nodes in their place, compile the rest.
+
+    Args:
+        graph_module: the captured graph.
+        example_inputs: as Dynamo passes them; only handed on.
+        mode: `torch.compile`'s `mode`, handed on to the inner backend.
+        options: the fields of `pcr_fx.Options`.
+    """
+    settings = Options.of(options)
+    compile_rest = _inner_backend(settings, mode)
+    report = rewrite_captured(graph_module, settings)
+    _remember(report)
+    return compile_rest(graph_module, example_inputs)
+
+
+def rewrite_captured(graph_module: fx.GraphModule, options: Options) -> RewriteReport:
+    """Rewrite a graph captured by Dynamo in place."""
+    graph = graph_module.graph
+    normalise_graph(graph)
+    attributes = _attributes(graph_module)
+    planned, rejected = plan_chains(graph, find_chains(graph, attributes, options.min_length), attributes, options)
+    active = [item for item in planned if not item.left_alone]
+    nodes = [SolveNode(item.found.chain, options, item.plan) for item in active]
+    names = []
+    for index, node in enumerate(nodes):
+        names.append(f"pcr_fx_solve_{index}")
+        graph_module.add_submodule(names[-1], node)
+    if nodes:
+        graph_module.graph = rewrite_chains(graph, [item.found for item in active], names, _stack)
+    report = build_report(graph, planned, dict(zip(map(id, active), nodes, strict=True)), rejected, options)
+    graph_module.recompile()
+    if torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
+        report.notes.append(
+            "DistributedDataParallel splits the graph into buckets before this backend sees it, which cuts chains; "
+            "torch._dynamo.config.optimize_ddp = False keeps it whole"
+        )
+    return report
+
+
+def _stack(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    return new.call_function(stack_operands, ([copies[node] for node in column],))
+
+
+def _attributes(graph_module: fx.GraphModule) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "get_attr":
+            value: Any = graph_module
+            for name in str(node.target).split("."):
+                value = getattr(value, name)
+            found[str(node.target)] = value
+    return found
+
+
+def _inner_backend(options: Options, mode: str | None) -> Callable[..., Any]:
+    inner = options.inner_backend
+    if not isinstance(inner, str):
+        return inner
+    known = [name for name in torch._dynamo.list_backends(exclude_tags=()) if name != NAME]
+    if inner not in known:
+        raise OptionError(f"option inner_backend={inner!r} is not allowed; it must be one of {', '.join(known)}")
+    compile_rest = torch._dynamo.lookup_backend(inner)
+    if mode is None or mode == "default":
+        return compile_rest
+    if inner != "inductor":
+        raise OptionError(f"mode={mode!r} is for the inner backend 'inductor', and this one is {inner!r}")
+    patches = torch._inductor.list_mode_options(mode)
+    return lambda module, inputs: compile_rest(module, inputs, config_patches=patches)
+
+
+def _remember(report: RewriteReport) -> None:
+    """Keep the report for `pcr_fx.report()`: with those before it where this graph continues a broken one."""
+    if not _continues_a_graph():
+        _reports.clear()
+    _reports.append(report)
+
+
+def _continues_a_graph() -> bool:
+    """Whether Dynamo compiles the rest of a function behind a graph break."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_locals.get("code") if frame.f_code.co_filename.endswith("convert_frame.py") else None
+        if isinstance(code, CodeType):
+            return code.co_name.startswith("torch_dynamo_resume_in")
+        frame = frame.f_back
+    return False
+
+
+def last_report() -> RewriteReport | None:
+    """The report of the last compilation."""
+    return merge_reports(_reports) if _reports else None
+
+
+def register() -> None:
+    """Make the backend known where the package is not installed, and so has no entry point."""
+    if NAME not in torch._dynamo.list_backends(exclude_tags=()):
+        torch._dynamo.register_backend(deeppcr, name=NAME)

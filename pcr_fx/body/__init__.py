@@ -1,0 +1,7 @@
+"""The body of a chain: what one block computes, which dimensions are batch, and the programs that run all blocks."""
+
+from pcr_fx.body.batch import BatchDimensions
+from pcr_fx.body.layout import StateLayout
+from pcr_fx.body.program import Program, Signature, build_program, program_by_key
+
+__all__ = ["BatchDimensions", "Program", "Signature", "StateLayout", "build_program", "program_by_key"]

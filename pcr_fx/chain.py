@@ -1,0 +1,54 @@
+"""The chain: a maximal run of L isomorphic blocks, as one record that every other room passes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a program needs to know of a tensor before it sees it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorSpec:
+        return cls(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a chain stands in the user's model: what the report says of it."""
+
+    modules: str = ""
+    source: str = ""
+    ops: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """L blocks z_l = f_l(z_{l-1}) that run the same body.
+
+    Attributes:
+        body: one block, called as `body(*states, *operands, *literals, *shared)`, a tuple of the new states. Written
+            in the ops that the model was captured in.
+        length: L.
+        num_states: tensors carried from block to block.
+        num_operands: tensors that differ from block to block.
+        num_shared: tensors that are the same in every block.
+        literals: numbers that differ from block to block, `L` values each.
+        origin: where it was found.
+    """
+
+    body: fx.GraphModule
+    length: int
+    num_states: int = 1
+    num_operands: int = 0
+    num_shared: int = 0
+    literals: tuple[tuple[float, ...], ...] = ()
+    origin: Origin = field(default_factory=Origin)

@@ -1,0 +1,25 @@
+"""The errors that pcr_fx raises. All derive from `PcrFxError`."""
+
+
+class PcrFxError(Exception):
+    """Base of every error that pcr_fx raises itself."""
+
+
+class OptionError(PcrFxError, ValueError):
+    """An option has an unknown name or a value that is not allowed."""
+
+
+class CaptureError(PcrFxError, RuntimeError):
+    """A model cannot be read into an FX graph by `pcr_fx.transform`."""
+
+
+class UnsupportedError(PcrFxError, TypeError):
+    """An input has a type, dtype or shape that pcr_fx does not take."""
+
+
+class BodyError(PcrFxError, RuntimeError):
+    """A block cannot be evaluated as one body for all of its chain; the message is the reason to report."""
+
+
+class SolveError(PcrFxError, RuntimeError):
+    """A solve did not reach its tolerance and `on_failure="raise"` was asked for."""

@@ -1,0 +1,165 @@
+"""The explicit way in: a module with the same parameters whose chains run through solve nodes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from pcr_fx.errors import UnsupportedError
+from pcr_fx.node import Attributes, Slot, SolveNode, StackedAttributes, stack_operands
+from pcr_fx.options import Options
+from pcr_fx.passes.capture import attribute, capture_model
+from pcr_fx.passes.detect import find_chains
+from pcr_fx.passes.normalise import normalise_graph
+from pcr_fx.passes.plan import plan_chains
+from pcr_fx.passes.rewrite import rewrite_chains
+from pcr_fx.reports import RewriteReport, build_report
+
+# Modules that run the same code in training and in evaluation; all others are watched for a change of mode.
+_SAME_IN_BOTH_MODES = (
+    "torch.nn.modules.linear",
+    "torch.nn.modules.conv",
+    "torch.nn.modules.container",
+    "torch.nn.modules.normalization",
+    "torch.nn.modules.sparse",
+)
+
+
+def transform(model: nn.Module, example_inputs: Any = None, options: Any = None) -> TransformedModule:
+    """A module that computes what `model` computes, its chains solved as whole systems.
+
+    Args:
+        model: any module that `torch.fx` can trace. It is left untouched; its parameters and buffers are shared, under
+            the same names, so that one optimiser or `state_dict` serves both.
+        example_inputs: arguments of a typical call: a tuple, a dict by name, or one tensor. With them the shapes in
+            the model are known while it is read (loops over `x.shape[1]` trace), and chains are planned at once;
+            without them, at the first call.
+        options: an `Options`, or a dict of its fields.
+
+    Raises:
+        CaptureError: the model cannot be traced.
+        OptionError, UnsupportedError: a bad argument.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
+    return TransformedModule(model, example_inputs, Options.of(options))
+
+
+class TransformedModule(nn.Module):
+    """What `transform` returns: the structure of the model (same `state_dict`), with another `forward`."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, options: Options) -> None:
+        super().__init__()
+        self.__dict__.update(_copy_structure(model, {}).__dict__)
+        self._pcr_class = type(model)
+        self._pcr_example_inputs = example_inputs
+        self._pcr_options = options
+        self._pcr_watched = [
+            module.__dict__ for module in self.modules() if type(module).__module__ not in _SAME_IN_BOTH_MODES
+        ]
+        self._pcr_rewritten: dict[tuple[bool, ...], _Rewritten] = {}
+        self._rewritten()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Past the graph module's own call machinery: hooks were traced, or are this module's own.
+        return self._rewritten().run.forward(*args, **kwargs)
+
+    @property
+    def report(self) -> RewriteReport:
+        """The report for the present mode (training or evaluation)."""
+        return self._rewritten().report
+
+    def _rewritten(self) -> _Rewritten:
+        """The rewritten graph for the present modes: dropout, say, is traced as it stands at the time."""
+        modes = tuple([state["training"] for state in self._pcr_watched])
+        rewritten = self._pcr_rewritten.get(modes)
+        if rewritten is None:
+            model = self._pcr_class.__new__(self._pcr_class)
+            model.__dict__ = self.__dict__
+            rewritten = rewrite_model(model, self._pcr_example_inputs, self._pcr_options)
+            self._pcr_rewritten[modes] = rewritten
+        return rewritten
+
+    def _get_name(self) -> str:
+        return f"Transformed{self._pcr_class.__name__}"
+
+
+@dataclass(frozen=True, eq=False)
+class _Rewritten:
+    """One traced and rewritten graph."""
+
+    run: fx.GraphModule
+    report: RewriteReport
+
+
+def rewrite_model(model: nn.Module, example_inputs: Any, options: Options) -> _Rewritten:
+    """Capture, normalise, detect, plan and rewrite `model`; its attributes are read from it at each call."""
+    graph = capture_model(model, example_inputs)
+    normalise_graph(graph)
+    attributes = {str(n.target): attribute(model, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    detection = find_chains(graph, attributes, options.min_length)
+    planned, rejected = plan_chains(graph, detection, attributes, options)
+    active = [item for item in planned if not item.left_alone]
+    nodes = [SolveNode(item.found.chain, options) for item in active]
+    for item, node in zip(active, nodes, strict=True):
+        if item.plan is not None:
+            node.learn(item.plan)
+    modules: dict[str, nn.Module] = {f"solve_{index}": node for index, node in enumerate(nodes)}
+    names = list(modules)
+
+    def stack(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
+        if all(node.op == "get_attr" for node in column):
+            name = f"operand_{len(modules)}"
+            modules[name] = StackedAttributes([_slot(model, str(node.target)) for node in column])
+            return new.call_module(name)
+        return new.call_function(stack_operands, ([copies[node] for node in column],))
+
+    new = rewrite_chains(graph, [item.found for item in active], names, stack)
+    modules["attributes"] = _fetch_attributes(new, model)
+    report = build_report(graph, planned, dict(zip(map(id, active), nodes, strict=True)), rejected, options)
+    return _Rewritten(fx.GraphModule(modules, new), report)
+
+
+def _fetch_attributes(graph: fx.Graph, model: nn.Module) -> Attributes:
+    """Read all attributes of the graph at one place, by name and not by path: a path of four names costs 1 us."""
+    found = [node for node in graph.nodes if node.op == "get_attr"]
+    first = next((node for node in graph.nodes if node.op != "placeholder"), None)
+    if found and first is not None:
+        with graph.inserting_before(first):
+            fetched = graph.call_module("attributes")
+            for index, node in enumerate(found):
+                value = graph.call_function(operator.getitem, (fetched, index))
+                node.replace_all_uses_with(value)
+        for node in found:
+            graph.erase_node(node)
+    return Attributes([_slot(model, str(node.target)) for node in found])
+
+
+def _slot(model: nn.Module, path: str) -> Slot:
+    """The dict that holds an attribute, and its key there."""
+    *modules, name = path.split(".")
+    for module in modules:
+        model = attribute(model, module)
+    for holder in (model._parameters, model._buffers, model._modules, model.__dict__):
+        if name in holder:
+            return holder, name
+    raise AssertionError(f"the tracer named an attribute that does not exist: {path}")
+
+
+def _copy_structure(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
+    """The module tree anew, with the same parameters, buffers and plain attributes in it."""
+    if id(module) in copies:
+        return copies[id(module)]
+    copied = module.__class__.__new__(module.__class__)
+    copies[id(module)] = copied
+    copied.__dict__ = {
+        name: value.copy() if isinstance(value, (dict, set)) and name.startswith("_") else value
+        for name, value in module.__dict__.items()
+    }
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else _copy_structure(child, copies)
+    return copied

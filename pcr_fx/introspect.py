@@ -1,0 +1,59 @@
+"""What pcr_fx did to a model, and what it would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from pcr_fx.backend import last_report, rewrite_captured
+from pcr_fx.errors import PcrFxError, UnsupportedError
+from pcr_fx.explicit import TransformedModule
+from pcr_fx.options import Options
+from pcr_fx.reports import RewriteReport, merge_reports
+
+
+def report(target: TransformedModule | None = None) -> RewriteReport:
+    """The report of a transformed module, or of the last `torch.compile` with this backend.
+
+    Raises:
+        PcrFxError: nothing was compiled yet.
+        UnsupportedError: `target` is something else.
+    """
+    if isinstance(target, TransformedModule):
+        return target.report
+    if target is not None:
+        raise UnsupportedError(
+            f"report takes what pcr_fx.transform returned, got {type(target).__name__}; "
+            "report() without an argument is about the last torch.compile"
+        )
+    last = last_report()
+    if last is None:
+        raise PcrFxError(
+            'nothing was compiled with backend="deeppcr" yet; torch.compile compiles at the first call of the model'
+        )
+    return last
+
+
+def explain(model: Callable[..., Any], *args: Any, options: Any = None, **kwargs: Any) -> RewriteReport:
+    """What `torch.compile(model, backend="deeppcr")` would do for these arguments, without doing it.
+
+    The model is traced, and run once as it is.
+
+    Args:
+        model: a module or a function.
+        options: an `Options`, or a dict of its fields.
+    """
+    settings = Options.of(options)
+    reports: list[RewriteReport] = []
+
+    def look(graph_module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        untouched = fx.Graph()
+        untouched.output(untouched.graph_copy(graph_module.graph, {}))
+        reports.append(rewrite_captured(fx.GraphModule(graph_module, untouched), settings))
+        return graph_module.forward
+
+    torch.compile(model, backend=look)(*args, **kwargs)
+    return merge_reports(reports)

@@ -1,0 +1,296 @@
+"""The solve node: the module that stands in a rewritten graph where a chain stood."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pcr_fx import ops
+from pcr_fx.body import Program, Signature
+from pcr_fx.chain import Chain, TensorSpec
+from pcr_fx.errors import BodyError
+from pcr_fx.options import Options
+from pcr_fx.planner import Choice, Plan, make_plan, plan_by_key
+from pcr_fx.solvers import blocks
+
+log = logging.getLogger(__name__)
+
+# Solved in float32: Newton needs digits to converge by, and a state in float16 or bfloat16 has two or three.
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+_SOLVED_DTYPES = (torch.float32, torch.float64)
+
+
+class _Solve(torch.autograd.Function):
+    """The trajectory as a differentiable function of the initial state and all operands."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(initial: Tensor, plan: str, record: int, num_operands: int, *tensors: Tensor) -> Tensor:
+        return ops.solve(initial, list(tensors[:num_operands]), list(tensors[num_operands:]), plan, record)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        initial, ctx.plan, ctx.record, ctx.num_operands, *tensors = inputs
+        ctx.save_for_backward(initial, output, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangents: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        initial, trajectory, *tensors = ctx.saved_tensors
+        operands, shared = tensors[: ctx.num_operands], tensors[ctx.num_operands :]
+        program = plan_by_key(ctx.plan).program
+        needs = [*program.differentiable_operands, *program.differentiable_shared]
+        d_initial, *rest = _Adjoint.apply(
+            initial, trajectory, cotangents, ctx.plan, ctx.record, ctx.num_operands, *tensors
+        )
+        waiting = iter(rest)
+        return d_initial, None, None, None, *(next(waiting) if need else None for need in needs)
+
+
+class _Adjoint(torch.autograd.Function):
+    """The gradients of a chain, as a differentiable function themselves.
+
+    Nobody differentiates a gradient twice for speed, so this second derivative runs block by block.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        initial: Tensor,
+        trajectory: Tensor,
+        cotangents: Tensor,
+        plan: str,
+        record: int,
+        num_operands: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        operands, shared = list(tensors[:num_operands]), list(tensors[num_operands:])
+        return tuple(ops.adjoint(initial, trajectory, operands, shared, cotangents, plan, record))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        initial, _, cotangents, ctx.plan, _, ctx.num_operands, *tensors = inputs
+        ctx.save_for_backward(initial, cotangents, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *seconds: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        initial, cotangents, *tensors = ctx.saved_tensors
+        program = plan_by_key(ctx.plan).program
+        needs = [True, *program.differentiable_operands, *program.differentiable_shared]
+        primals = [initial, *tensors]
+        active = [primal for primal, need in zip(primals, needs, strict=True) if need]
+
+        def gradients(cotangents: Tensor, *active: Tensor) -> tuple[Tensor, ...]:
+            def trajectory(*active: Tensor) -> Tensor:
+                waiting = iter(active)
+                every = [next(waiting) if need else fixed for need, fixed in zip(needs, primals, strict=True)]
+                return unrolled(program, every[0], every[1 : 1 + ctx.num_operands], every[1 + ctx.num_operands :])
+
+            return torch.func.vjp(trajectory, *active)[1](cotangents)
+
+        d_cotangents, *d_active = torch.func.vjp(gradients, cotangents, *active)[1](tuple(seconds))
+        waiting = iter(d_active)
+        d_initial, *d_tensors = (next(waiting) if need else None for need in needs)
+        # The trajectory is a function of the other inputs, which `unrolled` computes again.
+        return d_initial, None, d_cotangents, None, None, None, *d_tensors
+
+
+def unrolled(program: Program, initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
+    """The trajectory `[L, *batch, d]` block by block, in the model's own ops, which any transform can differentiate."""
+    layout, states, trajectory = program.layout, program.layout.unflatten(initial), []
+    for block in blocks([*operands, *program.literals], program.length):
+        states = tuple(program.chain.body(*states, *block, *shared))
+        trajectory.append(layout.flatten(states))
+    return torch.stack(trajectory)
+
+
+class SolveNode(nn.Module):
+    """Evaluates a chain: `(states, operands, shared) -> trajectories`.
+
+    Args:
+        chain: what to evaluate.
+        options: how.
+        plan: made beforehand, when the shapes of every call are known to match it (a compiler's guards see to that).
+            Without one the node plans at the first call of each signature.
+    """
+
+    def __init__(self, chain: Chain, options: Options, plan: Plan | None = None) -> None:
+        super().__init__()
+        self.chain = chain
+        self.options = options
+        self.plan = plan
+        self.record = ops.SolveRecord(chain.origin.modules or "a chain")
+        self._planned: dict[Signature, Plan | BodyError] = {}
+        self.choice: Choice | None = None
+        self._dtypes: dict[Any, tuple[torch.dtype, ...]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SolveNode:
+        # Plans are immutable and shared; what happened at a node is its own.
+        node = SolveNode(self.chain, self.options, self.plan)
+        node._planned = copy.copy(self._planned)
+        node.training = self.training
+        memo[id(self)] = node
+        return node
+
+    def forward(
+        self, states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], ...]:
+        """All states of the chain.
+
+        Args:
+            states: the initial states.
+            operands: per-block operands, `[L, ...]`.
+            shared: shared operands.
+
+        Returns:
+            For each state its trajectory `[L, *state]`.
+        """
+        plan = self.plan or self.plan_for(states, operands, shared)
+        if isinstance(plan, BodyError):
+            return self._block_by_block(states, operands, shared)
+        dtypes = self._output_dtypes(states, operands, shared)
+        states, operands, shared = ([_raised(t) for t in tensors] for tensors in (states, operands, shared))
+        layout = plan.program.layout
+        initial = layout.flatten(states)
+        if self.plan is None:
+            self.choice = plan.choice(initial)
+        if self.choice is not None and self.choice.leaves_alone:
+            return self._block_by_block(states, operands, shared)
+        trajectory = _Solve.apply(initial, plan.key, self.record.id, len(operands), *operands, *shared)
+        trajectories = layout.unflatten(trajectory, leading=1)
+        return tuple(part.to(dtype) for part, dtype in zip(trajectories, dtypes, strict=True))
+
+    def learn(self, plan: Plan) -> None:
+        """Take a plan made before the first call."""
+        self._planned[plan.program.signature] = plan
+
+    def plan_for(
+        self, states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> Plan | BodyError:
+        """The plan for these tensors, or the reason why there is none."""
+        signature = signature_of(states, operands, shared)
+        if signature not in self._planned:
+            try:
+                self._planned[signature] = make_plan(self.chain, signature, self.options)
+            except BodyError as reason:
+                log.warning("%s runs block by block: %s", self.record.name, reason)
+                self._planned[signature] = reason
+        return self._planned[signature]
+
+    @property
+    def outcome(self) -> Plan | BodyError | None:
+        """The latest plan, or the reason why there is none; `None` before the first call."""
+        return self.plan or next(reversed(self._planned.values()), None)
+
+    def _output_dtypes(self, *groups: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
+        """The dtypes that the model itself would return, which autocast and low precision decide."""
+        states = groups[0]
+        device = states[0].device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        if autocast is None and all(tensor.dtype in _SOLVED_DTYPES for group in groups for tensor in group if tensor.is_floating_point()):
+            return tuple(state.dtype for state in states)
+        key = (autocast, *(tensor.dtype for group in groups for tensor in group))
+        if key not in self._dtypes:
+            self._dtypes[key] = self._native_dtypes(*groups)
+        return self._dtypes[key]
+
+    def _native_dtypes(
+        self, states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> tuple[torch.dtype, ...]:
+        signature = Signature(*(tuple(map(TensorSpec.of, group)) for group in (states, operands, shared)))
+        with FakeTensorMode():
+            current, each, common = (
+                [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in group]
+                for group in (signature.states, signature.operands, signature.shared)
+            )
+            literals = [values[0] for values in self.chain.literals]
+            # Twice: the first block may change the dtype that all others then keep.
+            for _ in range(min(2, self.chain.length)):
+                current = list(self.chain.body(*current, *(t[0] for t in each), *literals, *common))
+        return tuple(state.dtype for state in current)
+
+    def _block_by_block(
+        self, states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> tuple[list[Tensor], ...]:
+        """The blocks as the model wrote them, under plain autograd."""
+        trajectory = []
+        unbound = [operand.unbind(0) for operand in operands]
+        for block in zip(*unbound, *self.chain.literals, strict=True) if unbound or self.chain.literals else [()] * self.chain.length:
+            states = self.chain.body(*states, *block, *shared)
+            trajectory.append(states)
+        self.record.forward_calls += 1
+        self.record.solver_forward = self.record.solver_backward = "sequential"
+        return tuple(list(part) for part in zip(*trajectory, strict=True))
+
+
+def signature_of(
+    states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]
+) -> Signature:
+    """What a plan for these tensors is made for; per-block operands come stacked, `[L, ...]`."""
+
+    def spec(tensor: Tensor, shape: Sequence[int]) -> TensorSpec:
+        return TensorSpec(tuple(int(size) for size in shape), solved_dtype(tensor.dtype), tensor.device)
+
+    return Signature(
+        tuple(spec(tensor, tensor.shape) for tensor in states),
+        tuple(spec(tensor, tensor.shape[1:]) for tensor in operands),
+        tuple(spec(tensor, tensor.shape) for tensor in shared),
+    )
+
+
+def solved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a tensor is solved in."""
+    return torch.float32 if dtype in _LOW_PRECISION else dtype
+
+
+def _raised(tensor: Tensor) -> Tensor:
+    return tensor.to(solved_dtype(tensor.dtype))
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(*tensors: Tensor) -> Tensor:
+        return ops.stack(list(tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return cotangent.unbind(0)
+
+
+def stack_operands(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack(tensors)` as one operator that no compiler takes apart."""
+    return _Stack.apply(*tensors)
+
+
+# Where a module keeps a tensor: `module._parameters` or `module._buffers`, and its name there. Looked up at each call, so
+# that `.to()`, `load_state_dict(assign=True)` and optimisers that exchange parameters are seen.
+Slot = tuple[dict[str, Any], str]
+
+
+class Attributes(nn.Module):
+    """The present values of some attributes, as a list."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        super().__init__()
+        self.slots = list(slots)
+
+    def forward(self) -> list[Any]:
+        return [holder[name] for holder, name in self.slots]
+
+
+class StackedAttributes(Attributes):
+    """One per-block operand, stacked `[L, ...]` from the parameters or buffers of the blocks."""
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        return torch.stack(super().forward())

@@ -1,0 +1,158 @@
+"""The solver by itself: a chain written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from pcr_fx.chain import Chain, Origin
+from pcr_fx.errors import BodyError, UnsupportedError
+from pcr_fx.node import SolveNode
+from pcr_fx.options import Options
+from pcr_fx.solvers import SolveStats
+
+
+@dataclass(frozen=True)
+class ChainSolution:
+    """What `solve_chain` returns.
+
+    Attributes:
+        trajectory: all states, `[L, *state]`; of the structure of `x0`.
+        stats: how the solve went.
+    """
+
+    trajectory: Any
+    stats: SolveStats
+
+    @property
+    def final(self) -> Any:
+        """The last state."""
+        return pytree.tree_map(lambda states: states[-1], self.trajectory)
+
+
+def solve_chain(
+    step: Callable[[Any, Any, Any], Any],
+    x0: Any,
+    operands: Any = (),
+    *,
+    shared: Any = (),
+    length: int | None = None,
+    options: Any = None,
+) -> ChainSolution:
+    """Evaluate z_l = step(z_{l-1}, operands_l, shared) for l = 1..L from z_0 = x0, as one system.
+
+    Differentiable with respect to `x0`, `operands`, `shared` and every tensor that `step` closes over.
+
+    Args:
+        step: one block, made of PyTorch ops on tensors; it is traced, so it may not branch on their values.
+        x0: the initial state: a floating tensor, or a pytree of them.
+        operands: a pytree of tensors `[L, ...]`, one slice a block.
+        shared: a pytree of tensors that all blocks get whole.
+        length: L; needed when there are no operands.
+        options: an `Options`, or a dict of its fields.
+
+    Raises:
+        UnsupportedError: arguments that are no tensors, disagree about L, or have a dtype that is not supported.
+        BodyError: `step` is random, mutates its arguments, or does not return a state like the one it got.
+    """
+    states, state_spec = pytree.tree_flatten(x0)
+    columns, operand_spec = pytree.tree_flatten(operands)
+    common, shared_spec = pytree.tree_flatten(shared)
+    _check(states, columns, common)
+    length = _length(columns, length)
+    structure = (state_spec, operand_spec, shared_spec)
+    body, closed_over = _trace_step(step, states, [column[0] for column in columns], common, structure)
+    common = [*common, *closed_over]
+    chain = Chain(
+        body, length, len(states), len(columns), len(common), (), Origin(getattr(step, "__name__", "step"))
+    )
+    node = SolveNode(chain, Options.of(options))
+    plan = node.plan_for(states, columns, common)
+    if isinstance(plan, BodyError):
+        raise plan
+    trajectories = node(states, columns, common)
+    stats = node.record.last
+    assert stats is not None
+    return ChainSolution(pytree.tree_unflatten(list(trajectories), state_spec), stats)
+
+
+def _check(states: list[Any], columns: list[Any], common: list[Any]) -> None:
+    if not states:
+        raise UnsupportedError("x0 holds no tensor; a state is a floating tensor or a pytree of them")
+    for name, group in (("x0", states), ("operands", columns), ("shared", common)):
+        for value in group:
+            if not isinstance(value, Tensor):
+                raise UnsupportedError(f"{name} must be tensors, got {type(value).__name__}")
+    for state in states:
+        if not state.is_floating_point():
+            raise UnsupportedError(f"a state must have a floating dtype, got {state.dtype}")
+
+
+def _length(columns: list[Tensor], length: int | None) -> int:
+    sizes = {column.shape[0] if column.ndim else None for column in columns}
+    if None in sizes:
+        raise UnsupportedError("operands are stacked along dimension 0, got a tensor without dimensions")
+    if length is not None:
+        sizes.add(length)
+    if len(sizes) != 1:
+        got = ", ".join(map(str, sorted(sizes))) or "no operands and no length"  # type: ignore[type-var]
+        raise UnsupportedError(f"operands and length must agree on one L, got {got}")
+    found = sizes.pop()
+    if not isinstance(found, int) or found < 1:
+        raise UnsupportedError(f"a chain has at least 1 block, got length {found}")
+    return found
+
+
+def _trace_step(
+    step: Callable[[Any, Any, Any], Any],
+    states: list[Tensor],
+    operands: list[Tensor],
+    shared: list[Tensor],
+    structure: tuple[Any, Any, Any],
+) -> tuple[fx.GraphModule, list[Tensor]]:
+    """`step` as a graph over tensors, and the tensors that it closes over."""
+    counts = len(states), len(states) + len(operands)
+
+    def flat(*tensors: Tensor) -> tuple[Any, ...]:
+        groups = tensors[: counts[0]], tensors[counts[0] : counts[1]], tensors[counts[1] :]
+        arguments = (pytree.tree_unflatten(list(g), s) for g, s in zip(groups, structure, strict=True))
+        result, spec = pytree.tree_flatten(step(*arguments))
+        if spec != structure[0]:
+            raise UnsupportedError(f"step must return a state of the structure of x0, {structure[0]}, got {spec}")
+        return tuple(result)
+
+    # Distinct tensors: one object given twice would be traced as one input.
+    inputs = [tensor.detach().clone() for tensor in (*states, *operands, *shared)]
+    try:
+        with torch.no_grad():
+            graph = make_fx(flat)(*inputs)
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        raise BodyError(f"step cannot be traced: {error}") from error
+    return graph, _lift_constants(graph)
+
+
+def _lift_constants(module: fx.GraphModule) -> list[Tensor]:
+    """Make tensors that the graph holds inputs of it, so that gradients reach them."""
+    lifted: dict[str, fx.Node] = {}
+    values = []
+    last = [node for node in module.graph.nodes if node.op == "placeholder"][-1]
+    for node in list(module.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        name = str(node.target)
+        if name not in lifted:
+            with module.graph.inserting_after(last):
+                last = lifted[name] = module.graph.placeholder(f"closed_over_{len(lifted)}")
+            values.append(getattr(module, name))
+        node.replace_all_uses_with(lifted[name])
+        module.graph.erase_node(node)
+    module.recompile()
+    return values

@@ -1,0 +1,79 @@
+"""The backward pass of a chain: lambda_l = g_l + J_{l+1}^T lambda_{l+1}, then every operand's cotangent.
+
+The system is linear, so one transposed reduction solves it and there is nothing to iterate (DeepPCR, arXiv 2309.16318,
+section 3.3). The Jacobians are those at the returned trajectory, never an approximation of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pcr_fx.body import Program
+from pcr_fx.linear import solve_transposed
+from pcr_fx.solvers.sequential import blocks
+
+# Accepted |lambda_l - g_l - J_{l+1}^T lambda_{l+1}|, in epsilons of the adjoints around block l.
+_TOLERANCE_EPS = 32.0
+
+
+def adjoint_transposed(
+    program: Program,
+    previous: Tensor,
+    operands: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    cotangents: Tensor,
+    linear_solver: str,
+) -> tuple[tuple[Tensor, ...], bool]:
+    """Cotangents `(d_initial, *d_operands, *d_shared)` by one transposed reduction.
+
+    Args:
+        previous: the state each block starts from, `[L, *batch, d]`.
+        cotangents: g, of every state of the trajectory, `[L, *batch, d]`.
+
+    Returns:
+        The cotangents, and whether the adjoint's own residual, measured with the blocks' pullback, is at rounding
+        level. A product of many expanding Jacobians can overflow where the adjoint itself does not.
+    """
+    jacobians = program.linearise(previous, *operands, *shared)[1]
+    adjoints = solve_transposed(jacobians, cotangents, linear_solver)
+    d_previous, *rest = program.pullback(previous, *operands, *shared, adjoints)
+    accurate = _residual_is_small(adjoints, cotangents, d_previous)
+    return (d_previous[0], *rest), accurate
+
+
+def _residual_is_small(adjoints: Tensor, cotangents: Tensor, d_previous: Tensor) -> bool:
+    if adjoints.numel() == 0:
+        return True
+    residuals = (adjoints[:-1] - cotangents[:-1] - d_previous[1:]).abs().amax(-1)
+    size = adjoints.abs().amax(-1)
+    scale = torch.maximum(size[:-1], size[1:])
+    small = residuals <= _TOLERANCE_EPS * torch.finfo(adjoints.dtype).eps * scale + torch.finfo(adjoints.dtype).tiny
+    # A comparison with NaN is false; infinities would pass it.
+    return bool(small.all() & torch.isfinite(size).all())
+
+
+def adjoint_sequential(
+    program: Program,
+    previous: Tensor,
+    operands: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    cotangents: Tensor,
+) -> tuple[Tensor, ...]:
+    """Cotangents `(d_initial, *d_operands, *d_shared)`, from the last block to the first."""
+    each = blocks(operands, program.length)
+    adjoint = torch.zeros_like(cotangents[0])
+    d_operands: list[tuple[Tensor, ...]] = []
+    d_shared: list[Tensor] | None = None
+    count = sum(program.differentiable_operands)
+    for index in range(program.length - 1, -1, -1):
+        adjoint, *rest = program.step_pullback(
+            previous[index], *each[index], *shared, adjoint + cotangents[index]
+        )
+        d_operands.append(tuple(rest[:count]))
+        parts = rest[count:]
+        d_shared = parts if d_shared is None else [total + part for total, part in zip(d_shared, parts, strict=True)]
+    stacked = (torch.stack(parts[::-1]) for parts in zip(*d_operands, strict=True))
+    return (adjoint, *stacked, *(d_shared or ()))

@@ -1,0 +1,31 @@
+"""Block by block: the reference, and the way out when an iteration does not converge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pcr_fx.body import Program
+from pcr_fx.solvers.outcome import Outcome, SolveStats
+
+
+def solve_sequential(
+    program: Program, initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor]
+) -> tuple[Tensor, SolveStats]:
+    """The trajectory `[L, *batch, d]` from `initial` `[*batch, d]`, one block after another."""
+    layout, body, trajectory = program.layout, program.chain.body.forward, []
+    states = layout.unflatten(initial)
+    for block in blocks(operands, program.length):
+        # In the model's own ops: PyTorch dispatches them faster than the aten ops they are made of.
+        states = body(*states, *block, *shared)
+        trajectory.append(layout.flatten(states))
+    return torch.stack(trajectory), SolveStats(Outcome.SEQUENTIAL)
+
+
+def blocks(operands: Sequence[Tensor], length: int) -> list[tuple[Tensor, ...]]:
+    """Stacked operands `[L, ...]` as one tuple of operands a block."""
+    if not operands:
+        return [()] * length
+    return list(zip(*(operand.unbind(0) for operand in operands), strict=True))
