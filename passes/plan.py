@@ -28,10 +28,9 @@ class PlannedChain:
     plan: Plan | None
     choice: Choice | None
 
-    @property
-    def left_alone(self) -> bool:
-        """Whether the rest of the compiler does as well or better: block by block, both ways, and nobody asked for it."""
-        return self.choice is not None and self.choice.leaves_alone
+    def left_alone(self, needs_gradient: bool) -> bool:
+        """Whether the rest of the compiler does as well or better: block by block, and nobody asked for it."""
+        return self.choice is not None and self.choice.leaves_alone(needs_gradient)
 
 
 def plan_chains(

@@ -52,6 +52,9 @@ def rewrite_chains(
             _emit(new, chains[item], names[item], stack, copies)
         else:
             copies[item] = new.node_copy(item, copies.__getitem__)
+            if hasattr(item, "_dynamo_source"):
+                # Where Dynamo found an input: AOTAutograd asks each placeholder for it.
+                copies[item]._dynamo_source = item._dynamo_source  # type: ignore[attr-defined]
     for node in reversed(list(new.nodes)):
         if node.op == "get_attr" and not node.users:
             new.erase_node(node)

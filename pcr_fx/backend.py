@@ -51,7 +51,8 @@ def rewrite_captured(graph_module: fx.GraphModule, options: Options) -> RewriteR
     normalise_graph(graph)
     attributes = _attributes(graph_module)
     planned, rejected = plan_chains(graph, find_chains(graph, attributes, options.min_length), attributes, options)
-    active = [item for item in planned if not item.left_alone]
+    needs_gradient = torch.is_grad_enabled()
+    active = [item for item in planned if not item.left_alone(needs_gradient)]
     nodes = [SolveNode(item.found.chain, options, item.plan) for item in active]
     names = []
     for index, node in enumerate(nodes):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from pcr_fx.errors import UnsupportedError
@@ -64,6 +65,8 @@ class TransformedModule(nn.Module):
         self._pcr_rewritten: dict[tuple[bool, ...], _Rewritten] = {}
         self._rewritten()
 
+    # A compiler has nothing left to do here; to compile what is around the chains, compile the model itself.
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Past the graph module's own call machinery: hooks were traced, or are this module's own.
         return self._rewritten().run.forward(*args, **kwargs)
@@ -103,9 +106,9 @@ def rewrite_model(model: nn.Module, example_inputs: Any, options: Options) -> _R
     attributes = {str(n.target): attribute(model, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
     detection = find_chains(graph, attributes, options.min_length)
     planned, rejected = plan_chains(graph, detection, attributes, options)
-    active = [item for item in planned if not item.left_alone]
-    nodes = [SolveNode(item.found.chain, options) for item in active]
-    for item, node in zip(active, nodes, strict=True):
+    # All become nodes, since a later call may have another batch size: what to do then, each decides by itself.
+    nodes = [SolveNode(item.found.chain, options) for item in planned]
+    for item, node in zip(planned, nodes, strict=True):
         if item.plan is not None:
             node.learn(item.plan)
     modules: dict[str, nn.Module] = {f"solve_{index}": node for index, node in enumerate(nodes)}
@@ -118,9 +121,9 @@ def rewrite_model(model: nn.Module, example_inputs: Any, options: Options) -> _R
             return new.call_module(name)
         return new.call_function(stack_operands, ([copies[node] for node in column],))
 
-    new = rewrite_chains(graph, [item.found for item in active], names, stack)
+    new = rewrite_chains(graph, [item.found for item in planned], names, stack)
     modules["attributes"] = _fetch_attributes(new, model)
-    report = build_report(graph, planned, dict(zip(map(id, active), nodes, strict=True)), rejected, options)
+    report = build_report(graph, planned, dict(zip(map(id, planned), nodes, strict=True)), rejected, options)
     return _Rewritten(fx.GraphModule(modules, new), report)
 
 

@@ -161,7 +161,7 @@ class SolveNode(nn.Module):
         initial = layout.flatten(states)
         if self.plan is None:
             self.choice = plan.choice(initial)
-        if self.choice is not None and self.choice.leaves_alone:
+        if self.choice is not None and self.choice.leaves_alone(torch.is_grad_enabled()):
             return self._block_by_block(states, operands, shared)
         trajectory = _Solve.apply(initial, plan.key, self.record.id, len(operands), *operands, *shared)
         trajectories = layout.unflatten(trajectory, leading=1)

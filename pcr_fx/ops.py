@@ -93,8 +93,7 @@ def _solve(
         stats = _failed(stats, plan, record)
         trajectory, _ = solve_sequential(program, initial, every, shared)
     record.forward(solver, stats)
-    # The iterate is a view of a buffer that also holds the initial state.
-    return trajectory.clone() if trajectory._is_view() else trajectory
+    return _owned(trajectory)
 
 
 def _failed(stats: SolveStats, plan: Plan, record: SolveRecord) -> SolveStats:
@@ -153,8 +152,14 @@ def _adjoint(
     if solver == "sequential" or fallback:
         result = adjoint_sequential(program, previous, every, shared, cotangents)
     record.backward(solver, fallback)
-    # An operator's results may not be views of each other or of its inputs.
-    return [part.contiguous() if not part._is_view() else part.clone() for part in result]
+    return [_owned(part) for part in result]
+
+
+def _owned(result: Tensor) -> Tensor:
+    """A contiguous result of its own: an operator's results may not be views, and compilers plan for their strides."""
+    if result._is_view() or not result.is_contiguous():
+        return result.clone(memory_format=torch.contiguous_format)
+    return result
 
 
 def _failed_adjoint(plan: Plan, record: SolveRecord) -> None:

@@ -217,7 +217,7 @@ class Rule(NamedTuple):
 
 
 def _elementwise(call: Call) -> list[Layout]:
-    """Serves slices and splits too: a dimension taken in part has another size, which makes it opaque."""
+    """Serves slices, splits and repeats too: a dimension that they change has another size: it is opaque."""
     return [_align(layout, call.rank) for layout in call.operands]
 
 
@@ -258,13 +258,6 @@ def _permuted(call: Call) -> list[Layout]:
         first, second = call.arguments.get("dim0", 0), call.arguments.get("dim1", -1)
         order[first], order[second] = order[second], order[first]
     return [tuple(layout[dim] for dim in order)]
-
-
-def _repeated(call: Call) -> list[Layout]:
-    """The number of the copy is a new, major factor."""
-    [layout] = call.operands
-    aligned = zip(_align(layout, call.rank), call.shape, strict=True)
-    return [tuple((Factor(None, size // max(_size(factors), 1)), *factors) for factors, size in aligned)]
 
 
 def _mixing_last(count: int) -> Place:
@@ -357,16 +350,15 @@ _POINTWISE = Rule(_elementwise, "broadcasts it")
 _NORM = "normalises over it"
 
 # By name, for all overloads: what differs between them, a rule asks for by the name of the argument. Ops that
-# PyTorch tags as pointwise need no entry; those in the first group are elementwise without the tag.
+# PyTorch tags as pointwise need no entry; those in the first group are elementwise without the tag, some of them
+# only in older releases.
 RULES: dict[str, Rule] = {
     name: rule
     for names, rule in (
         (
-            "_conj _neg_view _prelu_kernel _to_copy alias celu_ clone complex contiguous copy copy_ detach "
-            "elu_backward expand fill fill_ floor_divide floor_divide_ gelu_ hardshrink_backward hardswish "
-            "hardsigmoid_backward hardswish_ hardswish_backward hardtanh_backward leaky_relu_backward "
-            "lift_fresh lift_fresh_copy log_sigmoid_forward masked_fill masked_fill_ mish_ mish_backward "
-            "polar resolve_conj resolve_neg softplus_backward softshrink_backward threshold_ tril tril_ triu triu_",
+            "_prelu_kernel _to_copy alias celu_ clone copy copy_ detach elu_ expand fill fill_ floor_divide "
+            "floor_divide_ gelu_ hardsigmoid_ hardswish hardswish_ hardtanh_ leaky_relu leaky_relu_ "
+            "log_sigmoid_forward masked_fill masked_fill_ mish_ selu_ threshold_ tril tril_ triu triu_",
             _POINTWISE,
         ),
         (
@@ -378,10 +370,10 @@ RULES: dict[str, Rule] = {
         ("squeeze", Rule(_viewed, "drops it")),
         ("unsqueeze stack", Rule(_unsqueezed, "drops it")),
         ("permute transpose t", Rule(_permuted, "drops it")),
-        ("repeat", Rule(_repeated, "repeats it")),
+        ("repeat", Rule(_elementwise, "repeats it")),
         (
-            "sum nansum mean prod amax amin aminmax argmax argmin max min median nanmedian mode kthvalue all "
-            "any var std var_mean std_mean logsumexp norm linalg_vector_norm count_nonzero",
+            "sum mean prod amax amin aminmax argmax argmin max min median all any var std var_mean std_mean "
+            "logsumexp norm linalg_vector_norm",
             Rule(_reduced, "reduces over it"),
         ),
         ("_softmax _log_softmax _safe_softmax softmax log_softmax", Rule(_along, _NORM)),
@@ -425,15 +417,9 @@ RULES: dict[str, Rule] = {
         ("convolution", Rule(_convolution, "convolves it")),
         (
             "avg_pool2d _adaptive_avg_pool2d max_pool2d_with_indices adaptive_max_pool2d upsample_nearest2d "
-            "_upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d",
+            "upsample_bilinear2d",
             Rule(_mixing_last(2), "mixes it"),
         ),
-        (
-            "avg_pool3d _adaptive_avg_pool3d max_pool3d_with_indices adaptive_max_pool3d upsample_nearest3d "
-            "_upsample_nearest_exact3d upsample_trilinear3d pixel_shuffle pixel_unshuffle",
-            Rule(_mixing_last(3), "mixes it"),
-        ),
-        ("upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d", Rule(_mixing_last(1), "mixes it")),
     )
     for name in names.split()
 }

@@ -86,6 +86,11 @@ class Program:
         return self.layout.dimension
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that states are solved in."""
+        return self.signature.states[0].dtype
+
+    @property
     def differentiable_operands(self) -> tuple[bool, ...]:
         """Which per-block operands have a cotangent."""
         return tuple(spec.dtype.is_floating_point for spec in self.signature.operands)

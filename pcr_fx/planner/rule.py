@@ -1,10 +1,28 @@
-"""The rule that `solver="auto"` follows."""
+"""The rule that `solver="auto"` follows.
+
+Newton + cyclic reduction where the Jacobians are small and affordable, else block by block. What both cost was measured
+on two CPU cores with PyTorch ops (blocks x + 0.1 W2 tanh(W1 x), float32, `benchmarks/solvers.py`):
+
+- A block on its own costs some 20 us forward and 60 us backward, nearly all of it calling ops, whatever its size.
+- A Newton iteration costs 0.4 ms and some 4 ns for each Jacobian entry, and there are three or four of them. So it pays
+  in long chains with few entries a block.
+- The backward needs a single reduction, and competes with three times the calls. So it pays far longer.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from pcr_fx.body import Program
+
+# Jacobian entries of one block (samples x d x d) up to which a reduction beats the calls of the block's ops.
+FORWARD_ENTRIES = 512
+BACKWARD_ENTRIES = 4096
+# Blocks below which the fixed cost of a reduction is not made up for.
+FORWARD_LENGTH = 128
+BACKWARD_LENGTH = 32
+# Memory for the Jacobians of a whole chain; a reduction needs about as much again.
+JACOBIAN_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -16,14 +34,31 @@ class Choice:
     reason: str
     asked_for: bool = False
 
-    @property
-    def leaves_alone(self) -> bool:
-        """Whether a solve node has nothing to add: block by block both ways, and nobody asked for it."""
-        return self.forward == self.backward == "sequential" and not self.asked_for
+    def leaves_alone(self, needs_gradient: bool) -> bool:
+        """Whether a solve node has nothing to add: nobody asked for it, and all that runs is block by block."""
+        solvers = {self.forward, self.backward} if needs_gradient else {self.forward}
+        return not self.asked_for and solvers == {"sequential"}
 
 
 def choose(solver: str, program: Program, samples: int) -> Choice:
     """The solvers for `samples` independent samples of a chain."""
     if solver != "auto":
         return Choice(solver, solver, f'asked for with solver="{solver}"', asked_for=True)
-    return Choice("newton", "newton", "todo")
+    dimension, length = program.dimension, program.length
+    entries = samples * dimension**2
+    size = f"{entries} Jacobian entries a block ({samples} samples x {dimension} x {dimension})"
+    needed = length * entries * program.dtype.itemsize
+    if needed > JACOBIAN_BYTES:
+        reason = f"{size}, {needed / 2**20:.0f} MiB in all; auto takes Newton up to {JACOBIAN_BYTES >> 20} MiB"
+        return Choice("sequential", "sequential", reason)
+    forward = entries <= FORWARD_ENTRIES and length >= FORWARD_LENGTH
+    backward = entries <= BACKWARD_ENTRIES and length >= BACKWARD_LENGTH
+    reason = (
+        f"{length} blocks, {size}; auto takes Newton forward up to {FORWARD_ENTRIES} entries from {FORWARD_LENGTH} "
+        f"blocks on, backward up to {BACKWARD_ENTRIES} from {BACKWARD_LENGTH} on"
+    )
+    return Choice(_name(forward), _name(backward), reason)
+
+
+def _name(newton: bool) -> str:
+    return "newton" if newton else "sequential"
