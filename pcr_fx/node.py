@@ -17,7 +17,7 @@ from pcr_fx.chain import Chain, TensorSpec
 from pcr_fx.errors import BodyError
 from pcr_fx.options import Options
 from pcr_fx.planner import Choice, Plan, make_plan, plan_by_key
-from pcr_fx.solvers import blocks
+from pcr_fx.solvers import Outcome, SolveStats, blocks
 
 log = logging.getLogger(__name__)
 
@@ -221,12 +221,12 @@ class SolveNode(nn.Module):
     ) -> tuple[list[Tensor], ...]:
         """The blocks as the model wrote them, under plain autograd."""
         trajectory = []
-        unbound = [operand.unbind(0) for operand in operands]
-        for block in zip(*unbound, *self.chain.literals, strict=True) if unbound or self.chain.literals else [()] * self.chain.length:
-            states = self.chain.body(*states, *block, *shared)
+        numbers = list(zip(*self.chain.literals, strict=True)) or [()] * self.chain.length
+        for block, values in zip(blocks(operands, self.chain.length), numbers, strict=True):
+            states = self.chain.body(*states, *block, *values, *shared)
             trajectory.append(states)
-        self.record.forward_calls += 1
-        self.record.solver_forward = self.record.solver_backward = "sequential"
+        self.record.forward("sequential", SolveStats(Outcome.SEQUENTIAL))
+        self.record.solver_backward = "sequential"
         return tuple(list(part) for part in zip(*trajectory, strict=True))
 
 

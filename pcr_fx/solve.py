@@ -76,10 +76,12 @@ def solve_chain(
     plan = node.plan_for(states, columns, common)
     if isinstance(plan, BodyError):
         raise plan
-    trajectories = node(states, columns, common)
+    trajectories = [
+        part if isinstance(part, Tensor) else torch.stack(part) for part in node(states, columns, common)
+    ]
     stats = node.record.last
     assert stats is not None
-    return ChainSolution(pytree.tree_unflatten(list(trajectories), state_spec), stats)
+    return ChainSolution(pytree.tree_unflatten(trajectories, state_spec), stats)
 
 
 def _check(states: list[Any], columns: list[Any], common: list[Any]) -> None:

@@ -3,8 +3,8 @@
 A claim is checked by changing one index along the dimension, to other numbers and to NaN: no other index may move.
 """
 
+import operator
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -168,7 +168,10 @@ ACTIVATIONS = [
 
 # name -> (build, shapes of the states, dimensions)
 MODULES: dict[str, tuple[Callable[[], Any], list[Shape], Shape]] = {
-    **{f"{number} {each}": (lambda each=each: lambda x: each(x.clone()), [(3, 4)], (0, 1)) for number, each in enumerate(ACTIVATIONS)},
+    **{
+        f"{number} {each}": (lambda each=each: lambda x: each(x.clone()), [(3, 4)], (0, 1))
+        for number, each in enumerate(ACTIVATIONS)
+    },
     "linear": (lambda: nn.Linear(4, 4), [(3, 4)], (0,)),
     "linear, no bias": (lambda: nn.Linear(4, 4, bias=False), [(3, 4)], (0,)),
     "linear 1-D": (lambda: nn.Linear(4, 4), [(4,)], ()),
@@ -344,7 +347,11 @@ FUNCTIONS: dict[str, tuple[Function, list[Shape], Shape]] = {
     # images
     "pooled": (lambda x: F.avg_pool2d(x, 3, 1, 1) + F.max_pool2d(x, 3, 1, 1), [(2, 3, 6, 6)], (0, 1)),
     "pooled, no batch": (lambda x: F.avg_pool2d(x, 3, 1, 1), [(3, 6, 6)], (0,)),
-    "adaptive": (lambda x: x + F.adaptive_avg_pool2d(x, 1) + F.adaptive_max_pool2d(x, 1), [(2, 3, 4, 4)], (0, 1)),
+    "adaptive": (
+        lambda x: x + F.adaptive_avg_pool2d(x, 1) + F.adaptive_max_pool2d(x, 1),
+        [(2, 3, 4, 4)],
+        (0, 1),
+    ),
     "resampled": (lambda x: F.interpolate(F.avg_pool2d(x, 2), scale_factor=2), [(2, 3, 4, 4)], (0, 1)),
     "shuffled": (lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2), [(2, 4, 3, 3)], ()),
     # attention
@@ -401,6 +408,7 @@ FUNCTIONS: dict[str, tuple[Function, list[Shape], Shape]] = {
     "no elements inside": (lambda x: x + x[:, :0].sum(1, keepdim=True), [(3, 4)], (0,)),
     "view of no elements": (lambda x: x + x[:, :0].reshape(0, 3).sum(), [(3, 4)], ()),
 }
+
 
 def exchanged(parts: Sequence[Tensor]) -> Tensor:
     return aten.cat.default([parts[1], parts[0]], 1)
@@ -609,15 +617,21 @@ class Composer:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
+        self.depth = 0
 
     def __call__(self, *states: Tensor) -> tuple[Tensor, ...]:
         states = tuple(self.steps(state) for state in states)
-        return tuple(self.steps(self.pick([state, state * states[0], state + states[-1]])) for state in states)
+        return tuple(
+            self.steps(self.pick([state, state * states[0], state + states[-1]])) for state in states
+        )
 
     def steps(self, x: Tensor) -> Tensor:
-        kinds = [self.along, self.product, self.write, *[self.elementwise] * 2, *[self.detour] * 3]
+        self.depth += 1
+        detours = [self.detour] * 3 if self.depth < 4 else []
+        kinds = [self.along, self.product, self.write, *[self.elementwise] * 2, *detours]
         for _ in range(self.pick([1, 1, 2])):
             x = self.pick(kinds)(x)
+        self.depth -= 1
         return x
 
     def dimension(self, x: Tensor) -> int:
@@ -634,7 +648,9 @@ class Composer:
     def elementwise(self, x: Tensor) -> Tensor:
         sizes = [self.pick([1, size]) for size in x.shape][self.random.randrange(x.ndim + 1) :]
         other = self.constant(*sizes)
-        return self.pick([torch.tanh(x), x * other, x + other, torch.where(x > other, x, other), torch.atan2(x, other)])
+        return self.pick(
+            [torch.tanh(x), x * other, x + other, torch.where(x > other, x, other), torch.atan2(x, other)]
+        )
 
     def along(self, x: Tensor) -> Tensor:
         dim, name = self.dimension(x), self.pick(sorted(ALONG))
@@ -647,7 +663,11 @@ class Composer:
             products.append((x @ x.mT).softmax(-1) @ x)
             products.append(F.layer_norm(x, x.shape[-1:]))
         if x.ndim >= 3:
-            products.append(F.scaled_dot_product_attention(x, self.pick([x, 2 * x]), self.pick([x, self.constant(*x.shape)])))
+            products.append(
+                F.scaled_dot_product_attention(
+                    x, self.pick([x, 2 * x]), self.pick([x, self.constant(*x.shape)])
+                )
+            )
         if x.ndim == 3:
             products.append(F.conv1d(x, self.constant(x.shape[1], x.shape[1], 3), padding=1))
             products.append(torch.baddbmm(x, self.constant(len(x), x.shape[1], x.shape[1]), x))
@@ -671,7 +691,11 @@ class Composer:
     def permuted(self, x: Tensor) -> Tensor:
         order = self.random.sample(range(x.ndim), x.ndim)
         back = sorted(range(x.ndim), key=order.__getitem__)
-        return self.steps(x.permute(order)).permute(self.pick([back, back, back, list(range(x.ndim))])).reshape(x.shape)
+        return (
+            self.steps(x.permute(order))
+            .permute(self.pick([back, back, back, list(range(x.ndim))]))
+            .reshape(x.shape)
+        )
 
     def viewed(self, x: Tensor) -> Tensor:
         sizes = list(x.shape)
@@ -741,7 +765,127 @@ def random_claims(seed: int) -> int:
     return sum(shape[dim] > 1 for dim in prove(graph, shapes).dims)
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", range(4))
 def test_claims_for_random_bodies_hold(block: int) -> None:
     claims = [random_claims(seed) for seed in range(50 * block, 50 * (block + 1))]
     assert sum(claims) >= 5, "hardly anything is proved, so hardly anything is tested"
+
+
+# --- what is not traced here, and what is refused ------------------------------------------------------------
+
+
+def hand_built(
+    op: Any, arguments: Sequence[Any], results: Sequence[Shape | None], taken: int = 0
+) -> fx.GraphModule:
+    """A body of one op with several results, one of which is the new state. The state is `"x"` in `arguments`."""
+    graph = fx.Graph()
+    state = graph.placeholder("x")
+    call = graph.call_function(op, tuple(state if argument == "x" else argument for argument in arguments))
+    call.meta["val"] = tuple(
+        None if shape is None else torch.empty(shape, device="meta") for shape in results
+    )
+    result = graph.call_function(operator.getitem, (call, taken))
+    state.meta["val"] = result.meta["val"] = call.meta["val"][taken]
+    graph.output((result,))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+IMAGE, HEADS = (3, 4, 5, 5), (2, 3, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "shape", "dims"),
+    [
+        (aten.cudnn_batch_norm, ["x", None, None, None, None, False, 0.1, 1e-5], IMAGE, (0, 1, 2, 3)),
+        (aten.miopen_batch_norm, ["x", None, None, None, None, True, 0.1, 1e-5], IMAGE, (1,)),
+        (aten._scaled_dot_product_flash_attention, ["x", "x", "x"], HEADS, (0, 1)),
+        (aten._scaled_dot_product_flash_attention, ["x", "x", "x", 0.1], HEADS, ()),
+        (aten._scaled_dot_product_efficient_attention, ["x", "x", "x", None, False], HEADS, (0, 1)),
+        (aten._scaled_dot_product_efficient_attention, ["x", "x", "x", "x", False], HEADS, ()),
+        (aten._scaled_dot_product_cudnn_attention, ["x", "x", "x", None, False], HEADS, (0, 1)),
+        (aten._scaled_dot_product_fused_attention_overrideable, ["x", "x", "x"], HEADS, (0, 1)),
+        (aten._thnn_fused_gru_cell, ["x", "x", "x"], (3, 4), (0,)),
+        (aten._thnn_fused_gru_cell, ["x", "x", "x", "x"], (3, 4), ()),
+        (aten._thnn_fused_lstm_cell, ["x", "x", "x"], (3, 4), (0,)),
+    ],
+    ids=str,
+)
+def test_ops_of_accelerators(op: Any, arguments: list[Any], shape: Shape, dims: Shape) -> None:
+    graph = hand_built(op.default, arguments, [shape, shape, shape])
+    assert prove_batch_dimensions(graph, 1).dims == dims
+
+
+def test_only_the_results_that_a_rule_describes_have_dimensions() -> None:
+    for taken, dims in enumerate([(0,), (0,), ()]):
+        graph = hand_built(aten._thnn_fused_lstm_cell.default, ["x", "x", "x"], [(3, 4)] * 3, taken)
+        assert prove_batch_dimensions(graph, 1).dims == dims
+
+
+def test_a_result_that_is_not_used_couples_nothing() -> None:
+    graph = trace(lambda x: (torch.cdist(x, x), x.tanh())[1], (3, 4))
+    assert prove_batch_dimensions(graph, 1).dims == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "reasons"),
+    [
+        (lambda x: x @ W, [(3, 4)], {1: "aten.mm contracts it"}),
+        (lambda x: x + x.mean(0), [(3, 4)], {0: "aten.mean reduces over it"}),
+        (lambda x: x + x.t(), [(4, 4)], dict.fromkeys((0, 1), "aten.add pairs it with another dimension")),
+        (lambda x: x.t(), [(4, 4)], dict.fromkeys((0, 1), "the new state has it in another dimension")),
+        (lambda x: x[:1] + x, [(3, 4)], {0: "aten.slice takes a part of it"}),
+        (lambda x: (x + rows)[:1], [(1, 4)], {0: "aten.add broadcasts it"}),
+        (lambda x: x.view(4, 3).sin().view(3, 4), [(3, 4)], dict.fromkeys((0, 1), "aten.view cuts through it, or drops it")),
+        (lambda x: x[[2, 0, 1]], [(3, 4)], dict.fromkeys((0, 1), "aten.index has no dimension rule")),
+        (lambda x: x * x.sum(), [(3, 4)], dict.fromkeys((0, 1), "aten.sum reduces over it")),
+        (write_into_buffer, [(3, 4)], {0: "aten.mean reduces over it", 1: "aten.copy_ writes states into other memory"}),
+        (nn.RReLU().eval(), [(3,)], {0: "aten.rrelu_with_noise draws random numbers"}),
+        (nn.Dropout(), [(3,)], {0: "aten.bernoulli_ draws random numbers"}),
+        (lambda x: x + torch.rand(3), [(3,)], {0: "aten.rand draws random numbers"}),
+        (lambda x: aten.native_dropout(x, 0.5, True)[0], [(3,)], {0: "aten.native_dropout draws random numbers"}),
+        (lambda x: x * 2, [(0,)], {0: "the states have no elements"}),
+        (lambda x, y: (x, y), [(3, 4), (3, 2)], {1: "the states differ in size there"}),
+        (lambda x, y: (x, y), [(3, 4), (3,)], {1: "the states differ in size there"}),
+    ],
+)  # fmt: skip
+def test_reasons(function: Function, shapes: list[Shape], reasons: dict[int, str]) -> None:
+    result = prove_batch_dimensions(trace(function, *shapes), len(shapes))
+    assert result.reasons == reasons
+    assert set(result.dims) == set(range(len(shapes[0]))) - set(reasons)
+
+
+def test_an_op_of_another_library_has_no_rule() -> None:
+    with torch.library._scoped_library("batch_dimensions_test", "FRAGMENT") as library:
+        library.define("same(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
+        library.impl("same", lambda x: x.flip(0), "CompositeExplicitAutograd")
+        same = torch.ops.batch_dimensions_test.same.default
+        result = prove_batch_dimensions(record(lambda x: same(x), (3, 4)), 1)
+    assert result.dims == ()
+    assert result.reasons[0] == "batch_dimensions_test.same has no dimension rule"
+
+
+def test_operands_do_not_couple() -> None:
+    """Whatever happens to tensors that do not depend on the states."""
+    graph = trace(
+        lambda x, w, b: x + (w.flip(0) @ w.cumsum(0).t()).sum() + b[[1, 0, 2]], (3, 4), (5, 4), (3, 1)
+    )
+    assert prove_batch_dimensions(graph, 1).dims == (0, 1)
+
+
+def test_graphs_that_are_not_bodies_are_refused() -> None:
+    graph = trace(lambda x: x * 2, (3, 4))
+    with pytest.raises(ValueError, match=r"from 1 to 1, .* got 0"):
+        prove_batch_dimensions(graph, 0)
+    with pytest.raises(ValueError, match="got 2"):
+        prove_batch_dimensions(graph, 2)
+    with pytest.raises(ValueError, match=r"new states of shapes \[\(3, 4\)\], but returns \[\(4, 3\)\]"):
+        prove_batch_dimensions(trace(lambda x: x.t(), (3, 4)), 1)
+    with pytest.raises(ValueError, match='no meta\\["val"\\]'):
+        prove_batch_dimensions(fx.symbolic_trace(lambda x: x + 1), 1)
+
+
+def test_the_result_can_be_compared_and_hashed() -> None:
+    graph = trace(lambda x: x @ W, (3, 4))
+    first, second = prove_batch_dimensions(graph, 1), prove_batch_dimensions(graph, 1)
+    assert first == second
+    assert hash(first) == hash(second)

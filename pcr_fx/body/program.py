@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from pcr_fx.body.batch import BatchDimensions, prove_batch_dimensions
+from pcr_fx.body.isolation import isolated
 from pcr_fx.body.layout import StateLayout
 from pcr_fx.body.purity import check_pure
 from pcr_fx.chain import Chain, TensorSpec
@@ -128,6 +129,7 @@ def _without(spec: TensorSpec, dims: tuple[int, ...]) -> TensorSpec:
 
 # By content, for good: a compiled graph names its program and may outlive the module that it was made for.
 _programs: dict[str, Program] = {}
+_of_block: dict[str, Program] = {}
 _of_chain: weakref.WeakKeyDictionary[Chain, list[Program]] = weakref.WeakKeyDictionary()
 
 
@@ -136,6 +138,7 @@ def program_by_key(key: str) -> Program:
     return _programs[key]
 
 
+@isolated
 def build_program(chain: Chain, signature: Signature) -> Program:
     """Trace `chain` for `signature`; chains with the same content share one program.
 
@@ -143,6 +146,13 @@ def build_program(chain: Chain, signature: Signature) -> Program:
         BodyError: the block is random, mutates, changes the shape or dtype of its state, or cannot be traced.
     """
     block = trace_block(chain, signature)
+    same_block = _content_key(chain, signature, (), {"block": block})
+    if same_block not in _of_block:
+        _of_block[same_block] = _program_for(chain, signature, block)
+    return _of_block[same_block]
+
+
+def _program_for(chain: Chain, signature: Signature, block: fx.GraphModule) -> Program:
     check_pure(block)
     _check_states(block, signature)
     batch = prove_batch_dimensions(block, chain.num_states)
@@ -153,7 +163,7 @@ def build_program(chain: Chain, signature: Signature) -> Program:
     layout = StateLayout(tuple(spec.shape for spec in signature.states), batch.dims)
     literals = _literal_tensors(chain, signature)
     graphs, generality = _trace_graphs(chain, signature, layout)
-    key = _content_key(chain, signature, layout, graphs)
+    key = _content_key(chain, signature, layout.batch_dims, graphs)
     if key not in _programs:
         _programs[key] = Program(
             key,
@@ -390,13 +400,15 @@ def _with_sizes(spec: TensorSpec, dims: tuple[int, ...], stand_ins: dict[int, in
 
 
 def _content_key(
-    chain: Chain, signature: Signature, layout: StateLayout, graphs: dict[str, fx.GraphModule]
+    chain: Chain, signature: Signature, batch_dims: tuple[int, ...], graphs: dict[str, fx.GraphModule]
 ) -> str:
+    """A hash of all that decides what a program computes."""
     digest = hashlib.sha256()
-    for part in (chain.length, chain.literals, _compute(signature), layout.batch_dims, layout.features):
+    for part in (chain.length, chain.literals, signature, batch_dims):
         digest.update(repr(part).encode())
     for name, graph in graphs.items():
         digest.update(name.encode() + graph.code.encode())
         for attribute, tensor in sorted(graph.named_buffers()):
-            digest.update(attribute.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(attribute.encode() + repr(tensor.dtype).encode() + values.numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
+from torch._ops import OpOverload
 
 from pcr_fx.errors import BodyError
 
@@ -14,51 +17,49 @@ def check_pure(block: fx.GraphModule) -> None:
     Raises:
         BodyError: it is random, writes to an input, or updates running statistics.
     """
+    owner = _storage_owners(block.graph)
     for node in block.graph.nodes:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, OpOverload):
             continue
         name = str(node.target).removesuffix(".default")
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             raise BodyError(f"random op {name}: every evaluation of the block would draw other numbers")
         if _updates_statistics(node):
             raise BodyError(f"{name} in training mode updates running statistics")
-        if node.target._schema.is_mutable:
-            for target in _written(node):
-                root = _storage_owner(target)
-                if root.op in ("placeholder", "get_attr"):
-                    raise BodyError(f"mutation: {name} writes to an input of the block")
+        if any(owner[written].op in ("placeholder", "get_attr") for written in _written(node)):
+            raise BodyError(f"mutation: {name} writes to an input of the block")
 
 
 def _updates_statistics(node: fx.Node) -> bool:
-    """Batch norm in training mode; the old overloads do not declare that they write to their statistics."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    if "batch_norm" not in str(node.target):
-        return False
-    names = [argument.name for argument in arguments]
-    for flag in ("training", "train"):
-        if flag in names:
-            position = names.index(flag)
-            value = node.args[position] if position < len(node.args) else node.kwargs.get(flag, False)
-            return bool(value)
-    return False
+    """Batch norm in training mode; its old overloads do not declare that they write to their statistics."""
+    return "batch_norm" in str(node.target) and any(bool(_arguments(node).get(flag)) for flag in ("training", "train"))
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
-    written = []
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+    """The tensors that an op writes to."""
+    given = _arguments(node)
+    written: list[fx.Node] = []
+    for argument in node.target._schema.arguments:  # type: ignore[union-attr]
         if argument.alias_info is not None and argument.alias_info.is_write:
-            value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            written.extend(item for item in fx.node.map_aggregate([value], lambda x: x) if isinstance(item, fx.Node))
+            fx.node.map_arg(given.get(argument.name), written.append)
     return written
 
 
-def _storage_owner(node: fx.Node) -> fx.Node:
-    """The node whose storage `node` is a view of (itself when it is no view)."""
-    while isinstance(node.target, torch._ops.OpOverload) or node.target is not None and node.op == "call_function":
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The op's arguments by name."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _storage_owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For each node the one whose memory it is a view of: itself, when it is no view."""
+    owner: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        aliased = schema is None or any(result.alias_info is not None for result in schema.returns)
+        # What has no schema is `getitem` on the results of an op that may have returned views.
+        view = node.op == "call_function" and (
+            schema is None or any(result.alias_info is not None for result in schema.returns)
+        )
         inputs = node.all_input_nodes
-        if not aliased or not inputs:
-            return node
-        node = inputs[0]
-    return node
+        owner[node] = owner[inputs[0]] if view and inputs else node
+    return owner

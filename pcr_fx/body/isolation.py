@@ -1,0 +1,45 @@
+"""Tracing apart from the caller: what is traced is kept, so it must not depend on where it was first asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import ParamSpec, TypeVar
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+_lock = threading.Lock()
+_here = threading.local()
+
+
+def isolated(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`function`, run in a thread of its own, one such thread at a time.
+
+    A new thread starts without the caller's `torch.func` transforms, saved-tensor hooks, inference mode and autocast,
+    under which tracing fails or crashes. And FX's tracer patches global state, so that two traces at once break both.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        result: Future[Result] = Future()
+
+        def fulfil() -> None:
+            _here.is_isolated = True
+            try:
+                result.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                result.set_exception(error)
+
+        thread = threading.Thread(target=fulfil, name=f"pcr_fx {function.__name__}")
+        # A chain within a block of a chain: the lock is held for it already.
+        nested = getattr(_here, "is_isolated", False)
+        with contextlib.nullcontext() if nested else _lock:
+            thread.start()
+            thread.join()
+        return result.result()
+
+    return run

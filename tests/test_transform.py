@@ -1,0 +1,214 @@
+"""`pcr_fx.transform`, `report` and `explain`, as a user calls them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from comparison import assert_same
+from models import Diverging, ResidualNet, plain_mlp
+from torch import nn
+
+import pcr_fx
+
+NEWTON = {"solver": "newton"}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 100])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("with_inputs", [False, True])
+def test_matches_the_model_in_float64(length: int, batch: int, with_inputs: bool) -> None:
+    model = ResidualNet(length).double()
+    x = torch.randn(batch, 3, dtype=torch.float64)
+    fast = pcr_fx.transform(model, x if with_inputs else None, NEWTON)
+    assert_same(fast, model, x, 1e-9)
+    assert len(fast.report.chains) == (length >= 8)
+
+
+@pytest.mark.parametrize("solver", ["auto", "newton", "sequential"])
+def test_depth_1024(solver: str) -> None:
+    model = ResidualNet(1024).double()
+    fast = pcr_fx.transform(model, options={"solver": solver})
+    assert_same(fast, model, torch.randn(2, 3, dtype=torch.float64), 1e-9)
+
+
+def test_float32_is_as_accurate_as_eager() -> None:
+    model = ResidualNet(512)
+    x = torch.randn(4, 3)
+    exact = copy.deepcopy(model).double()(x.double())
+    fast = pcr_fx.transform(model, options=NEWTON)
+    assert (fast(x) - exact).abs().max() <= 2 * (model(x) - exact).abs().max()
+
+
+def test_the_model_is_left_untouched_and_its_state_is_shared() -> None:
+    model = ResidualNet(16)
+    before = {module: dict(module.__dict__) for module in model.modules()}
+    fast = pcr_fx.transform(model, torch.randn(2, 3), NEWTON)
+    fast(torch.randn(2, 3))
+    assert all(dict(module.__dict__) == attributes for module, attributes in before.items())
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert all(a is b for a, b in zip(fast.parameters(), model.parameters(), strict=True))
+    assert [name for name, _ in fast.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+
+def test_unused_parameters_and_buffers_are_kept() -> None:
+    model = ResidualNet(10)
+    model.unused = nn.Linear(2, 2)
+    model.register_buffer("mean", torch.ones(3))
+    model.register_buffer("scratch", torch.ones(3), persistent=False)
+    fast = pcr_fx.transform(model)
+    assert list(fast.state_dict()) == list(model.state_dict())
+    assert "scratch" in dict(fast.named_buffers())
+
+
+def test_state_dict_round_trip_and_assign() -> None:
+    model, other = ResidualNet(16), ResidualNet(16)
+    fast, x = pcr_fx.transform(model, options=NEWTON), torch.randn(3, 3)
+    fast.load_state_dict(other.state_dict())
+    torch.testing.assert_close(fast(x), other(x))
+    third = ResidualNet(16)
+    fast.load_state_dict(third.state_dict(), assign=True)
+    torch.testing.assert_close(fast(x), third(x))
+
+
+def test_deepcopy_is_independent() -> None:
+    model, x = ResidualNet(16), torch.randn(3, 3)
+    fast = pcr_fx.transform(model, options=NEWTON)
+    before = fast(x)
+    copied = copy.deepcopy(fast)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.mul_(1.5)
+    torch.testing.assert_close(fast(x), before)
+    assert not torch.allclose(copied(x), before)
+    assert copied.report.chains[0].node is not fast.report.chains[0].node
+
+
+def test_dtype_and_optimiser_changes_are_seen() -> None:
+    model, x = ResidualNet(16), torch.randn(3, 3)
+    fast = pcr_fx.transform(model, options=NEWTON)
+    fast(x)
+    optimiser = torch.optim.SGD(fast.parameters(), lr=0.5)
+    fast(x).square().sum().backward()
+    optimiser.step()
+    torch.testing.assert_close(fast(x), model(x))
+    fast.double()
+    assert fast(x.double()).dtype == torch.float64
+    torch.testing.assert_close(fast(x.double()), model.double()(x.double()))
+
+
+def test_train_and_eval_are_followed() -> None:
+    model, x = ResidualNet(16, dropout=0.5), torch.randn(3, 3)
+    fast = pcr_fx.transform(model, options=NEWTON)
+    assert not fast.report.chains
+    torch.manual_seed(7)
+    dropped = fast(x)
+    torch.manual_seed(7)
+    torch.testing.assert_close(dropped, model(x))
+    fast.eval()
+    assert len(fast.report.chains) == 1
+    torch.testing.assert_close(fast(x), copy.deepcopy(model).eval()(x))
+    assert model.training
+    fast.blocks[3].train()
+    assert [chain.chain.length for chain in fast.report.chains] == [12]
+
+
+@pytest.mark.parametrize(
+    "blocks_and_reason",
+    [
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "batch_norm"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), "random op dropout"),
+    ],
+)
+def test_what_cannot_be_a_chain_runs_as_it_was(blocks_and_reason) -> None:
+    make, reason = blocks_and_reason
+    model = nn.Sequential(*(make() for _ in range(10))).double()
+    twin, x = copy.deepcopy(model), torch.randn(6, 4, dtype=torch.float64)
+    fast = pcr_fx.transform(model, x, NEWTON)
+    assert not fast.report.chains
+    assert reason in str(fast.report)
+    torch.manual_seed(3)
+    got = fast(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(got, twin(x))
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
+def test_diverging_chain() -> None:
+    model = Diverging(60).double()
+    fast = pcr_fx.transform(model, options=NEWTON)
+    x = torch.randn(2, 5, dtype=torch.float64)
+    torch.testing.assert_close(fast(x), model(x))
+    (chain,) = fast.report.to_dict()["chains"]
+    assert chain["fallbacks"] == 1
+    assert chain["sequential_depth_after"] == 60
+    with pytest.raises(pcr_fx.SolveError):
+        pcr_fx.transform(model, options={**NEWTON, "on_failure": "raise"})(x)
+
+
+def test_hooks_run() -> None:
+    model, x, calls = plain_mlp(12), torch.randn(2, 4), []
+    fast = pcr_fx.transform(model, options=NEWTON)
+    fast.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
+    fast(x)
+    assert calls == [x.shape]
+
+
+def test_compiling_a_transformed_module_is_harmless() -> None:
+    model, x = ResidualNet(16), torch.randn(3, 3)
+    compiled = torch.compile(pcr_fx.transform(model, options=NEWTON), backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("bad", [print, "model", torch.relu])
+def test_only_modules_are_transformed(bad) -> None:
+    with pytest.raises(pcr_fx.UnsupportedError, match="takes a torch.nn.Module, got"):
+        pcr_fx.transform(bad)
+
+
+def test_models_that_branch_on_values_are_refused_with_advice() -> None:
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(pcr_fx.CaptureError, match=r'test_transform.py.*backend="deeppcr"'):
+        pcr_fx.transform(Branching(), torch.randn(2))
+    with pytest.raises(pcr_fx.CaptureError, match="pass example_inputs"):
+        pcr_fx.transform(nn.BatchNorm1d(4))
+
+
+def test_report_and_explain() -> None:
+    model, x = ResidualNet(16), torch.randn(3, 3)
+    fast = pcr_fx.transform(model, options=NEWTON)
+    assert pcr_fx.report(fast) is fast.report
+    with pytest.raises(pcr_fx.UnsupportedError, match="got ResidualNet"):
+        pcr_fx.report(model)
+    explained = pcr_fx.explain(model, x, options=NEWTON)
+    (chain,) = explained.to_dict()["chains"]
+    assert (chain["modules"], chain["length"], chain["state_shape"]) == ("blocks.0..15", 16, [3, 4])
+    assert (chain["dimension"], chain["batch_dims"], chain["calls"]) == (4, [0], 0)
+    assert "blocks.0..15" in str(explained)
+
+
+def test_the_report_has_the_documented_keys() -> None:
+    model, x = ResidualNet(16, dropout=0.0), torch.randn(3, 3)
+    fast = pcr_fx.transform(model, x, NEWTON)
+    fast(x).sum().backward()
+    report = fast.report.to_dict()
+    needed = "modules length state_shape solver_forward solver_backward iterations residual fallbacks"
+    assert set(needed.split()) <= set(report["chains"][0])
+    assert report["chains"][0]["residual"] <= report["chains"][0]["tolerance"]
+    assert report["chains"][0]["source"].startswith("models.py:")
+    fast.train()
+    dropped = pcr_fx.transform(ResidualNet(16, dropout=0.5)).report.to_dict()
+    assert {"modules", "reason"} <= set(dropped["rejected"][0])
+
+
+def test_pickle() -> None:
+    fast, x = pcr_fx.transform(plain_mlp(12), options=NEWTON), torch.randn(2, 4)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(fast))(x), fast(x))
