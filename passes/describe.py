@@ -6,10 +6,12 @@ import os
 import re
 from collections.abc import Sequence
 
+import torch
 from torch import fx
 
 from pcr_fx.passes.effects import op_name
 
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _INDEXED = re.compile(r"\._modules\['([^']+)'\]|\[['\"]?([^'\"\]]+)['\"]?\]")
 
@@ -30,12 +32,13 @@ def module_path(node: fx.Node) -> str:
 
 def module_range(blocks: Sequence[Sequence[fx.Node]]) -> str:
     """A run of blocks by the modules they come from: `blocks.0..1023`."""
-    prefixes = [_common_prefix([module_path(node) for node in block]) for block in blocks]
-    first, last = prefixes[0], prefixes[-1]
-    if first == last and len(blocks) >= 1:
-        # Blocks that are no modules of their own: name the first and the last op's module instead.
-        first, last = module_path(blocks[0][0]), module_path(blocks[-1][-1])
-    return _range(first, last) or "forward"
+    first, last = (_common_prefix([module_path(node) for node in block]) for block in (blocks[0], blocks[-1]))
+    if first != last:
+        return _range(first, last)
+    # Blocks that are no modules of their own: name the modules that they call.
+    paths = [(module_path(a), module_path(b)) for a, b in zip(blocks[0], blocks[-1], strict=False)]
+    ranges = dict.fromkeys(_range(a, b) for a, b in paths if a != b)
+    return ", ".join(ranges) or first or "forward"
 
 
 def _common_prefix(paths: Sequence[str]) -> str:
@@ -58,7 +61,7 @@ def _range(first: str, last: str) -> str:
 def describe_source(node: fx.Node) -> str:
     """`model.py:31`, the innermost line of the user's own code; empty when it is not known."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if f"{os.sep}torch{os.sep}" not in frame[0]]
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
     if not own:
         return ""
     file, line = own[-1]

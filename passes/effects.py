@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,15 +17,27 @@ _INPLACE_OPERATORS = {
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "imod", "iand", "ior", "ixor")
 }
 _RANDOM_NAMES = frozenset(
-    "bernoulli binomial dropout1d multinomial normal poisson rand rand_like randint randint_like randn randn_like "
-    "randperm rrelu_with_noise gumbel_softmax".split()
+    "bernoulli binomial cauchy exponential fractional_max_pool2d fractional_max_pool3d geometric gumbel_softmax "
+    "log_normal multinomial normal poisson rand rand_like randint randint_like randn randn_like random randperm "
+    "rrelu_with_noise uniform".split()
+)
+# Recurrent networks of several layers, with dropout between them.
+_FUSED_RNN_NAMES = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
+# They write no values, but shape and strides.
+RESHAPING_METHODS = frozenset(
+    "as_strided_ resize_ resize_as_ set_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_".split()
 )
 # Results of these never share memory with an input.
 _FRESH_NAMES = frozenset(
-    "linear bilinear conv1d conv2d conv3d addmm matmul mm bmm baddbmm einsum layer_norm rms_norm group_norm batch_norm "
-    "instance_norm add sub mul truediv div pow neg tanh sigmoid relu gelu silu elu selu celu leaky_relu softplus mish "
-    "hardtanh softmax log_softmax exp log sqrt rsqrt sin cos cat stack gru_cell lstm_cell rnn_tanh_cell rnn_relu_cell "
-    "scaled_dot_product_attention addcmul lerp where clone abs square mean sum".split()
+    "abs add addcdiv addcmul addmm amax amin arange argmax argmin atan baddbmm batch_norm bilinear bmm cat ceil celu "
+    "clamp clip clone conv1d conv2d conv3d cos cosh cumprod cumsum div dot elu embedding empty empty_like eq erf erfc "
+    "exp expm1 flip floor floordiv full full_like gather ge gelu glu group_norm gru_cell gt hardsigmoid hardswish "
+    "hardtanh index_select instance_norm layer_norm le leaky_relu lerp linear log log1p log_softmax logaddexp logsigmoid "
+    "logsumexp lstm_cell lt masked_fill matmul max_pool1d max_pool2d max_pool3d maximum mean minimum mish mm mod mul mv "
+    "ne neg new_empty new_full new_ones new_zeros normalize ones ones_like outer pow prelu prod rand rand_like randn "
+    "randn_like reciprocal relu relu6 remainder repeat rms_norm rnn_relu_cell rnn_tanh_cell roll round rrelu rsqrt "
+    "scaled_dot_product_attention selu sigmoid sign silu sin sinh softmax softmin softplus softsign sqrt square stack "
+    "std sub sum tan tanh tanhshrink tensor threshold truediv var where zeros zeros_like".split()
 )
 
 
@@ -42,43 +57,66 @@ def argument(node: fx.Node, name: str, position: int, default: Any = None) -> An
 
 def writes(node: fx.Node) -> list[fx.Node]:
     """The nodes that this op writes to."""
-    if node.op == "call_method":
-        name = str(node.target)
-        written = name.endswith("_") and not name.endswith("__")
-        return _tensors(node.args[:1]) if written or name == "__setitem__" else []
-    if node.op != "call_function":
+    if not node.op.startswith("call_") or node.op == "call_module":
         return []
-    if isinstance(node.target, torch._ops.OpOverload):
-        arguments = zip(node.target._schema.arguments, node.args, strict=False)
-        return _tensors([value for arg, value in arguments if arg.alias_info and arg.alias_info.is_write])
-    targets = _tensors([node.kwargs["out"]]) if node.kwargs.get("out") is not None else []
-    name = getattr(node.target, "__name__", "")
-    if node.target in _INPLACE_OPERATORS or node.target is operator.setitem:
-        return targets + _tensors(node.args[:1])
-    if is_inplace_variant(node) or (name.endswith("_") and not name.endswith("__")):
-        return targets + _tensors(node.args[:1])
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return _tensors(_mutable_arguments(node))
     if updates_statistics(node):
-        return targets + _tensors(node.args[1:3])
-    return targets
+        # Mean and variance stand behind the input, or behind weight and bias.
+        first = 1 if node.target in (F.batch_norm, F.instance_norm) else 3
+        return _tensors(argument(node, name, first + index) for index, name in enumerate(("running_mean", "running_var")))
+    if op_name(node) in ("embedding", "embedding_bag") and argument(node, "max_norm", 3) is not None:
+        return _tensors([argument(node, "weight", 1)])
+    if op_name(node) == "triton_kernel_wrapper_mutation":
+        return list(node.all_input_nodes)
+    subject = [argument(node, "input", 0)] if _writes_first_argument(node) else []
+    return _tensors([*subject, node.kwargs.get("out")])
+
+
+def _mutable_arguments(node: fx.Node) -> list[Any]:
+    target = node.target
+    overloads = [target] if isinstance(target, torch._ops.OpOverload) else [getattr(target, n) for n in target.overloads()]  # type: ignore[union-attr]
+    return [
+        argument(node, declared.name, position)
+        for overload in overloads
+        for position, declared in enumerate(overload._schema.arguments)
+        if declared.alias_info is not None and declared.alias_info.is_write
+    ]
+
+
+def _writes_first_argument(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        return True
+    if node.op == "call_method":
+        return name == "__setitem__"
+    return node.target in _INPLACE_OPERATORS or node.target is operator.setitem or is_inplace_variant(node)
 
 
 def is_inplace_variant(node: fx.Node) -> bool:
     """`F.relu(x, inplace=True)` and its like."""
-    if node.kwargs.get("inplace") is True:
-        return True
-    positions = {F.relu: 1, F.silu: 1, F.mish: 1, F.hardswish: 1, F.relu6: 1, F.hardsigmoid: 1, F.selu: 1}
-    positions |= {F.leaky_relu: 2, F.elu: 2, F.celu: 2, F.hardtanh: 3, F.threshold: 3, F.dropout: 3, F.alpha_dropout: 3}
-    return node.target in positions and argument(node, "inplace", positions[node.target]) is True
+    position = _position_of_inplace(node.target) if node.op == "call_function" else None
+    return position is not None and argument(node, "inplace", position) is True
+
+
+@functools.cache
+def _position_of_inplace(function: Any) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
 
 
 def updates_statistics(node: fx.Node) -> bool:
     """Batch norm that writes its running mean and variance."""
     name = op_name(node)
-    if name == "batch_norm" and node.target is F.batch_norm:
-        return bool(argument(node, "training", 5, False)) and bool(_tensors(node.args[1:3]))
-    if name == "batch_norm":
-        return bool(argument(node, "training", 5, False))
-    return name == "instance_norm" and bool(argument(node, "use_input_stats", 5, True)) and bool(_tensors(node.args[1:3]))
+    if node.op != "call_function" or name not in ("batch_norm", "instance_norm"):
+        return False
+    position = 1 if node.target in (F.batch_norm, F.instance_norm) else 3
+    if argument(node, "running_mean", position) is None:
+        return False
+    return bool(argument(node, "training", 5, False) if name == "batch_norm" else argument(node, "use_input_stats", 5, True))
 
 
 def is_random(node: fx.Node) -> bool:
@@ -92,7 +130,16 @@ def is_random(node: fx.Node) -> bool:
         return bool(argument(node, "training", 3, False))
     if name == "scaled_dot_product_attention":
         return argument(node, "dropout_p", 4, 0.0) != 0
+    if name == "multi_head_attention_forward":
+        return bool(argument(node, "training", 13, True)) and argument(node, "dropout_p", 10, 0.0) != 0
+    if name in _FUSED_RNN_NAMES:
+        return any(isinstance(value, float) and value > 0 for value in node.args)
     return name.rstrip("_") in _RANDOM_NAMES
+
+
+def hides_ops(node: fx.Node) -> bool:
+    """Whether the op is a whole graph of its own, such as a checkpointed block, of which this file cannot tell."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def is_idle_dropout(node: fx.Node) -> bool:
@@ -104,30 +151,58 @@ def is_idle_dropout(node: fx.Node) -> bool:
 
 def is_fresh(node: fx.Node) -> bool:
     """Whether the result surely shares no memory with any input."""
-    return node.op in ("call_function", "call_method") and op_name(node) in _FRESH_NAMES and not writes(node)
+    if op_name(node) not in _FRESH_NAMES or not (node.op == "call_method" or _is_pytorchs(node.target)):
+        return False
+    return updates_statistics(node) or not writes(node)
+
+
+def _is_pytorchs(function: Any) -> bool:
+    """Functions of a model's author may bear any name."""
+    module = getattr(function, "__module__", None) or "torch"
+    return module.partition(".")[0] in ("torch", "_operator")
 
 
 def written_nodes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Every node whose memory some op of the graph may write to, with that op.
+    """Every node whose memory some op of the graph may write to, with that op."""
+    return {alias: writers[0] for aliases, writers in written_memory(graph) for alias in aliases}
+
+
+def written_memory(graph: fx.Graph) -> list[tuple[set[fx.Node], list[fx.Node]]]:
+    """The pieces of memory that some op may write to: all nodes that may lie in one, and the ops that write to it.
 
     A write to a view writes to what it is a view of, and shows in every other view of it.
     """
-    written: dict[fx.Node, fx.Node] = {}
+    attributes: dict[Any, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        attributes.setdefault(node.target, []).append(node)
+    found: list[tuple[set[fx.Node], list[fx.Node]]] = []
     for node in graph.nodes:
         for target in writes(node):
-            pending = [target]
-            while pending:
-                alias = pending.pop()
-                if alias in written:
-                    continue
-                written[alias] = node
-                if not is_fresh(alias) and alias.op not in ("placeholder", "get_attr"):
-                    pending.extend(alias.all_input_nodes)
-                pending.extend(user for user in alias.users if not is_fresh(user) and user.op != "output")
-    return written
+            known = next((writers for aliases, writers in found if target in aliases), None)
+            if known is None:
+                found.append((_aliases(target, attributes), [node]))
+            elif node not in known:
+                known.append(node)
+    return found
 
 
-def _tensors(values: Any) -> list[fx.Node]:
+def _aliases(node: fx.Node, attributes: dict[Any, list[fx.Node]]) -> set[fx.Node]:
+    aliases: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        alias = pending.pop()
+        if alias in aliases:
+            continue
+        aliases.add(alias)
+        if alias.op == "get_attr":
+            pending += attributes[alias.target]
+        elif not is_fresh(alias) and alias.op != "placeholder":
+            pending += alias.all_input_nodes
+        pending += [user for user in alias.users if not is_fresh(user) and user.op != "output"]
+    return aliases
+
+
+def _tensors(values: Iterable[Any]) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(tuple(values), found.append)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcr_fx.passes.effects import is_fresh, is_idle_dropout, is_inplace_variant, op_name, writes
+from pcr_fx.passes.effects import is_fresh, is_idle_dropout, is_inplace_variant, is_random, op_name, writes
 
 _FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -36,10 +36,11 @@ def normalise_graph(graph: fx.Graph) -> None:
 def _writes_unseen(node: fx.Node, position: dict[fx.Node, int]) -> bool:
     """Whether the op overwrites a fresh value that nobody reads afterwards, under any name."""
     written = writes(node)
-    if len(written) != 1 or node.op == "call_module" or "out" in node.kwargs:
+    if len(written) != 1 or is_random(node) or "out" in node.kwargs:
+        # An in-place random op may draw other numbers than the ordinary one.
         return False
     target = written[0]
-    if not is_fresh(target) or node.args[0] is not target:
+    if not is_fresh(target) or not node.args or node.args[0] is not target:
         return False
     others = [user for user in target.users if user is not node]
     return all(position[user] < position[node] and is_fresh(user) for user in others)
@@ -52,9 +53,9 @@ def _make_functional(node: fx.Node) -> None:
     elif node.op == "call_function" and is_inplace_variant(node):
         _switch_off_inplace(node)
         return
-    elif node.op == "call_method" and hasattr(torch.Tensor, op_name(node).removesuffix("_")):
+    elif node.op == "call_method" and callable(getattr(torch.Tensor, op_name(node).removesuffix("_"), None)):
         node.target = op_name(node).removesuffix("_")
-    elif node.op == "call_function" and hasattr(torch, op_name(node)):
+    elif getattr(torch, f"{op_name(node)}_", None) is node.target and hasattr(torch, op_name(node)):
         node.target = getattr(torch, op_name(node))
     else:
         return

@@ -16,7 +16,7 @@ from pcr_fx.errors import BodyError
 from pcr_fx.node import solved_dtype
 from pcr_fx.options import Options
 from pcr_fx.passes.detect import Detection, FoundChain, Rejected
-from pcr_fx.passes.rewrite import sortable_chains
+from pcr_fx.passes.rewrite import explain_unsortable, sortable_chains
 from pcr_fx.planner import Choice, Plan, choose, make_plan
 
 
@@ -42,7 +42,7 @@ def plan_chains(
     for found in detection.chains:
         try:
             if found not in sortable:
-                raise BodyError("a value computed from one of its states decides what a later block is given")
+                raise BodyError(explain_unsortable(graph, found))
             planned.append(_plan_chain(found, attributes, options))
         except BodyError as reason:
             origin = found.chain.origin

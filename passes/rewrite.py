@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import networkx as nx
 from torch import fx
 
+from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.detect import FoundChain
-from pcr_fx.passes.effects import is_random, op_name, written_nodes, writes
+from pcr_fx.passes.effects import hides_ops, is_random, op_name, written_memory
 
 Stack = Callable[[fx.Graph, Sequence[fx.Node], dict[fx.Node, fx.Node]], fx.Node]
 
@@ -30,6 +32,20 @@ def sortable_chains(graph: fx.Graph, chains: Sequence[FoundChain]) -> list[Found
         if _order(graph, [*kept, chain]) is not None:
             kept.append(chain)
     return kept
+
+
+def explain_unsortable(graph: fx.Graph, chain: FoundChain) -> str:
+    """Why a chain cannot be evaluated at one point of the graph's order."""
+    if _order(graph, [chain], ()) is None:
+        return "a value computed from one of its states decides what a later block is given"
+    if _order(graph, [chain]) is not None:
+        return "it and another chain wait for each other"
+    nodes = list(graph.nodes)
+    position = [index for index, node in enumerate(nodes) if node in chain.nodes]
+    barrier = next(filter(is_barrier, nodes[position[0] : position[-1]]), None)
+    if barrier is not None:
+        return f"{describe_node(barrier)} changes how ops run from one of its ops to the next"
+    return "random numbers drawn, or values written, between its blocks must keep their order"
 
 
 def rewrite_chains(
@@ -81,8 +97,13 @@ def _emit(
             copies[state].meta = dict(state.meta)
 
 
-def _order(graph: fx.Graph, chains: Sequence[FoundChain]) -> list[fx.Node | int] | None:
-    """Nodes and chains (by index) in an order that can be run; `None` if a chain would have to wait for itself."""
+def _order(
+    graph: fx.Graph, chains: Sequence[FoundChain], effects: Iterable[tuple[fx.Node, fx.Node]] | None = None
+) -> list[fx.Node | int] | None:
+    """Nodes and chains (by index) in an order that can be run; `None` if a chain would have to wait for itself.
+
+    `effects` are the pairs that keep their order beside those that data orders: by default, all that must.
+    """
     owner = {node: index for index, chain in enumerate(chains) for node in chain.nodes}
     position = {node: index for index, node in enumerate(graph.nodes)}
     dag = nx.DiGraph()
@@ -96,7 +117,7 @@ def _order(graph: fx.Graph, chains: Sequence[FoundChain]) -> list[fx.Node | int]
         dag.add_node(owner.get(node, node))
         for source in node.all_input_nodes:
             before(source, node)
-    for first, second in _effect_order(graph, position):
+    for first, second in _effect_order(graph) if effects is None else effects:
         before(first, second)
     first_of = [min(position[node] for node in chain.nodes) for chain in chains]
     try:
@@ -109,45 +130,37 @@ def _order(graph: fx.Graph, chains: Sequence[FoundChain]) -> list[fx.Node | int]
         return None
 
 
-def _effect_order(graph: fx.Graph, position: dict[fx.Node, int]) -> list[tuple[fx.Node, fx.Node]]:
+def _effect_order(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Pairs that must keep their order though no value passes between them."""
-    pairs = []
-    # Placeholders stay in front, random ops draw in the order written.
-    nodes = list(graph.nodes)
-    inputs = [node for node in nodes if node.op == "placeholder"]
-    pairs += list(zip(inputs, inputs[1:], strict=False))
-    if inputs and len(nodes) > len(inputs):
-        pairs += [(inputs[-1], node) for node in nodes if node.op != "placeholder"]
-    random = [node for node in nodes if node.op.startswith("call_") and is_random(node)]
-    pairs += list(zip(random, random[1:], strict=False))
-    writers = {node for node in nodes if writes(node)}
-    if writers:
-        for alias in written_nodes(graph):
-            touching = [alias, *alias.users]
-            for writer in writers.intersection(touching):
-                pairs += [
-                    (other, writer) if position[other] < position[writer] else (writer, other)
-                    for other in touching
-                    if other is not writer
-                ]
-    pairs += _around_barriers(nodes)
-    return pairs
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    others = [node for node in graph.nodes if node.op != "placeholder"]
+    yield from itertools.pairwise(inputs)
+    if inputs:
+        yield from ((inputs[-1], node) for node in others)
+    # Random numbers are drawn in the order written.
+    yield from itertools.pairwise(node for node in others if is_random(node) or hides_ops(node))
+    for aliases, writers in written_memory(graph):
+        touching = aliases.union(*(alias.users for alias in aliases))
+        yield from _around([node for node in graph.nodes if node in touching], set(writers))
+    yield from _around(others, {node for node in others if is_barrier(node)})
 
 
-def _around_barriers(nodes: Sequence[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
-    pairs: list[tuple[fx.Node, fx.Node]] = []
-    barrier, since = None, []
+def _around(nodes: Sequence[fx.Node], fences: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Pairs that keep every node on its side of every fence."""
+    fence, since = None, []
     for node in nodes:
-        if node.op == "placeholder":
-            continue
-        if barrier is not None:
-            pairs.append((barrier, node))
-        if node.op == "call_function" and op_name(node) in _BARRIERS:
-            pairs += [(earlier, node) for earlier in since]
-            barrier, since = node, []
+        if fence is not None:
+            yield fence, node
+        if node in fences:
+            yield from ((earlier, node) for earlier in since)
+            fence, since = node, []
         else:
             since.append(node)
-    return pairs
+
+
+def is_barrier(node: fx.Node) -> bool:
+    """Whether the op changes how all later ops run."""
+    return node.op == "call_function" and (op_name(node) in _BARRIERS or op_name(node).endswith("crement_nesting"))
 
 
 def depth(graph: fx.Graph, chains: Sequence[FoundChain]) -> tuple[int, int]:

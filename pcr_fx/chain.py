@@ -16,6 +16,11 @@ class TensorSpec:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether such a tensor has a cotangent."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
     @classmethod
     def of(cls, tensor: Tensor) -> TensorSpec:
         return cls(tuple(tensor.shape), tensor.dtype, tensor.device)

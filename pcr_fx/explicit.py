@@ -13,11 +13,12 @@ from torch import fx, nn
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.node import Attributes, Slot, SolveNode, StackedAttributes, stack_operands
 from pcr_fx.options import Options
-from pcr_fx.passes.capture import attribute, capture_model
+from pcr_fx.passes.capture import Captured, bind_arguments, capture_model
 from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.passes.plan import plan_chains
 from pcr_fx.passes.rewrite import rewrite_chains
+from pcr_fx.passes.tracer import attribute
 from pcr_fx.reports import RewriteReport, build_report
 
 # Modules that run the same code in training and in evaluation; all others are watched for a change of mode.
@@ -38,7 +39,8 @@ def transform(model: nn.Module, example_inputs: Any = None, options: Any = None)
             the same names, so that one optimiser or `state_dict` serves both.
         example_inputs: arguments of a typical call: a tuple, a dict by name, or one tensor. With them the shapes in
             the model are known while it is read (loops over `x.shape[1]` trace), and chains are planned at once;
-            without them, at the first call.
+            without them, at the first call. What the forward asked of its arguments (a shape, the value of a flag)
+            holds for that graph alone: a call that differs in it is traced and rewritten anew.
         options: an `Options`, or a dict of its fields.
 
     Raises:
@@ -62,30 +64,47 @@ class TransformedModule(nn.Module):
         self._pcr_watched = [
             module.__dict__ for module in self.modules() if type(module).__module__ not in _SAME_IN_BOTH_MODES
         ]
-        self._pcr_rewritten: dict[tuple[bool, ...], _Rewritten] = {}
-        self._rewritten()
+        self._pcr_rewritten: dict[tuple[bool, ...], list[_Rewritten]] = {}
+        self._latest()
 
     # A compiler has nothing left to do here; to compile what is around the chains, compile the model itself.
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = bind_arguments(self._model(), args, kwargs)
+        variants = self._variants()
+        for index, rewritten in enumerate(variants):
+            if rewritten.captured.holds_for(arguments):
+                break
+        else:
+            index, rewritten = len(variants), self._rewrite(arguments)
+        # The latest comes first.
+        variants[: index + 1] = [rewritten, *variants[:index]]
         # Past the graph module's own call machinery: hooks were traced, or are this module's own.
-        return self._rewritten().run.forward(*args, **kwargs)
+        return rewritten.run.forward(*rewritten.captured.inputs(arguments))
 
     @property
     def report(self) -> RewriteReport:
-        """The report for the present mode (training or evaluation)."""
-        return self._rewritten().report
+        """The report for the present mode (training or evaluation), and the latest call in it."""
+        return self._latest().report
 
-    def _rewritten(self) -> _Rewritten:
-        """The rewritten graph for the present modes: dropout, say, is traced as it stands at the time."""
-        modes = tuple([state["training"] for state in self._pcr_watched])
-        rewritten = self._pcr_rewritten.get(modes)
-        if rewritten is None:
-            model = self._pcr_class.__new__(self._pcr_class)
-            model.__dict__ = self.__dict__
-            rewritten = rewrite_model(model, self._pcr_example_inputs, self._pcr_options)
-            self._pcr_rewritten[modes] = rewritten
-        return rewritten
+    def _latest(self) -> _Rewritten:
+        variants = self._variants()
+        if not variants:
+            variants.append(self._rewrite(self._pcr_example_inputs))
+        return variants[0]
+
+    def _variants(self) -> list[_Rewritten]:
+        """The rewritten graphs for the present modes: dropout, say, is traced as it stands at the time."""
+        return self._pcr_rewritten.setdefault(tuple([state["training"] for state in self._pcr_watched]), [])
+
+    def _rewrite(self, example_inputs: Any) -> _Rewritten:
+        return rewrite_model(self._model(), example_inputs, self._pcr_options)
+
+    def _model(self) -> nn.Module:
+        """The model again, in this module's state."""
+        model = self._pcr_class.__new__(self._pcr_class)
+        model.__dict__ = self.__dict__
+        return model
 
     def _get_name(self) -> str:
         return f"Transformed{self._pcr_class.__name__}"
@@ -95,13 +114,15 @@ class TransformedModule(nn.Module):
 class _Rewritten:
     """One traced and rewritten graph."""
 
+    captured: Captured
     run: fx.GraphModule
     report: RewriteReport
 
 
 def rewrite_model(model: nn.Module, example_inputs: Any, options: Options) -> _Rewritten:
     """Capture, normalise, detect, plan and rewrite `model`; its attributes are read from it at each call."""
-    graph = capture_model(model, example_inputs)
+    captured = capture_model(model, example_inputs)
+    graph = captured.graph
     normalise_graph(graph)
     attributes = {str(n.target): attribute(model, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
     detection = find_chains(graph, attributes, options.min_length)
@@ -124,7 +145,7 @@ def rewrite_model(model: nn.Module, example_inputs: Any, options: Options) -> _R
     new = rewrite_chains(graph, [item.found for item in planned], names, stack)
     modules["attributes"] = _fetch_attributes(new, model)
     report = build_report(graph, planned, dict(zip(map(id, planned), nodes, strict=True)), rejected, options)
-    return _Rewritten(fx.GraphModule(modules, new), report)
+    return _Rewritten(captured, fx.GraphModule(modules, new), report)
 
 
 def _fetch_attributes(graph: fx.Graph, model: nn.Module) -> Attributes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,11 @@ def _record(record: int) -> SolveRecord:
     return _records.get(record) or SolveRecord("a chain whose module is gone")
 
 
-@torch.library.custom_op("pcr_fx::solve", mutates_args=())
+# It reads its residual on the host, which a CUDA graph cannot record.
+_HOST_SYNC = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("pcr_fx::solve", mutates_args=(), tags=_HOST_SYNC)
 def solve(
     initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor], plan: str, record: int
 ) -> Tensor:
@@ -93,7 +97,7 @@ def _solve(
         stats = _failed(stats, plan, record)
         trajectory, _ = solve_sequential(program, initial, every, shared)
     record.forward(solver, stats)
-    return _owned(trajectory)
+    return _owned([trajectory], [initial, *operands, *shared])[0]
 
 
 def _failed(stats: SolveStats, plan: Plan, record: SolveRecord) -> SolveStats:
@@ -113,7 +117,7 @@ def _(initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor], pla
     return initial.new_empty((plan_by_key(plan).program.length, *initial.shape))
 
 
-@torch.library.custom_op("pcr_fx::adjoint", mutates_args=())
+@torch.library.custom_op("pcr_fx::adjoint", mutates_args=(), tags=_HOST_SYNC)
 def adjoint(
     initial: Tensor,
     trajectory: Tensor,
@@ -123,7 +127,7 @@ def adjoint(
     plan: str,
     record: int,
 ) -> list[Tensor]:
-    """Cotangents `[d_initial, *d_operands, *d_shared]`, of floating operands only, in this order."""
+    """Cotangents `[d_initial, *d_operands, *d_shared]`, of floating and complex operands only, in this order."""
     with torch.autocast(initial.device.type, enabled=False):
         return _adjoint(initial, trajectory, operands, shared, cotangents, plan_by_key(plan), _record(record))
 
@@ -152,14 +156,24 @@ def _adjoint(
     if solver == "sequential" or fallback:
         result = adjoint_sequential(program, previous, every, shared, cotangents)
     record.backward(solver, fallback)
-    return [_owned(part) for part in result]
+    return _owned(result, [initial, trajectory, *operands, *shared, cotangents])
 
 
-def _owned(result: Tensor) -> Tensor:
-    """A contiguous result of its own: an operator's results may not be views, and compilers plan for their strides."""
-    if result._is_view() or not result.is_contiguous():
-        return result.clone(memory_format=torch.contiguous_format)
-    return result
+def _owned(results: Iterable[Tensor], inputs: Iterable[Tensor]) -> list[Tensor]:
+    """The results, contiguous and each in memory of its own.
+
+    An operator's results may share memory neither with its inputs nor with each other, and compilers plan for their
+    strides. The pullback of `x + a + b`, say, returns one tensor three times.
+    """
+    taken = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    owned = []
+    for result in results:
+        storage = result.untyped_storage()
+        if storage.data_ptr() in taken or storage.nbytes() > result.nbytes or not result.is_contiguous():
+            result = result.clone(memory_format=torch.contiguous_format)
+        taken.add(result.untyped_storage().data_ptr())
+        owned.append(result)
+    return owned
 
 
 def _failed_adjoint(plan: Plan, record: SolveRecord) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from pcr_fx.body.isolation import isolated
 from pcr_fx.chain import Chain, Origin
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.node import SolveNode
@@ -97,6 +98,8 @@ def _check(states: list[Any], columns: list[Any], common: list[Any]) -> None:
 
 
 def _length(columns: list[Tensor], length: int | None) -> int:
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
+        raise UnsupportedError(f"length must be a whole number, got {length!r}")
     sizes = {column.shape[0] if column.ndim else None for column in columns}
     if None in sizes:
         raise UnsupportedError("operands are stacked along dimension 0, got a tensor without dimensions")
@@ -111,6 +114,7 @@ def _length(columns: list[Tensor], length: int | None) -> int:
     return found
 
 
+@isolated
 def _trace_step(
     step: Callable[[Any, Any, Any], Any],
     states: list[Tensor],
@@ -129,8 +133,10 @@ def _trace_step(
             raise UnsupportedError(f"step must return a state of the structure of x0, {structure[0]}, got {spec}")
         return tuple(result)
 
-    # Distinct tensors: one object given twice would be traced as one input.
-    inputs = [tensor.detach().clone() for tensor in (*states, *operands, *shared)]
+    # Distinct tensors: one object given twice would be traced as one input. Their values do not matter.
+    inputs = [
+        torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (*states, *operands, *shared)
+    ]
     try:
         with torch.no_grad():
             graph = make_fx(flat)(*inputs)

@@ -68,7 +68,8 @@ def prove_batch_dimensions(body: fx.GraphModule, num_states: int) -> BatchDimens
         proof.layouts[state] = tuple((Factor(dim, size),) for dim, size in enumerate(shape))
     needed = _needed_nodes(body.graph)
     for node in body.graph.nodes:
-        if node in needed and node.op not in ("placeholder", "output"):
+        # Once nothing lives, nothing can be learnt, and numbers taken out of tensors need no layouts.
+        if proof.live and node in needed and node.op not in ("placeholder", "output"):
             proof.visit(node)
     proof.check_outputs(outputs)
     return BatchDimensions(tuple(sorted(proof.live)), dict(sorted(proof.reasons.items())))
@@ -92,14 +93,14 @@ def _size(factors: Dimension) -> int:
     return math.prod(factor.size for factor in factors)
 
 
-def _places(layout: Layout) -> dict[int, list[tuple[int, int]]]:
+def _places(layout: Layout) -> dict[int, tuple[int, int]]:
     """Where each label is: (dimension, stride within the dimension)."""
-    places: dict[int, list[tuple[int, int]]] = {}
+    places: dict[int, tuple[int, int]] = {}
     for dim, factors in enumerate(layout):
         stride = 1
         for factor in reversed(factors):
             if factor.label is not None:
-                places.setdefault(factor.label, []).append((dim, stride))
+                places[factor.label] = (dim, stride)
             stride *= factor.size
     return places
 
@@ -201,7 +202,8 @@ class Call:
         return {dim % max(rank, 1) for dim in ([given] if isinstance(given, int) else given)}
 
 
-# Lays every operand out over the dimensions of the result. None instead of a layout, or of the list: no rule.
+# Lays the operands out over the dimensions of the result. None instead of a layout, or of the list, says that
+# this use has no rule; so does an operand left out.
 Place = Callable[[Call], Sequence[Layout | None] | None]
 
 
@@ -217,7 +219,7 @@ class Rule(NamedTuple):
 
 
 def _elementwise(call: Call) -> list[Layout]:
-    """Serves slices, splits and repeats too: a dimension that they change has another size: it is opaque."""
+    """Serves slices, splits and repeats too: they give a dimension another size, which makes it opaque."""
     return [_align(layout, call.rank) for layout in call.operands]
 
 
@@ -275,12 +277,9 @@ def _contraction(equation: str) -> Place:
     inputs, output = equation.split("->")
     terms = inputs.split(",")
 
-    def place(call: Call) -> list[Layout] | None:
-        names = list(call.arguments)[: len(terms)]
-        if call.others(*names):
-            return None
-        found = [(call.layout(name), term) for name, term in zip(names, terms, strict=True)]
-        return [_project(layout, term, output, call.rank) for layout, term in found if layout is not None]
+    def place(call: Call) -> list[Layout]:
+        operands = zip(map(call.layout, list(call.arguments)[: len(terms)]), terms, strict=True)
+        return [_project(layout, term, output, call.rank) for layout, term in operands if layout is not None]
 
     return place
 
@@ -291,7 +290,7 @@ def _project(layout: Layout, term: str, output: str, rank: int) -> Layout:
         return _align(layout, rank)
     letters, kept = term.removeprefix("..."), output.removeprefix("...")
     leading = len(layout) - len(letters)
-    if leading < 0 or (leading > 0 and term == letters):  # as a vector in matmul
+    if leading < 0:  # a vector in matmul
         return ((),) * rank
     dimensions = dict(zip(letters, layout[leading:], strict=True))
     front = _align(layout[:leading], rank - len(kept))
@@ -331,8 +330,8 @@ def _channel_norm(call: Call, coupled: Collection[int]) -> list[Layout]:
 
 
 def _batch_norm(call: Call) -> list[Layout]:
-    """In training, statistics are per channel; instance norm is written so, with the batch in the channels.
-    If it updates running statistics, it is no function of the states, and nothing is kept."""
+    """Nothing is coupled in evaluation, all but the channels in training: instance norm is training with the
+    batch in the channels. With running statistics to update it is no function: all is coupled."""
     if not call.arguments.get("training"):
         return _channel_norm(call, ())
     updates = call.arguments.get("running_mean") is not None
@@ -341,7 +340,7 @@ def _batch_norm(call: Call) -> list[Layout]:
 
 def _convolution(call: Call) -> list[Layout] | None:
     layout = call.layout("input")
-    if layout is None or call.others("input") or call.rank != len(call.arguments["stride"]) + 2:
+    if layout is None or call.rank != len(call.arguments["stride"]) + 2:
         return None
     return [_blank(layout, range(1, call.rank))]
 
@@ -350,8 +349,8 @@ _POINTWISE = Rule(_elementwise, "broadcasts it")
 _NORM = "normalises over it"
 
 # By name, for all overloads: what differs between them, a rule asks for by the name of the argument. Ops that
-# PyTorch tags as pointwise need no entry; those in the first group are elementwise without the tag, some of them
-# only in older releases.
+# PyTorch tags as pointwise need no entry; the first group is elementwise without the tag, in some releases at
+# least.
 RULES: dict[str, Rule] = {
     name: rule
     for names, rule in (
@@ -465,7 +464,7 @@ class _Proof:
         if (_aten_name(node) or "").startswith(_SHAPE_ONLY):
             return
         if self._writes_elsewhere(node):
-            self.lose_all(f"{_name(node)} writes states into other memory")
+            self.lose_all(f"{_name(node)} has no dimension rule for what it writes")
         if node.target is operator.getitem and node.args[0] in self.several:
             self._infer(node.args[0], node, node.args[1])  # type: ignore[arg-type]
         elif isinstance(node.meta["val"], tuple | list):
@@ -478,7 +477,7 @@ class _Proof:
         for output in outputs:
             places = _places(self.layouts.get(output, ()))
             for label in sorted(self.live if output in self.layouts else ()):
-                if places[label] != [(label, 1)]:
+                if places[label] != (label, 1):
                     self.lose(label, "the new state has it in another dimension")
 
     def _writes_elsewhere(self, node: fx.Node) -> bool:
@@ -506,7 +505,7 @@ class _Proof:
         for label in sorted(self.live):
             if any(label not in found for found in places):
                 self.lose(label, f"{_name(op)} {rule.loses}")
-            elif any(found[label] != places[0][label] for found in places) or len(places[0][label]) > 1:
+            elif any(found[label] != places[0][label] for found in places):
                 self.lose(label, f"{_name(op)} pairs it with another dimension")
         self.layouts[result] = placed[0]  # as the live labels sit alike in all operands, any of them serves
 
@@ -571,10 +570,8 @@ def _rule(node: fx.Node) -> Rule | None:
     name = _aten_name(node)
     if name is None:
         return None
-    # aten.equal is tagged as pointwise too, but its result is one number.
-    tensors = all(str(result.type) == "Tensor" for result in node.target._schema.returns)  # type: ignore[union-attr]
     is_pointwise = torch.Tag.pointwise in node.target.tags  # type: ignore[union-attr]
-    return _POINTWISE if is_pointwise and tensors and not _is_random(node) else RULES.get(name)
+    return _POINTWISE if is_pointwise else RULES.get(name)
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pcr_fx.body.batch import BatchDimensions, prove_batch_dimensions
 from pcr_fx.body.isolation import isolated
@@ -51,7 +52,7 @@ class Signature:
 class Program:
     """All that runs a chain, for one signature. States are flat: `z` `[*batch, d]`, `Z` `[L, *batch, d]`.
 
-    Per-block operands are `[...]` in `step*` and `[L, ...]` elsewhere. Cotangents of floating operands only.
+    Per-block operands are `[...]` in `step*` and `[L, ...]` elsewhere. Cotangents of floating and complex operands only.
 
     Attributes:
         key: hash of everything below: two programs with one key compute the same.
@@ -94,11 +95,11 @@ class Program:
     @property
     def differentiable_operands(self) -> tuple[bool, ...]:
         """Which per-block operands have a cotangent."""
-        return tuple(spec.dtype.is_floating_point for spec in self.signature.operands)
+        return tuple(spec.is_differentiable for spec in self.signature.operands)
 
     @property
     def differentiable_shared(self) -> tuple[bool, ...]:
-        return tuple(spec.dtype.is_floating_point for spec in self.signature.shared)
+        return tuple(spec.is_differentiable for spec in self.signature.shared)
 
 
 @dataclass(frozen=True)
@@ -201,9 +202,16 @@ def _literal_tensors(chain: Chain, signature: Signature) -> tuple[Tensor, ...]:
 
 
 def _check_states(block: fx.GraphModule, signature: Signature) -> None:
+    dtypes = {spec.dtype for spec in signature.states}
+    if len(dtypes) > 1:
+        raise BodyError(f"the states differ in dtype: {', '.join(sorted(map(str, dtypes)))}")
+    if not signature.states[0].dtype.is_floating_point:
+        raise BodyError(f"the state has dtype {signature.states[0].dtype}, which is not a floating dtype")
     outputs = block.graph.output_node().args[0]
     for spec, node in zip(signature.states, outputs, strict=True):  # type: ignore[arg-type]
         value = node.meta["val"] if isinstance(node, fx.Node) else node
+        if not isinstance(value, Tensor):
+            raise BodyError(f"the block returns {value!r} in place of a state")
         if tuple(value.shape) != spec.shape:
             raise BodyError(
                 f"the block changes the shape of its state from {list(spec.shape)} to {list(value.shape)}"
@@ -223,7 +231,8 @@ def _op_names(block: fx.GraphModule) -> tuple[str, ...]:
 def _trace(function: Run, arguments: Sequence[Any]) -> fx.GraphModule:
     """`function` as an aten graph, or `BodyError` with what went wrong in words."""
     try:
-        with torch.autocast(arguments[0].device.type, enabled=False), _quiet(_FAKE_TENSOR_LOG):
+        # Attention in ordinary ops: its fused kernels have no vmap rule, and would be traced once a block and row.
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(arguments[0].device.type, enabled=False), _quiet(_FAKE_TENSOR_LOG):
             graph = make_fx(function)(*arguments)
     except Exception as error:
         raise BodyError(f"the block cannot be traced: {_first_line(error)}") from error
@@ -314,9 +323,9 @@ class _Tracer:
         self.operands = [*others[: len(signature.operands)], *literals]
         self.shared = others[len(signature.operands) :]
         # A literal is a number: it has no cotangent.
-        self.needs = [True, *(spec.dtype.is_floating_point for spec in signature.operands)]
+        self.needs = [True, *(spec.is_differentiable for spec in signature.operands)]
         self.needs += [False for _ in literals]
-        self.needs += [spec.dtype.is_floating_point for spec in signature.shared]
+        self.needs += [spec.is_differentiable for spec in signature.shared]
 
     def graphs(self) -> dict[str, fx.GraphModule]:
         one = [self.state, *self.operands, *self.shared]
@@ -367,7 +376,7 @@ class _Tracer:
         return output, rows
 
     def _pullback_of(self, function: Run) -> Run:
-        """`(*tensors, cotangent) -> (d_state, *d_operands, *d_shared)` of `function`, floating inputs only."""
+        """`(*tensors, cotangent) -> (d_state, *d_operands, *d_shared)` of `function`, differentiable inputs only."""
         needs = self.needs
 
         def pullback(*tensors: Any) -> tuple[Any, ...]:

@@ -22,7 +22,7 @@ def check_pure(block: fx.GraphModule) -> None:
         if not isinstance(node.target, OpOverload):
             continue
         name = str(node.target).removesuffix(".default")
-        if torch.Tag.nondeterministic_seeded in node.target.tags:
+        if _is_random(node):
             raise BodyError(f"random op {name}: every evaluation of the block would draw other numbers")
         if _updates_statistics(node):
             raise BodyError(f"{name} in training mode updates running statistics")
@@ -30,9 +30,22 @@ def check_pure(block: fx.GraphModule) -> None:
             raise BodyError(f"mutation: {name} writes to an input of the block")
 
 
+def _is_random(node: fx.Node) -> bool:
+    """Attention is tagged as random for the dropout that it could do."""
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
+        return False
+    could_drop = any(argument.name == "dropout_p" for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+    return not could_drop or bool(_arguments(node).get("dropout_p"))
+
+
 def _updates_statistics(node: fx.Node) -> bool:
-    """Batch norm in training mode; its old overloads do not declare that they write to their statistics."""
-    return "batch_norm" in str(node.target) and any(bool(_arguments(node).get(flag)) for flag in ("training", "train"))
+    """Batch norm in training mode; its old overloads do not declare that they write to their statistics.
+
+    Without running statistics it writes nothing: instance norm is written so.
+    """
+    given = _arguments(node)
+    training = any(given.get(flag) for flag in ("training", "train"))
+    return "batch_norm" in str(node.target) and training and given.get("running_mean") is not None
 
 
 def _written(node: fx.Node) -> list[fx.Node]:

@@ -1,0 +1,339 @@
+"""The symbolic tracer behind `capture.py`: one pass through a model's forward, with stand-ins for its tensors."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import operator
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from pcr_fx.errors import CaptureError
+from pcr_fx.passes.effects import RESHAPING_METHODS
+
+log = logging.getLogger(__name__)
+
+ADVICE = 'torch.compile(model, backend="deeppcr") reads such models'
+
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+# Tensors out of nothing: each call of the model makes its own.
+_FACTORIES = frozenset(
+    getattr(torch, name)
+    for name in (
+        "arange as_tensor empty eye full linspace logspace normal ones rand randint randn randperm scalar_tensor "
+        "tensor tril_indices triu_indices zeros"
+    ).split()
+)
+# What a fake tensor knows, and what only a real one would.
+_KNOWN = frozenset("shape dtype device ndim is_cuda layout itemsize nbytes".split())
+_UNKNOWN = frozenset("requires_grad is_leaf grad grad_fn _version".split())
+_CONSTANT = "_tensor_constant"
+
+
+class ModelTracer(fx.Tracer):
+    """Traces through every module.
+
+    Args:
+        model: the root.
+        arguments: of its forward, by name.
+        known: whether they are real, so that shapes can be followed; otherwise `Tensor` stands for each tensor.
+    """
+
+    def __init__(self, model: nn.Module, arguments: Mapping[str, Any], known: bool) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.reads_shapes = False
+        # The base class searches all parameters for each one that it meets.
+        self.names = {id(value): name for name, value in [*model.named_buffers(), *model.named_parameters()]}
+        self.plain: dict[str, Tensor] = {}
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True) if known else None
+        # By what they look like: blocks that repeat ask the same question again and again.
+        self.fakes: dict[Any, Tensor] = {}
+        self.values: dict[Any, Any] = {}
+        self.settings = _settings()
+        self.module_stack = _ModuleStack()
+
+    def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
+        with _undisturbed(root), _Factories(self):
+            graph = super().trace(root, concrete_args)
+            self._check_stored(graph)
+        return graph
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return False
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """The forward with its arguments: stand-ins for those that hold tensors, all others as they are."""
+        forward = self.root.forward
+        bound = inspect.signature(forward).bind_partial()
+        for name, value in self.arguments.items():
+            stands_in = value is Tensor or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+            bound.arguments[name] = self.create_proxy("placeholder", name, (), {}) if stands_in else value
+        for path, module in self.root.named_modules():
+            for name, value in list(module.__dict__.items()):
+                if isinstance(value, Tensor):
+                    place = f"{path}.{name}".lstrip(".")
+                    self.plain[place] = value
+                    module.__dict__[name] = self.create_proxy("get_attr", place, (), {})
+        return lambda: forward(*bound.args, **bound.kwargs), []
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        name = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        line = _user_line(sys._getframe(1))
+        if _settings() != self.settings:
+            raise CaptureError(f"the model switches gradients or autocast on or off{_at(line)}; {ADVICE}")
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        proxy.node.meta["stack_trace"] = line
+        if self.mode is None:
+            return proxy
+        value = proxy.node.meta["example_value"] = self._value(proxy.node)
+        return proxy if target is getattr else self._handed_out(proxy, value)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _KnownProxy(node, self) if self.mode is not None else _Proxy(node, self)
+
+    def _handed_out(self, proxy: fx.Proxy, value: Any) -> Any:
+        """What the model gets: a tuple must be one, since it may be unpacked or measured, and a number is a number."""
+        if isinstance(value, Tensor) or value is None or proxy.node.op in ("get_attr", "output"):
+            return proxy
+        if type(value) in (tuple, list):
+            return type(value)(proxy[index] for index in range(len(value)))
+        if type(value) is dict:
+            return {name: proxy[name] for name in value}
+        if isinstance(value, (bool, int, float, torch.Size, torch.dtype, torch.device)):
+            self.reads_shapes = True
+            self.graph.erase_node(proxy.node)
+            return value
+        return proxy
+
+    # --- what the ops would return for the example inputs -----------------------------------------------------------
+
+    def _value(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self._fakes(self.arguments[str(node.target)])
+        if node.op == "get_attr":
+            return self._fakes(self._attribute(str(node.target)))
+        return self._result(node)
+
+    def _attribute(self, path: str) -> Any:
+        return self.plain[path] if path in self.plain else attribute(self.root, path)
+
+    def _result(self, node: fx.Node) -> Any:
+        assert self.mode is not None
+        if node.target is getattr and node.args[1] in _UNKNOWN:
+            return None
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._known)
+        try:
+            key = (node.op, node.target, _frozen(args), _frozen(kwargs))
+            if key in self.values:
+                return self.values[key]
+        except TypeError:
+            key = None
+        reshapes = node.op == "call_method" and node.target in RESHAPING_METHODS
+        with self.mode, torch._C.DisableTorchFunction(), torch.no_grad():
+            if reshapes:
+                args = (args[0].detach(), *args[1:])
+            if node.op == "call_method":
+                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                value = node.target(*args, **kwargs)  # type: ignore[operator]
+        value = self._fakes(value)
+        if reshapes:
+            node.args[0].meta["example_value"] = value  # type: ignore[union-attr]
+        elif key is not None:
+            self.values[key] = value
+        return value
+
+    def _known(self, node: fx.Node) -> Any:
+        if "example_value" not in node.meta:
+            # A constant, for which the base class makes a node of its own.
+            node.meta["example_value"] = self._value(node)
+        return node.meta["example_value"]
+
+    def _fakes(self, value: Any) -> Any:
+        return pytree.tree_map_only(Tensor, self._fake, value)
+
+    def _fake(self, value: Tensor) -> Tensor:
+        """The one fake tensor that looks like `value`: shape, dtype and device are all that is asked of it."""
+        if value.layout is not torch.strided:
+            return value
+        assert self.mode is not None
+        key = (value.shape, value.stride(), value.dtype, value.device)
+        if key not in self.fakes:
+            with self.mode, torch._C.DisableTorchFunction():
+                self.fakes[key] = torch.empty_strided(
+                    value.shape, value.stride(), dtype=value.dtype, device=value.device
+                )
+        return self.fakes[key]
+
+    # --- what a model may ask of a stand-in -------------------------------------------------------------------------
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        line = _user_line(sys._getframe(1))
+        hint = "" if self.mode is not None else "pass example_inputs if it asks for a shape; "
+        raise CaptureError(f"the model branches on the value of a tensor{_at(line)}; {hint}{ADVICE}")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        value = obj.node.meta.get("example_value")
+        if isinstance(value, (Tensor, tuple, list)):
+            self.reads_shapes = True
+            return iter([obj[index] for index in range(len(value))])
+        line = _user_line(sys._getframe(1))
+        raise CaptureError(f"the model iterates over a tensor of unknown shape{_at(line)}; pass example_inputs")
+
+    def _check_stored(self, graph: fx.Graph) -> None:
+        """A tensor that the forward stores in a module is lost; one that it reads again must not be."""
+        read = {str(node.target) for node in graph.nodes if node.op == "get_attr" and node.users}
+        for path, module in self.root.named_modules():
+            for name, value in module.__dict__.items():
+                place = f"{path}.{name}".lstrip(".")
+                if not isinstance(value, fx.Proxy) or value.node.target == place:
+                    continue
+                if place in read:
+                    raise CaptureError(f"the model keeps self.{place} from call to call; {ADVICE}")
+                if place not in self.plain:
+                    log.warning("self.%s, which the forward sets, is not set by the transformed module", place)
+
+
+class _ModuleStack(OrderedDict[str, Any]):
+    """The base class copies its module stack for each node; a plain dict is copied in a tenth of the time."""
+
+    def __copy__(self) -> dict[str, Any]:
+        return dict(self)
+
+
+class _Factories(TorchFunctionMode):
+    """Has the tracer record tensors that are made out of nothing, which it would not see otherwise."""
+
+    def __init__(self, tracer: ModelTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FACTORIES:
+            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that records writes as what they are."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _record_inplace(name: str) -> None:
+    def method(self: _Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    setattr(_Proxy, f"__{name}__", method)
+
+
+for _name in "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor".split():
+    _record_inplace(_name)
+
+
+class _KnownProxy(_Proxy):
+    """A proxy that answers questions about shape, dtype and device with what it knows, and not with more graph."""
+
+    def _known(self) -> Any:
+        self.tracer.reads_shapes = True  # type: ignore[attr-defined]
+        return self.node.meta["example_value"]
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _KNOWN and isinstance(self.node.meta.get("example_value"), Tensor):
+            return getattr(self._known(), name)
+        return super().__getattribute__(name)
+
+    def __len__(self) -> int:
+        return len(self._known())
+
+
+def _settings() -> tuple[Any, ...]:
+    """What decides how all ops run, and is no part of the graph."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")),
+    )
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Take back what the forward stores in its modules: stand-ins for tensors are of no use there afterwards."""
+    containers = (list, dict, set)
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    contents = [
+        (value, value.copy()) for _, state in before for value in state.values() if type(value) in containers
+    ]
+    try:
+        yield
+    finally:
+        for module, state in before:
+            for name in [name for name in module.__dict__ if name not in state]:
+                # The graph's own constants stay.
+                if not name.startswith(_CONSTANT):
+                    del module.__dict__[name]
+            module.__dict__.update(state)
+        for value, content in contents:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
+
+
+def _frozen(value: Any) -> Any:
+    """A hashable stand-in: equal for arguments that give results of equal shape."""
+    if isinstance(value, Tensor):
+        return id(value)
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, *map(_frozen, value)
+    if isinstance(value, Mapping):
+        return tuple((name, _frozen(item)) for name, item in value.items())
+    if isinstance(value, slice):
+        return "slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step)
+    hash(value)
+    return type(value), value
+
+
+def attribute(root: nn.Module, path: str) -> Any:
+    """`root.a.b.c`, past `Module.__getattr__`, which a tracer at work has replaced."""
+    *modules, name = path.split(".")
+    for module in modules:
+        root = root._modules[module] if module in root._modules else root.__dict__[module]  # type: ignore[assignment]
+    for holder in (root._parameters, root._buffers, root._modules, root.__dict__):
+        if name in holder:
+            return holder[name]
+    return getattr(root, name)
+
+
+def _at(line: str) -> str:
+    return f" at {line.strip()}" if line else ""
+
+
+def _user_line(frame: FrameType | None) -> str:
+    """The innermost line of the model's own code, in the form of a traceback."""
+    while frame is not None and frame.f_code is not ModelTracer.trace.__code__:
+        name = frame.f_code.co_filename
+        if not name.startswith(_TORCH) and name != __file__:
+            return f'  File "{name}", line {frame.f_lineno}, in {frame.f_code.co_name}\n'
+        frame = frame.f_back
+    return ""
