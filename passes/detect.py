@@ -8,6 +8,7 @@ in the report.
 
 from __future__ import annotations
 
+import itertools
 import numbers
 import operator
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from torch import fx
 
 from pcr_fx.chain import Chain, Origin
 from pcr_fx.passes.describe import describe_node, describe_source, module_range
-from pcr_fx.passes.effects import is_random, op_name, writes, written_nodes
+from pcr_fx.passes.effects import hides_ops, is_random, op_name, updates_statistics, writes, written_nodes
 from pcr_fx.passes.periods import Run, find_runs
 
 # Ops for which a number that differs from block to block may become a tensor that does.
@@ -114,6 +115,8 @@ class _NotCarried(_Broken):
     """The blocks do not feed each other."""
 
 
+# The furthest back that a block may reach for a value.
+_MAX_LAG = 3
 # A cut through an op that returns several tensors would carry the tuple: any other cut is better.
 _TUPLE_COST = 1000
 
@@ -152,15 +155,22 @@ class _Detector:
 
     def _look(self, node: fx.Node) -> tuple[Any, ...]:
         """What an op looks like before its wiring: blocks of one chain look alike op by op."""
-        kinds = tuple(self._kind(leaf) for leaf in flatten_arguments(node))
-        return node.op, node.target, kinds, tuple(node.kwargs), _shape(node.meta.get("example_value"))
+        arguments = self._kind(node.args), self._kind(node.kwargs)
+        return node.op, node.target, arguments, _shape(node.meta.get("example_value"))
 
-    def _kind(self, leaf: Any) -> Any:
-        if not isinstance(leaf, fx.Node):
-            return type(leaf)
-        if leaf.op == "get_attr":
-            return _shape(self.attributes.get(str(leaf.target)))
-        return _shape(leaf.meta.get("example_value")) or "op"
+    def _kind(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            if argument.op == "get_attr":
+                return _shape(self.attributes.get(str(argument.target)))
+            return _shape(argument.meta.get("example_value")) or "op"
+        # How the leaves are nested matters: x[0, 1] is not x[[0, 1]].
+        if isinstance(argument, (tuple, list)):
+            return isinstance(argument, tuple), *map(self._kind, argument)
+        if isinstance(argument, dict):
+            return tuple((name, self._kind(value)) for name, value in argument.items())
+        if isinstance(argument, slice):
+            return slice, *map(self._kind, (argument.start, argument.stop, argument.step))
+        return type(argument)
 
     def _unclaimed(self, run: Run) -> list[tuple[int, int]]:
         stretches, start = [], None
@@ -303,10 +313,11 @@ class _Assembly:
     def __init__(self, blocks: _Blocks, length: int) -> None:
         self.blocks, self.length = blocks, length
         self.detector = blocks.detector
-        # The second block shows the wiring: the first takes from outside what the others are handed.
-        template = min(1, length - 1)
+        # The third block shows the wiring: the first takes from outside what the others are handed, and so does the
+        # second where a state of two blocks back is used.
+        self.template = min(2, length - 1)
         self.bindings = [
-            [blocks.bind(template, leaf) for leaf in flatten_arguments(blocks.op(template, index))]
+            [blocks.bind(self.template, leaf) for leaf in flatten_arguments(blocks.op(self.template, index))]
             for index in range(blocks.period)
         ]
 
@@ -433,8 +444,15 @@ class _Assembly:
                 node = self.blocks.op(block, index)
                 if is_random(node):
                     raise _Broken(block, f"random op {op_name(node)}: each evaluation would draw other numbers", node)
+                if hides_ops(node):
+                    raise _Broken(block, f"{op_name(node)} holds ops that are not looked into", node)
+                if updates_statistics(node):
+                    raise _Broken(block, f"mutation: {op_name(node)} in training mode updates its statistics", node)
                 if writes(node):
                     raise _Broken(block, f"mutation: {op_name(node)} writes to {_names(writes(node))}", node)
+        for block in range(self.length):
+            for index in sorted(body):
+                node = self.blocks.op(block, index)
                 if node in self.detector.written:
                     writer = self.detector.written[node]
                     raise _Broken(block, f"mutation: {describe_node(writer)} writes to a value of the block", writer)
@@ -559,8 +577,7 @@ class _Builder:
         )
 
     def _body_graph(self) -> fx.GraphModule:
-        """The second block as a graph of its own: states, operands, literals and shared operands in, states out."""
-        template = min(1, self.length - 1)
+        """One block as a graph of its own: states, operands, literals and shared operands in, states out."""
         arguments = {index: self._classify(index) for index in self.body}
         graph = fx.Graph()
         inputs: dict[str, fx.Node] = {}
@@ -571,7 +588,7 @@ class _Builder:
                 inputs[name] = graph.placeholder(name)
         copies: dict[int, fx.Node] = {}
         for index in self.body:
-            node = self.blocks.op(template, index)
+            node = self.blocks.op(self.assembly.template, index)
             leaves = iter(arguments[index])
 
             def replace(_: Any, leaves: Any = leaves) -> Any:
@@ -623,7 +640,7 @@ class _Builder:
         value = self._value(node)
         if value is not None and not isinstance(value, torch.Tensor):
             op = self.blocks.op(0, index)
-            raise _Broken(0, f"{op_name(op)} takes {node.name}, which is no tensor but {type(value).__name__}", op)
+            raise _Broken(0, f"{op_name(op)} takes {node.name}, which is no tensor but {_say(_shape(value))}", op)
 
     def _check_stackable(self, nodes: Sequence[fx.Node], index: int) -> None:
         """Operands that differ from block to block are stacked: they must have one shape and dtype."""
@@ -636,6 +653,8 @@ class _Builder:
                     f"the shape of {nodes[block].name}, an operand of {op_name(op)}, is not known without example inputs",
                     op,
                 )
+            if not isinstance(look, tuple):
+                raise _Broken(block, f"{op_name(op)} takes {nodes[block].name}, which is no tensor but {_say(look)}", op)
             if look != looks[0]:
                 raise _Broken(
                     block,
@@ -694,7 +713,7 @@ def _shape(value: Any) -> Any:
 def _say(look: Any) -> str:
     if isinstance(look, tuple):
         return f"shape [{', '.join(look[0])}] and {look[1]}"
-    return str(look)
+    return getattr(look, "__name__", str(look))
 
 
 def _names(nodes: Sequence[fx.Node]) -> str:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from pcr_fx.body.isolation import isolated
@@ -69,6 +71,10 @@ def solve_chain(
     length = _length(columns, length)
     structure = (state_spec, operand_spec, shared_spec)
     body, closed_over = _trace_step(step, states, [column[0] for column in columns], common, structure)
+    if closed_over and peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            "under a torch.func transform, which would miss them, step may not close over tensors; pass them in shared"
+        )
     common = [*common, *closed_over]
     chain = Chain(
         body, length, len(states), len(columns), len(common), (), Origin(getattr(step, "__name__", "step"))
@@ -131,20 +137,28 @@ def _trace_step(
         result, spec = pytree.tree_flatten(step(*arguments))
         if spec != structure[0]:
             raise UnsupportedError(f"step must return a state of the structure of x0, {structure[0]}, got {spec}")
+        for value in result:
+            if not isinstance(value, Tensor):
+                raise UnsupportedError(f"step must return tensors, got {type(value).__name__}")
         return tuple(result)
 
-    # Distinct tensors: one object given twice would be traced as one input. Their values do not matter.
-    inputs = [
-        torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (*states, *operands, *shared)
-    ]
+    inputs = [_stand_in(tensor) for tensor in (*states, *operands, *shared)]
     try:
-        with torch.no_grad():
+        # Attention in ordinary ops: its fused kernels cannot be traced for many blocks at once.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             graph = make_fx(flat)(*inputs)
     except UnsupportedError:
         raise
     except Exception as error:
         raise BodyError(f"step cannot be traced: {error}") from error
     return graph, _lift_constants(graph)
+
+
+def _stand_in(tensor: Tensor) -> Tensor:
+    """What `step` is traced with: a distinct tensor, since one object given twice would be traced as one input."""
+    if is_functorch_wrapped_tensor(tensor):  # its values only exist within its transform
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return tensor.detach().clone()
 
 
 def _lift_constants(module: fx.GraphModule) -> list[Tensor]:
@@ -156,6 +170,8 @@ def _lift_constants(module: fx.GraphModule) -> list[Tensor]:
         if node.op != "get_attr":
             continue
         name = str(node.target)
+        if not isinstance(getattr(module, name), Tensor):
+            raise BodyError("step holds a graph of its own, as torch.cond makes; such a step cannot be traced")
         if name not in lifted:
             with module.graph.inserting_after(last):
                 last = lifted[name] = module.graph.placeholder(f"closed_over_{len(lifted)}")

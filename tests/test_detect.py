@@ -1,0 +1,277 @@
+"""Which chains are found in which models, in both dialects, and why the others are not."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import assert_same
+from models import ResidualBlock, ResidualNet, plain_mlp
+from torch import Tensor, nn
+
+import pcr_fx
+
+NEWTON = {"solver": "newton"}
+
+
+class Loop(nn.Module):
+    """Calls `step(module, index, x)` for each of `blocks`."""
+
+    def __init__(self, blocks: list[nn.Module], step: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.blocks, self.step = nn.ModuleList(blocks), step
+
+    def forward(self, x: Tensor) -> Any:
+        for index, block in enumerate(self.blocks):
+            x = self.step(block, index, x)
+        return x
+
+
+def linears(count: int, width: int = 4) -> list[nn.Module]:
+    return [nn.Linear(width, width) for _ in range(count)]
+
+
+def sequence(*parts: list[nn.Module]) -> nn.Module:
+    return nn.Sequential(*(module for part in parts for module in part))
+
+
+class Functional(nn.Module):
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(torch.randn(4, 4) / 4) for _ in range(length)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = x + torch.tanh(x @ weight) * 0.1
+        return x
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = ResidualBlock(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in range(20):
+            x = self.cell(x) * (1 - 0.01 * step)
+        return x
+
+
+class Taps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([ResidualBlock(4) for _ in range(12)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = []
+        for block in self.blocks:
+            x = block(x)
+            states.append(x)
+        return torch.stack(states, 1).flatten(1) + states[5].sum()
+
+
+class Recurrent(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], 4)
+        outputs = []
+        for t in range(12):
+            state = self.cell(x[:, t : t + 2], state)
+            outputs.append(state)
+        return torch.stack(outputs, 1).flatten(1)
+
+
+class Momentum(nn.Module):
+    """A second-order recurrence: each state is made of the two before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(linears(14))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before, now = x, x * 0.5
+        for layer in self.layers:
+            before, now = now, 1.8 * now - 0.85 * before + 0.1 * torch.tanh(layer(now))
+        return now
+
+
+def dotted_relu() -> nn.Module:
+    return sequence(*[[nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU(inplace=True)] for _ in range(10)])
+
+
+def scaled(block: nn.Module, index: int, x: Tensor) -> Tensor:
+    return x + (0.1 + 0.01 * index) * torch.tanh(block(x))
+
+
+def accumulated(block: nn.Module, index: int, x: Tensor) -> Tensor:
+    y = block(x)
+    y += x
+    return torch.tanh(y)
+
+
+POSITIVE: dict[str, tuple[Callable[[], nn.Module], int, list[int]]] = {
+    "residual": (lambda: ResidualNet(12), 3, [12]),
+    "plain layers": (lambda: plain_mlp(15), 4, [15]),
+    "starts mid-pattern": (lambda: sequence([nn.Linear(3, 4), nn.Tanh()], list(plain_mlp(10)), [nn.Linear(4, 2)]), 3, [10]),
+    "functional": (lambda: Functional(12), 4, [12]),
+    "numbers that differ": (lambda: Loop(linears(11), scaled), 4, [11]),
+    "written in place": (lambda: Loop(linears(11), accumulated), 4, [11]),
+    "norm and in-place activation": (dotted_relu, 4, [10]),
+    "shared weights": (Shared, 4, [20]),
+    "two chains of different width": (lambda: sequence(list(plain_mlp(9)), [nn.Linear(4, 6)], list(plain_mlp(8, 6))), 4, [9, 8]),
+    "interrupted": (lambda: sequence(list(plain_mlp(9)), [nn.Linear(4, 4), nn.ReLU()], list(plain_mlp(9))), 4, [9, 9]),
+    "alternating": (lambda: sequence(*[[nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Sigmoid()] for _ in range(9)]), 4, [9]),
+    "taps": (Taps, 4, [12]),
+    "GRU": (lambda: Recurrent(nn.GRUCell(2, 4)), 13, [12]),
+    "RNN": (lambda: Recurrent(nn.RNNCell(2, 4)), 13, [12]),
+    "momentum": (Momentum, 4, [14]),
+}
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_found_in_both_dialects_and_right(name: str) -> None:
+    make, size, lengths = POSITIVE[name]
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(3, size, dtype=torch.float64)
+    fast = pcr_fx.transform(model, x, NEWTON)
+    assert [chain["length"] for chain in fast.report.to_dict()["chains"]] == lengths, str(fast.report)
+    assert_same(fast, model, x, 1e-9)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="deeppcr", options={**NEWTON, "inner_backend": "aot_eager"})
+    assert_same(compiled, model, x, 1e-9)
+    assert [chain["length"] for chain in pcr_fx.report().to_dict()["chains"]] == lengths, str(pcr_fx.report())
+
+
+class InnerUsed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(linears(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = []
+        for layer in self.layers:
+            hidden = layer(x)
+            kept.append(hidden)
+            x = x + torch.tanh(hidden)
+        return x + torch.stack(kept).sum(0)
+
+
+class Written(nn.Module):
+    """Writes to a state that is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(linears(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            y = torch.tanh(layer(x))
+            view = y[0]
+            y.mul_(0.5)
+            x = y + view
+        return x
+
+
+def noisy(block: nn.Module, index: int, x: Tensor) -> Tensor:
+    return x + 0.1 * block(x + torch.randn_like(x))
+
+
+NEGATIVE: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "dropout": (lambda: sequence(*[[nn.Linear(4, 4), nn.Dropout(0.5)] for _ in range(10)]), "random op dropout"),
+    "noise": (lambda: Loop(linears(10), noisy), "random op randn_like"),
+    "batch norm in training": (lambda: sequence(*[[nn.Linear(4, 4), nn.BatchNorm1d(4)] for _ in range(10)]), "mutation|statistics"),
+    "inner value": (InnerUsed, "inner value used outside"),
+    "written": (Written, "mutation"),
+    "too short": (lambda: plain_mlp(5), "too short: 5 blocks, min_length=8"),
+}
+
+
+@pytest.mark.parametrize("name", NEGATIVE)
+def test_near_misses_are_left_alone_with_their_reason(name: str) -> None:
+    make, reason = NEGATIVE[name]
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(3, 4, dtype=torch.float64)
+    fast = pcr_fx.transform(model, x, NEWTON)
+    assert not fast.report.chains
+    rejected = fast.report.to_dict()["rejected"]
+    assert any(re.search(reason, miss["reason"]) for miss in rejected), rejected
+    torch.manual_seed(1)
+    got = fast(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(got, model(x))
+
+
+def test_the_odd_block_is_named() -> None:
+    model = ResidualNet(21)
+    model.blocks[10] = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    report = pcr_fx.transform(model, torch.randn(2, 3), NEWTON).report.to_dict()
+    assert [chain["modules"] for chain in report["chains"]] == ["blocks.0..9", "blocks.11..20"]
+
+
+def test_an_operand_of_another_shape_ends_a_chain() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shifts = nn.ParameterList([nn.Parameter(torch.randn(4 if i < 9 else 1)) for i in range(18)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for shift in self.shifts:
+                x = torch.tanh(x + shift)
+            return x
+
+    model, x = Wide().double(), torch.randn(2, 4, dtype=torch.float64)
+    fast = pcr_fx.transform(model, x, NEWTON)
+    assert [chain["length"] for chain in fast.report.to_dict()["chains"]] == [9, 9]
+    assert_same(fast, model, x, 1e-9)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_chains_with_one_thing_changed(seed: int) -> None:
+    """Rewritten or not, the result is that of the model."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(limit: int) -> int:
+        return int(torch.randint(limit, (), generator=generator))
+
+    length, odd, change = 10 + draw(8), 2 + draw(6), draw(8)
+    activations = [torch.tanh, torch.sigmoid, F.relu, F.gelu]
+    usual, other = activations[draw(4)], activations[draw(4)]
+
+    class Changed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(linears(length))
+            self.gains = nn.ParameterList([nn.Parameter(torch.rand(4)) for _ in range(length)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept: list[Tensor] = []
+            for index, (layer, gain) in enumerate(zip(self.layers, self.gains, strict=True)):
+                here = index == odd
+                hidden = layer(x)
+                if here and change == 0:
+                    kept.append(hidden)
+                if here and change == 1:
+                    hidden.add_(1.0)
+                y = (other if here and change == 2 else usual)(hidden)
+                y = gain * y if not (here and change == 3) else y * gain
+                if here and change == 4:
+                    kept.append(x[:, 1:])
+                scale = 0.3 if not (here and change == 5) else -0.2
+                previous = x
+                x = x + scale * y if not (here and change == 6) else y - scale * x
+                if here and change == 7:
+                    x.mul_(0.5)
+                    kept.append(previous.t())
+            return x + sum(k.sum() for k in kept)
+
+    torch.manual_seed(seed)
+    model, x = Changed().double(), torch.randn(3, 4, dtype=torch.float64)
+    fast = pcr_fx.transform(model, x, NEWTON)
+    assert_same(fast, model, x, 1e-9)
+    # A write to a state may be seen by the blocks after it, so that none of them is taken.
+    assert fast.report.chains or length - odd - 1 < 8 or change == 7
