@@ -49,7 +49,15 @@ def accuracy() -> None:
     record(
         "accuracy",
         "Error of Newton + cyclic reduction",
-        ("L", "float64 output", "float64 gradients", "float32 output", "gradients", "eager float32 output", "gradients"),
+        (
+            "L",
+            "float64 output",
+            "float64 gradients",
+            "float32 output",
+            "gradients",
+            "eager float32 output",
+            "gradients",
+        ),
         rows,
         "Width 4, 3 samples. Largest error relative to the largest value, of the output and of any of the 4 L + 1 "
         "gradients. float64 against eager float64; float32, ours and eager's, against float64 with the same weights. "
@@ -129,9 +137,7 @@ def backward_solve_ms(fast: pcr_fx.TransformedModule, model: nn.Module, x: Tenso
     (trajectory,) = node([x], operands, [])
     cotangents = torch.zeros_like(trajectory).index_fill(0, torch.tensor([len(trajectory) - 1]), 1.0)
     with torch.no_grad():
-        return median_ms(
-            lambda: adjoint(x, trajectory, operands, [], cotangents, plan.key, node.record.id), repeats=21
-        )
+        return median_ms(lambda: adjoint(x, trajectory, operands, [], cotangents, plan.key, node.record.id), repeats=21)
 
 
 def rewriting() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import pcr_fx
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 @dataclass

@@ -6,8 +6,8 @@ The model is an ordinary module, and all runs start from the same weights and se
 - `newton`: `torch.compile(model, backend="deeppcr", options={"solver": "newton"})`, the method of the DeepPCR paper;
 - `auto`: `torch.compile(model, backend="deeppcr")`, which takes for each direction what its rule expects to be faster.
 
-A fourth run, `control`, is plain PyTorch again, from weights that differ by one rounding. Training amplifies rounding, so
-two right runs drift apart; the control shows how far. The compiled runs must not drift much farther.
+A fourth run, `control`, is plain PyTorch again, from weights that differ by one rounding. Training amplifies rounding,
+so two right runs drift apart; the control shows how far. The compiled runs must not drift much farther.
 
     python examples/train_resnet.py                  # about two minutes on two cores
     python examples/train_resnet.py --quick          # less than 40 s
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import pcr_fx
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 # How much farther than the control a compiled run may drift from plain PyTorch: all drift exponentially from differences
 # of rounding size, so that the ratio of two drifts is worth no more than its order of magnitude.

@@ -61,9 +61,7 @@ def capture_model(model: nn.Module, example_inputs: Any = None) -> Captured:
         raise
     except Exception as error:
         hint = "" if known else " (pass example_inputs if it needs the shapes of its inputs)"
-        raise CaptureError(
-            f"{type(model).__name__} cannot be traced{hint}: {error}; {ADVICE}"
-        ) from error
+        raise CaptureError(f"{type(model).__name__} cannot be traced{hint}: {error}; {ADVICE}") from error
     return Captured(graph, _facts(arguments, tracer.reads_shapes), tracer.reads_shapes)
 
 
@@ -78,9 +76,7 @@ def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
         return bind_arguments(model, (), example_inputs)
     if isinstance(example_inputs, (tuple, list)):
         return bind_arguments(model, example_inputs, {})
-    raise UnsupportedError(
-        f"example_inputs must be a tuple, list, dict or tensor, got {type(example_inputs).__name__}"
-    )
+    raise UnsupportedError(f"example_inputs must be a tuple, list, dict or tensor, got {type(example_inputs).__name__}")
 
 
 def _unknown(parameter: inspect.Parameter) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -35,15 +36,20 @@ def module_range(blocks: Sequence[Sequence[fx.Node]]) -> str:
     first, last = (_common_prefix([module_path(node) for node in block]) for block in (blocks[0], blocks[-1]))
     if first != last:
         return _range(first, last)
-    # Blocks that are no modules of their own: name the modules that they call.
-    paths = [(module_path(a), module_path(b)) for a, b in zip(blocks[0], blocks[-1], strict=False)]
-    ranges = dict.fromkeys(_range(a, b) for a, b in paths if a != b)
+    # Blocks that are no modules of their own: name the modules that they call, by where their paths part.
+    spans: dict[str, list[str]] = {}
+    for a, b in zip(blocks[0], blocks[-1], strict=False):
+        left, right = module_path(a).split("."), module_path(b).split(".")
+        parting = next((index for index, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), None)
+        if parting is not None:
+            spans.setdefault(".".join(left[:parting]), [left[parting]]).append(right[parting])
+    ranges = [f"{prefix}.{span[0]}..{span[-1]}".lstrip(".") for prefix, span in spans.items()]
     return ", ".join(ranges) or first or "forward"
 
 
 def _common_prefix(paths: Sequence[str]) -> str:
-    common = os.path.commonprefix([path.split(".") for path in paths])  # type: ignore[type-var]
-    return ".".join(common)
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
 
 
 def _range(first: str, last: str) -> str:

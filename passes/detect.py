@@ -24,7 +24,23 @@ from pcr_fx.passes.effects import hides_ops, is_random, op_name, updates_statist
 from pcr_fx.passes.periods import Run, find_runs
 
 # Ops for which a number that differs from block to block may become a tensor that does.
-_SCALAR_OPS = frozenset("add sub mul truediv div pow multiply subtract true_divide radd rsub rmul rtruediv".split())
+_SCALAR_OPS = frozenset(
+    [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "div",
+        "pow",
+        "multiply",
+        "subtract",
+        "true_divide",
+        "radd",
+        "rsub",
+        "rmul",
+        "rtruediv",
+    ]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +131,6 @@ class _NotCarried(_Broken):
     """The blocks do not feed each other."""
 
 
-# The furthest back that a block may reach for a value.
-_MAX_LAG = 3
 # A cut through an op that returns several tensors would carry the tuple: any other cut is better.
 _TUPLE_COST = 1000
 
@@ -145,6 +159,8 @@ class _Detector:
             for start, stop in self._unclaimed(run):
                 self._search(Run(start, stop, run.period))
         self.found.chains.sort(key=lambda found: self.position[found.states[0][0]])
+        for before, after in itertools.pairwise(self.found.chains):
+            self._note_between(before, after)
         for (start, stop), miss in sorted(self.misses.items(), key=lambda item: item[0]):
             taken = sum(1 for index in range(start, stop) if index in self.claimed)
             if 2 * taken < stop - start:
@@ -170,7 +186,8 @@ class _Detector:
             return tuple((name, self._kind(value)) for name, value in argument.items())
         if isinstance(argument, slice):
             return slice, *map(self._kind, (argument.start, argument.stop, argument.step))
-        return type(argument)
+        # 1 and 0.5 may both be factors of one chain.
+        return float if type(argument) is int else type(argument)
 
     def _unclaimed(self, run: Run) -> list[tuple[int, int]]:
         stretches, start = [], None
@@ -272,6 +289,22 @@ class _Detector:
             )
         )
 
+    def _note_between(self, before: FoundChain, after: FoundChain) -> None:
+        """The odd block that stands between two chains of one kind."""
+        kind = before.chain.origin.ops
+        last, first = (sorted(self.position[node] for node in chain.nodes) for chain in (before, after))
+        odd = self.ops[last[-1] + 1 : first[0]]
+        if after.chain.origin.ops != kind or not 0 < len(odd) <= 2 * len(kind):
+            return
+        names = tuple(map(op_name, odd))
+        modules = module_range([odd])
+        if any(miss.modules == modules for miss in self.found.rejected):
+            return
+        what = f"its ops are {' > '.join(names)}" if names != kind else "its shapes, dtypes or arguments differ"
+        chains = f"{before.chain.origin.modules} and {after.chain.origin.modules}"
+        reason = f"stands between the chains {chains}: {what}"
+        self.found.rejected.append(Rejected(modules, reason, 1, describe_source(odd[-1])))
+
 
 class _Blocks:
     """`count` candidate blocks of `period` ops, from op `start` on."""
@@ -335,9 +368,7 @@ class _Assembly:
 
     def _body_ops(self) -> set[int]:
         """The ops that the carried values are computed from; a head that only reads a state stays outside."""
-        carried = {
-            binding.index for row in self.bindings for binding in row if isinstance(binding, _Carried)
-        }
+        carried = {binding.index for row in self.bindings for binding in row if isinstance(binding, _Carried)}
         if not carried:
             raise _NotCarried(1, "no value is carried from block to block")
         return self._ancestors(self._recurrent(carried))
@@ -347,10 +378,7 @@ class _Assembly:
         while True:
             body = self._ancestors(carried)
             used = {
-                binding.index
-                for index in body
-                for binding in self.bindings[index]
-                if isinstance(binding, _Carried)
+                binding.index for index in body for binding in self.bindings[index] if isinstance(binding, _Carried)
             }
             if used == carried:
                 return carried
@@ -393,9 +421,7 @@ class _Assembly:
         dependent: set[int] = set()
         for index in sorted(body):
             for binding in self.bindings[index]:
-                if isinstance(binding, _Carried) or (
-                    isinstance(binding, _Inside) and binding.index in dependent
-                ):
+                if isinstance(binding, _Carried) or (isinstance(binding, _Inside) and binding.index in dependent):
                     dependent.add(index)
         return dependent
 
@@ -461,9 +487,7 @@ class _Assembly:
 class _Builder:
     """Makes the records of a chain whose blocks are known to be isomorphic."""
 
-    def __init__(
-        self, assembly: _Assembly, body: set[int], columns: dict[tuple[int, int], list[_Binding]]
-    ) -> None:
+    def __init__(self, assembly: _Assembly, body: set[int], columns: dict[tuple[int, int], list[_Binding]]) -> None:
         self.assembly, self.blocks, self.length = assembly, assembly.blocks, assembly.length
         self.detector = assembly.detector
         self.body, self.columns = sorted(body), columns
@@ -497,7 +521,9 @@ class _Builder:
         for node in outside:
             if node in self.detector.written:
                 writer = self.detector.written[node]
-                raise _Broken(0, f"mutation: {describe_node(writer)} writes to {node.name}, which the blocks read", writer)
+                raise _Broken(
+                    0, f"mutation: {describe_node(writer)} writes to {node.name}, which the blocks read", writer
+                )
         return FoundChain(
             chain,
             tuple(self.initial[component] for component in self.components),
@@ -546,9 +572,14 @@ class _Builder:
         after = self._value(self.blocks.op(0, component[0]))
         for value in (before, after):
             if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
-                raise _Broken(1, f"the value carried from block to block is no floating tensor but {_say(_shape(value))}")
+                raise _Broken(
+                    1, f"the value carried from block to block is no floating tensor but {_say(_shape(value))}"
+                )
         if before is not None and after is not None and _shape(before)[0] != _shape(after)[0]:
-            raise _Broken(0, f"the first block changes the shape of its state from {_say(_shape(before))} to {_say(_shape(after))}")
+            raise _Broken(
+                0,
+                f"the first block changes the shape of its state from {_say(_shape(before))} to {_say(_shape(after))}",
+            )
 
     def _check_users(self) -> None:
         """Inner values may be used by their own block only; carried values by anyone."""
@@ -654,7 +685,9 @@ class _Builder:
                     op,
                 )
             if not isinstance(look, tuple):
-                raise _Broken(block, f"{op_name(op)} takes {nodes[block].name}, which is no tensor but {_say(look)}", op)
+                raise _Broken(
+                    block, f"{op_name(op)} takes {nodes[block].name}, which is no tensor but {_say(look)}", op
+                )
             if look != looks[0]:
                 raise _Broken(
                     block,
@@ -707,7 +740,8 @@ def _shape(value: Any) -> Any:
         return None
     if isinstance(value, torch.Tensor):
         return tuple(map(str, value.shape)), value.dtype, value.device
-    return type(value)
+    # Each graph module has a class of its own.
+    return fx.GraphModule if isinstance(value, fx.GraphModule) else type(value)
 
 
 def _say(look: Any) -> str:

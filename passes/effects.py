@@ -17,27 +17,190 @@ _INPLACE_OPERATORS = {
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "imod", "iand", "ior", "ixor")
 }
 _RANDOM_NAMES = frozenset(
-    "bernoulli binomial cauchy exponential fractional_max_pool2d fractional_max_pool3d geometric gumbel_softmax "
-    "log_normal multinomial normal poisson rand rand_like randint randint_like randn randn_like random randperm "
-    "rrelu_with_noise uniform".split()
+    [
+        "bernoulli",
+        "binomial",
+        "cauchy",
+        "exponential",
+        "fractional_max_pool2d",
+        "fractional_max_pool3d",
+        "geometric",
+        "gumbel_softmax",
+        "log_normal",
+        "multinomial",
+        "normal",
+        "poisson",
+        "rand",
+        "rand_like",
+        "randint",
+        "randint_like",
+        "randn",
+        "randn_like",
+        "random",
+        "randperm",
+        "rrelu_with_noise",
+        "uniform",
+    ]
 )
 # Recurrent networks of several layers, with dropout between them.
 _FUSED_RNN_NAMES = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))
 # They write no values, but shape and strides.
 RESHAPING_METHODS = frozenset(
-    "as_strided_ resize_ resize_as_ set_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_".split()
+    [
+        "as_strided_",
+        "resize_",
+        "resize_as_",
+        "set_",
+        "squeeze_",
+        "swapaxes_",
+        "swapdims_",
+        "t_",
+        "transpose_",
+        "unsqueeze_",
+    ]
 )
 # Results of these never share memory with an input.
 _FRESH_NAMES = frozenset(
-    "abs add addcdiv addcmul addmm amax amin arange argmax argmin atan baddbmm batch_norm bilinear bmm cat ceil celu "
-    "clamp clip clone conv1d conv2d conv3d cos cosh cumprod cumsum div dot elu embedding empty empty_like eq erf erfc "
-    "exp expm1 flip floor floordiv full full_like gather ge gelu glu group_norm gru_cell gt hardsigmoid hardswish "
-    "hardtanh index_select instance_norm layer_norm le leaky_relu lerp linear log log1p log_softmax logaddexp logsigmoid "
-    "logsumexp lstm_cell lt masked_fill matmul max_pool1d max_pool2d max_pool3d maximum mean minimum mish mm mod mul mv "
-    "ne neg new_empty new_full new_ones new_zeros normalize ones ones_like outer pow prelu prod rand rand_like randn "
-    "randn_like reciprocal relu relu6 remainder repeat rms_norm rnn_relu_cell rnn_tanh_cell roll round rrelu rsqrt "
-    "scaled_dot_product_attention selu sigmoid sign silu sin sinh softmax softmin softplus softsign sqrt square stack "
-    "std sub sum tan tanh tanhshrink tensor threshold truediv var where zeros zeros_like".split()
+    [
+        "abs",
+        "add",
+        "addcdiv",
+        "addcmul",
+        "addmm",
+        "amax",
+        "amin",
+        "arange",
+        "argmax",
+        "argmin",
+        "atan",
+        "baddbmm",
+        "batch_norm",
+        "bilinear",
+        "bmm",
+        "cat",
+        "ceil",
+        "celu",
+        "clamp",
+        "clip",
+        "clone",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "cos",
+        "cosh",
+        "cumprod",
+        "cumsum",
+        "div",
+        "dot",
+        "elu",
+        "embedding",
+        "empty",
+        "empty_like",
+        "eq",
+        "erf",
+        "erfc",
+        "exp",
+        "expm1",
+        "flip",
+        "floor",
+        "floordiv",
+        "full",
+        "full_like",
+        "gather",
+        "ge",
+        "gelu",
+        "glu",
+        "group_norm",
+        "gru_cell",
+        "gt",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "index_select",
+        "instance_norm",
+        "layer_norm",
+        "le",
+        "leaky_relu",
+        "lerp",
+        "linear",
+        "log",
+        "log1p",
+        "log_softmax",
+        "logaddexp",
+        "logsigmoid",
+        "logsumexp",
+        "lstm_cell",
+        "lt",
+        "masked_fill",
+        "matmul",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "maximum",
+        "mean",
+        "minimum",
+        "mish",
+        "mm",
+        "mod",
+        "mul",
+        "mv",
+        "ne",
+        "neg",
+        "new_empty",
+        "new_full",
+        "new_ones",
+        "new_zeros",
+        "normalize",
+        "ones",
+        "ones_like",
+        "outer",
+        "pow",
+        "prelu",
+        "prod",
+        "rand",
+        "rand_like",
+        "randn",
+        "randn_like",
+        "reciprocal",
+        "relu",
+        "relu6",
+        "remainder",
+        "repeat",
+        "rms_norm",
+        "rnn_relu_cell",
+        "rnn_tanh_cell",
+        "roll",
+        "round",
+        "rrelu",
+        "rsqrt",
+        "scaled_dot_product_attention",
+        "selu",
+        "sigmoid",
+        "sign",
+        "silu",
+        "sin",
+        "sinh",
+        "softmax",
+        "softmin",
+        "softplus",
+        "softsign",
+        "sqrt",
+        "square",
+        "stack",
+        "std",
+        "sub",
+        "sum",
+        "tan",
+        "tanh",
+        "tanhshrink",
+        "tensor",
+        "threshold",
+        "truediv",
+        "var",
+        "where",
+        "zeros",
+        "zeros_like",
+    ]
 )
 
 
@@ -64,7 +227,9 @@ def writes(node: fx.Node) -> list[fx.Node]:
     if updates_statistics(node):
         # Mean and variance stand behind the input, or behind weight and bias.
         first = 1 if node.target in (F.batch_norm, F.instance_norm) else 3
-        return _tensors(argument(node, name, first + index) for index, name in enumerate(("running_mean", "running_var")))
+        return _tensors(
+            argument(node, name, first + index) for index, name in enumerate(("running_mean", "running_var"))
+        )
     if op_name(node) in ("embedding", "embedding_bag") and argument(node, "max_norm", 3) is not None:
         return _tensors([argument(node, "weight", 1)])
     if op_name(node) == "triton_kernel_wrapper_mutation":
@@ -75,7 +240,9 @@ def writes(node: fx.Node) -> list[fx.Node]:
 
 def _mutable_arguments(node: fx.Node) -> list[Any]:
     target = node.target
-    overloads = [target] if isinstance(target, torch._ops.OpOverload) else [getattr(target, n) for n in target.overloads()]  # type: ignore[union-attr]
+    overloads = (
+        [target] if isinstance(target, torch._ops.OpOverload) else [getattr(target, n) for n in target.overloads()]
+    )  # type: ignore[union-attr]
     return [
         argument(node, declared.name, position)
         for overload in overloads
@@ -116,7 +283,9 @@ def updates_statistics(node: fx.Node) -> bool:
     position = 1 if node.target in (F.batch_norm, F.instance_norm) else 3
     if argument(node, "running_mean", position) is None:
         return False
-    return bool(argument(node, "training", 5, False) if name == "batch_norm" else argument(node, "use_input_stats", 5, True))
+    return bool(
+        argument(node, "training", 5, False) if name == "batch_norm" else argument(node, "use_input_stats", 5, True)
+    )
 
 
 def is_random(node: fx.Node) -> bool:

@@ -18,8 +18,15 @@ Stack = Callable[[fx.Graph, Sequence[fx.Node], dict[fx.Node, fx.Node]], fx.Node]
 
 # Ops that change how all later ops run.
 _BARRIERS = frozenset(
-    "set_grad_enabled enter_autocast exit_autocast enter_inference_mode exit_inference_mode "
-    "saved_tensors_hooks_enable saved_tensors_hooks_disable".split()
+    [
+        "set_grad_enabled",
+        "enter_autocast",
+        "exit_autocast",
+        "enter_inference_mode",
+        "exit_inference_mode",
+        "saved_tensors_hooks_enable",
+        "saved_tensors_hooks_disable",
+    ]
 )
 
 
@@ -48,9 +55,7 @@ def explain_unsortable(graph: fx.Graph, chain: FoundChain) -> str:
     return "random numbers drawn, or values written, between its blocks must keep their order"
 
 
-def rewrite_chains(
-    graph: fx.Graph, chains: Sequence[FoundChain], names: Sequence[str], stack: Stack
-) -> fx.Graph:
+def rewrite_chains(graph: fx.Graph, chains: Sequence[FoundChain], names: Sequence[str], stack: Stack) -> fx.Graph:
     """A graph in which each chain is one call of a solve node.
 
     Args:
@@ -77,9 +82,7 @@ def rewrite_chains(
     return new
 
 
-def _emit(
-    new: fx.Graph, found: FoundChain, name: str, stack: Stack, copies: dict[fx.Node, fx.Node]
-) -> None:
+def _emit(new: fx.Graph, found: FoundChain, name: str, stack: Stack, copies: dict[fx.Node, fx.Node]) -> None:
     initial = [copies[node] for node in found.initial]
     operands = [stack(new, column, copies) for column in found.operands]
     shared = [copies[node] for node in found.shared]
@@ -147,7 +150,8 @@ def _effect_order(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
 
 def _around(nodes: Sequence[fx.Node], fences: set[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Pairs that keep every node on its side of every fence."""
-    fence, since = None, []
+    fence: fx.Node | None = None
+    since: list[fx.Node] = []
     for node in nodes:
         if fence is not None:
             yield fence, node

@@ -30,14 +30,30 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 # Tensors out of nothing: each call of the model makes its own.
 _FACTORIES = frozenset(
     getattr(torch, name)
-    for name in (
-        "arange as_tensor empty eye full linspace logspace normal ones rand randint randn randperm scalar_tensor "
-        "tensor tril_indices triu_indices zeros"
-    ).split()
+    for name in [
+        "arange",
+        "as_tensor",
+        "empty",
+        "eye",
+        "full",
+        "linspace",
+        "logspace",
+        "normal",
+        "ones",
+        "rand",
+        "randint",
+        "randn",
+        "randperm",
+        "scalar_tensor",
+        "tensor",
+        "tril_indices",
+        "triu_indices",
+        "zeros",
+    ]
 )
 # What a fake tensor knows, and what only a real one would.
-_KNOWN = frozenset("shape dtype device ndim is_cuda layout itemsize nbytes".split())
-_UNKNOWN = frozenset("requires_grad is_leaf grad grad_fn _version".split())
+_KNOWN = frozenset(["shape", "dtype", "device", "ndim", "is_cuda", "layout", "itemsize", "nbytes"])
+_UNKNOWN = frozenset(["requires_grad", "is_leaf", "grad", "grad_fn", "_version"])
 _CONSTANT = "_tensor_constant"
 
 
@@ -73,9 +89,7 @@ class ModelTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return False
 
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """The forward with its arguments: stand-ins for those that hold tensors, all others as they are."""
         forward = self.root.forward
         bound = inspect.signature(forward).bind_partial()
@@ -117,9 +131,9 @@ class ModelTracer(fx.Tracer):
         if isinstance(value, Tensor) or value is None or proxy.node.op in ("get_attr", "output"):
             return proxy
         if type(value) in (tuple, list):
-            return type(value)(proxy[index] for index in range(len(value)))
+            return type(value)(proxy[index] for index in range(len(value)))  # type: ignore[index]
         if type(value) is dict:
-            return {name: proxy[name] for name in value}
+            return {name: proxy[name] for name in value}  # type: ignore[index]
         if isinstance(value, (bool, int, float, torch.Size, torch.dtype, torch.device)):
             self.reads_shapes = True
             self.graph.erase_node(proxy.node)
@@ -197,7 +211,7 @@ class ModelTracer(fx.Tracer):
         value = obj.node.meta.get("example_value")
         if isinstance(value, (Tensor, tuple, list)):
             self.reads_shapes = True
-            return iter([obj[index] for index in range(len(value))])
+            return iter([obj[index] for index in range(len(value))])  # type: ignore[index]
         line = _user_line(sys._getframe(1))
         raise CaptureError(f"the model iterates over a tensor of unknown shape{_at(line)}; pass example_inputs")
 
@@ -249,7 +263,7 @@ def _record_inplace(name: str) -> None:
     setattr(_Proxy, f"__{name}__", method)
 
 
-for _name in "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor".split():
+for _name in ["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"]:
     _record_inplace(_name)
 
 
@@ -283,9 +297,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Take back what the forward stores in its modules: stand-ins for tensors are of no use there afterwards."""
     containers = (list, dict, set)
     before = [(module, dict(module.__dict__)) for module in model.modules()]
-    contents = [
-        (value, value.copy()) for _, state in before for value in state.values() if type(value) in containers
-    ]
+    contents = [(value, value.copy()) for _, state in before for value in state.values() if type(value) in containers]
     try:
         yield
     finally:

@@ -98,7 +98,7 @@ def _inner_backend(options: Options, mode: str | None) -> Callable[..., Any]:
     if inner != "inductor":
         raise OptionError(f"mode={mode!r} is for the inner backend 'inductor', and this one is {inner!r}")
     patches = torch._inductor.list_mode_options(mode)
-    return lambda module, inputs: compile_rest(module, inputs, config_patches=patches)
+    return lambda module, inputs: compile_rest(module, inputs, config_patches=patches)  # type: ignore[call-arg]
 
 
 def _remember(report: RewriteReport) -> None:

@@ -72,13 +72,12 @@ class TransformedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = bind_arguments(self._model(), args, kwargs)
         variants = self._variants()
-        for index, rewritten in enumerate(variants):
-            if rewritten.captured.holds_for(arguments):
-                break
-        else:
-            index, rewritten = len(variants), self._rewrite(arguments)
-        # The latest comes first.
-        variants[: index + 1] = [rewritten, *variants[:index]]
+        rewritten = next((known for known in variants if known.captured.holds_for(arguments)), None)
+        if rewritten is None:
+            rewritten = self._rewrite(arguments)
+        if not variants or rewritten is not variants[0]:
+            # The latest comes first.
+            variants[:] = [rewritten, *(known for known in variants if known is not rewritten)]
         # Past the graph module's own call machinery: hooks were traced, or are this module's own.
         return rewritten.run.forward(*rewritten.captured.inputs(arguments))
 

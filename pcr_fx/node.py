@@ -43,7 +43,6 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangents: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         initial, trajectory, *tensors = ctx.saved_tensors
-        operands, shared = tensors[: ctx.num_operands], tensors[ctx.num_operands :]
         program = plan_by_key(ctx.plan).program
         needs = [*program.differentiable_operands, *program.differentiable_shared]
         d_initial, *rest = _Adjoint.apply(
@@ -155,17 +154,17 @@ class SolveNode(nn.Module):
         plan = self.plan or self.plan_for(states, operands, shared)
         if isinstance(plan, BodyError):
             return self._block_by_block(states, operands, shared)
-        dtypes = self._output_dtypes(states, operands, shared)
-        states, operands, shared = ([_raised(t) for t in tensors] for tensors in (states, operands, shared))
         layout = plan.program.layout
-        initial = layout.flatten(states)
+        initial = layout.flatten([_raised(state) for state in states])
         if self.plan is None:
             self.choice = plan.choice(initial)
         if self.choice is not None and self.choice.leaves_alone(torch.is_grad_enabled()):
             return self._block_by_block(states, operands, shared)
-        trajectory = _Solve.apply(initial, plan.key, self.record.id, len(operands), *operands, *shared)
+        tensors = [_raised(tensor) for tensor in (*operands, *shared)]
+        trajectory: Tensor = _Solve.apply(initial, plan.key, self.record.id, len(operands), *tensors)
+        dtypes = self._output_dtypes(states, operands, shared)
         trajectories = layout.unflatten(trajectory, leading=1)
-        return tuple(part.to(dtype) for part, dtype in zip(trajectories, dtypes, strict=True))
+        return tuple(part.to(dtype) for part, dtype in zip(trajectories, dtypes, strict=True))  # type: ignore[misc]
 
     def learn(self, plan: Plan) -> None:
         """Take a plan made before the first call."""
@@ -194,7 +193,9 @@ class SolveNode(nn.Module):
         states = groups[0]
         device = states[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if autocast is None and all(tensor.dtype in _SOLVED_DTYPES for group in groups for tensor in group if tensor.is_floating_point()):
+        if autocast is None and all(
+            tensor.dtype in _SOLVED_DTYPES for group in groups for tensor in group if tensor.is_floating_point()
+        ):
             return tuple(state.dtype for state in states)
         key = (autocast, *(tensor.dtype for group in groups for tensor in group))
         if key not in self._dtypes:
@@ -230,9 +231,7 @@ class SolveNode(nn.Module):
         return tuple(list(part) for part in zip(*trajectory, strict=True))
 
 
-def signature_of(
-    states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]
-) -> Signature:
+def signature_of(states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]) -> Signature:
     """What a plan for these tensors is made for; per-block operands come stacked, `[L, ...]`."""
 
     def spec(tensor: Tensor, shape: Sequence[int]) -> TensorSpec:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcr_fx.errors import SolveError
+from pcr_fx.errors import SolveError, UnsupportedError
 from pcr_fx.planner import Plan, plan_by_key
 from pcr_fx.solvers import (
     Outcome,
@@ -55,7 +55,9 @@ class SolveRecord:
         self.solver_forward, self.last = solver, stats
         if stats.fallback is not None:
             self.fallbacks += 1
-        log.debug("%s: forward by %s, %d iterations, residual %.2e", self.name, solver, stats.iterations, stats.residual)
+        log.debug(
+            "%s: forward by %s, %d iterations, residual %.2e", self.name, solver, stats.iterations, stats.residual
+        )
 
     def backward(self, solver: str, fallback: bool) -> None:
         self.backward_calls += 1
@@ -74,9 +76,7 @@ _HOST_SYNC = (torch.Tag.cudagraph_unsafe,)
 
 
 @torch.library.custom_op("pcr_fx::solve", mutates_args=(), tags=_HOST_SYNC)
-def solve(
-    initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor], plan: str, record: int
-) -> Tensor:
+def solve(initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor], plan: str, record: int) -> Tensor:
     """The trajectory `[L, *batch, d]` of the chain that `plan` names, from `initial` `[*batch, d]`."""
     with torch.autocast(initial.device.type, enabled=False):
         return _solve(initial, operands, shared, plan_by_key(plan), _record(record))
@@ -147,9 +147,7 @@ def _adjoint(
     solver, fallback = plan.choice(initial).backward, False
     result: tuple[Tensor, ...]
     if solver == "newton":
-        result, accurate = adjoint_transposed(
-            program, previous, every, shared, cotangents, plan.options.linear_solver
-        )
+        result, accurate = adjoint_transposed(program, previous, every, shared, cotangents, plan.options.linear_solver)
         fallback = not accurate
         if fallback:
             _failed_adjoint(plan, record)
@@ -228,6 +226,8 @@ def _register_vmap(op: Any) -> None:
                 return [item(part, dims, index) for part, dims in zip(value, dim, strict=True)]
             return value.select(dim, index) if dim is not None else value
 
+        if info.batch_size == 0:
+            raise UnsupportedError("vmap over no items: a chain cannot tell what it would return")
         results = [
             op(*(item(value, dim, index) for value, dim in zip(arguments, in_dims, strict=True)))
             for index in range(info.batch_size)

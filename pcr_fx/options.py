@@ -25,8 +25,9 @@ class Options:
             picks one for the forward and one for the backward by a stated rule (see `pcr_fx.planner`).
         linear_solver: how a linearised chain is solved: `"cyclic_reduction"` (O(L) work in 2 log2 L steps),
             `"parallel_cyclic_reduction"` (O(L log L) work in log2 L steps), `"sequential"` (L steps), or `"auto"`.
-        tolerance: the largest accepted `|z_l - f_l(z_{l-1})|`, relative to the scale of the states around block l
-            (the larger of `max|z_{l-1}|` and `max|z_l|`, per sample). `None`: a few ulps of the dtype.
+        tolerance: the largest accepted `|z_l - f_l(z_{l-1})|`, relative to the size of what block l computes: that of
+            `|z_l|`, plus `|J_l| |z_{l-1}|` where terms cancel in it; per sample and carried tensor. `None`: a few
+            ulps of the dtype.
         max_iterations: Newton iterations before a solve is given up. `None`: `min(L, 32)`.
         min_length: the fewest blocks that are worth a chain, at least 2.
         on_failure: when a solve misses its tolerance: `"fallback"` evaluates the chain sequentially and says so in
@@ -50,8 +51,12 @@ class Options:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 _refuse(name, getattr(self, name), "one of " + ", ".join(map(repr, allowed)))
-        _check_number("tolerance", self.tolerance, (int, float), lambda value: 0 < value < math.inf, "a positive number or None")
-        _check_number("max_iterations", self.max_iterations, (int,), lambda value: value >= 1, "a whole number >= 1 or None")
+        _check_number(
+            "tolerance", self.tolerance, (int, float), lambda value: 0 < value < math.inf, "a positive number or None"
+        )
+        _check_number(
+            "max_iterations", self.max_iterations, (int,), lambda value: value >= 1, "a whole number >= 1 or None"
+        )
         if self.min_length is None:
             _refuse("min_length", None, "a whole number >= 2")
         _check_number("min_length", self.min_length, (int,), lambda value: value >= 2, "a whole number >= 2")
@@ -68,21 +73,15 @@ class Options:
         if isinstance(options, cls):
             return options
         if not isinstance(options, Mapping):
-            raise OptionError(
-                f"options must be a pcr_fx.Options, a dict or None, got {type(options).__name__}"
-            )
+            raise OptionError(f"options must be a pcr_fx.Options, a dict or None, got {type(options).__name__}")
         valid = [field.name for field in fields(cls)]
         unknown = [name for name in options if name not in valid]
         if unknown:
-            raise OptionError(
-                f"unknown option {', '.join(map(repr, unknown))}; valid options are {', '.join(valid)}"
-            )
+            raise OptionError(f"unknown option {', '.join(map(repr, unknown))}; valid options are {', '.join(valid)}")
         return cls(**options)
 
 
-def _check_number(
-    name: str, value: Any, types: tuple[type, ...], accept: Callable[[Any], bool], allowed: str
-) -> None:
+def _check_number(name: str, value: Any, types: tuple[type, ...], accept: Callable[[Any], bool], allowed: str) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, types) or not accept(value):

@@ -127,8 +127,7 @@ class RewriteReport:
             parts.append(_chain_table(number, entry.to_dict()))
         if self.rejected:
             rows = [
-                (miss.modules, miss.length or "", miss.source, textwrap.fill(miss.reason, 70))
-                for miss in self.rejected
+                (miss.modules, miss.length or "", miss.source, textwrap.fill(miss.reason, 70)) for miss in self.rejected
             ]
             parts.append("Not parallelised:\n" + tabulate(rows, ("modules", "blocks", "source", "reason"), "simple"))
         parts += [f"Note: {note}" for note in self.notes]
@@ -153,9 +152,7 @@ def build_report(
     options: Options,
 ) -> RewriteReport:
     """The report of one rewrite of `graph`. `nodes` are the solve nodes by `id` of the planned chain."""
-    entries = [
-        ChainEntry(item.found.chain, options, item.plan, item.choice, nodes.get(id(item))) for item in planned
-    ]
+    entries = [ChainEntry(item.found.chain, options, item.plan, item.choice, nodes.get(id(item))) for item in planned]
     ops = sum(node.op.startswith("call_") for node in graph.nodes)
     report = RewriteReport(entries, list(rejected), *depth(graph, [item.found for item in planned]), ops)
     if not entries:

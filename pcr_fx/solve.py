@@ -76,16 +76,12 @@ def solve_chain(
             "under a torch.func transform, which would miss them, step may not close over tensors; pass them in shared"
         )
     common = [*common, *closed_over]
-    chain = Chain(
-        body, length, len(states), len(columns), len(common), (), Origin(getattr(step, "__name__", "step"))
-    )
+    chain = Chain(body, length, len(states), len(columns), len(common), (), Origin(getattr(step, "__name__", "step")))
     node = SolveNode(chain, Options.of(options))
     plan = node.plan_for(states, columns, common)
     if isinstance(plan, BodyError):
         raise plan
-    trajectories = [
-        part if isinstance(part, Tensor) else torch.stack(part) for part in node(states, columns, common)
-    ]
+    trajectories = [part if isinstance(part, Tensor) else torch.stack(part) for part in node(states, columns, common)]
     stats = node.record.last
     assert stats is not None
     return ChainSolution(pytree.tree_unflatten(trajectories, state_spec), stats)

@@ -101,9 +101,7 @@ def residual(width: int) -> nn.Module:
     class Residual(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, 7), nn.GELU(), nn.Linear(7, width)
-            )
+            self.inner = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 7), nn.GELU(), nn.Linear(7, width))
 
         def forward(self, x: Tensor) -> Tensor:
             return x + 0.1 * self.inner(x)
@@ -477,9 +475,7 @@ OPS: dict[str, tuple[Function, list[Shape], Shape]] = {
         (),
     ),
     "written": (
-        lambda x: aten.tril_.default(
-            aten.triu_.default(aten.floor_divide_.Scalar(aten.fill.Scalar(x, 3), 2))
-        ),
+        lambda x: aten.tril_.default(aten.triu_.default(aten.floor_divide_.Scalar(aten.fill.Scalar(x, 3), 2))),
         [(4, 4)],
         (0, 1),
     ),
@@ -489,9 +485,7 @@ OPS: dict[str, tuple[Function, list[Shape], Shape]] = {
         (0, 1),
     ),
     "written activations": (
-        lambda x: aten.leaky_relu_.default(
-            aten.hardtanh_.default(aten.hardsigmoid_.default(aten.selu_.default(x)))
-        ),
+        lambda x: aten.leaky_relu_.default(aten.hardtanh_.default(aten.hardsigmoid_.default(aten.selu_.default(x)))),
         [(3, 4)],
         (0, 1),
     ),
@@ -514,9 +508,7 @@ OPS: dict[str, tuple[Function, list[Shape], Shape]] = {
         (0, 1),
     ),
     "evaluated batch norm": (
-        lambda x: aten._native_batch_norm_legit_no_training.default(
-            x, None, None, vector, vector**2, 0.1, 1e-5
-        )[0],
+        lambda x: aten._native_batch_norm_legit_no_training.default(x, None, None, vector, vector**2, 0.1, 1e-5)[0],
         [(3, 4)],
         (0, 1),
     ),
@@ -662,9 +654,7 @@ class Composer:
 
     def __call__(self, *states: Tensor) -> tuple[Tensor, ...]:
         states = tuple(self.steps(state) for state in states)
-        return tuple(
-            self.steps(self.pick([state, state * states[0], state + states[-1]])) for state in states
-        )
+        return tuple(self.steps(self.pick([state, state * states[0], state + states[-1]])) for state in states)
 
     def steps(self, x: Tensor) -> Tensor:
         self.depth += 1
@@ -689,9 +679,7 @@ class Composer:
     def elementwise(self, x: Tensor) -> Tensor:
         sizes = [self.pick([1, size]) for size in x.shape][self.random.randrange(x.ndim + 1) :]
         other = self.constant(*sizes)
-        return self.pick(
-            [torch.tanh(x), x * other, x + other, torch.where(x > other, x, other), torch.atan2(x, other)]
-        )
+        return self.pick([torch.tanh(x), x * other, x + other, torch.where(x > other, x, other), torch.atan2(x, other)])
 
     def along(self, x: Tensor) -> Tensor:
         dim, name = self.dimension(x), self.pick(sorted(ALONG))
@@ -705,9 +693,7 @@ class Composer:
             products.append(F.layer_norm(x, x.shape[-1:]))
         if x.ndim >= 3:
             products.append(
-                F.scaled_dot_product_attention(
-                    x, self.pick([x, 2 * x]), self.pick([x, self.constant(*x.shape)])
-                )
+                F.scaled_dot_product_attention(x, self.pick([x, 2 * x]), self.pick([x, self.constant(*x.shape)]))
             )
         if x.ndim == 3:
             products.append(F.conv1d(x, self.constant(x.shape[1], x.shape[1], 3), padding=1))
@@ -734,11 +720,7 @@ class Composer:
     def permuted(self, x: Tensor) -> Tensor:
         order = self.random.sample(range(x.ndim), x.ndim)
         back = sorted(range(x.ndim), key=order.__getitem__)
-        return (
-            self.steps(x.permute(order))
-            .permute(self.pick([back, back, back, list(range(x.ndim))]))
-            .reshape(x.shape)
-        )
+        return self.steps(x.permute(order)).permute(self.pick([back, back, back, list(range(x.ndim))])).reshape(x.shape)
 
     def viewed(self, x: Tensor) -> Tensor:
         sizes = list(x.shape)
@@ -821,16 +803,12 @@ def test_claims_for_random_bodies_hold(block: int) -> None:
 # --- what is not traced here, and what is refused -----------------------------------------------------------
 
 
-def hand_built(
-    op: Any, arguments: Sequence[Any], results: Sequence[Shape | None], taken: int = 0
-) -> fx.GraphModule:
+def hand_built(op: Any, arguments: Sequence[Any], results: Sequence[Shape | None], taken: int = 0) -> fx.GraphModule:
     """A body of one op with several results, one of them the new state. `"x"` in `arguments` is the state."""
     graph = fx.Graph()
     state = graph.placeholder("x")
     call = graph.call_function(op, tuple(state if argument == "x" else argument for argument in arguments))
-    call.meta["val"] = tuple(
-        None if shape is None else torch.empty(shape, device="meta") for shape in results
-    )
+    call.meta["val"] = tuple(None if shape is None else torch.empty(shape, device="meta") for shape in results)
     result = graph.call_function(operator.getitem, (call, taken))
     state.meta["val"] = result.meta["val"] = call.meta["val"][taken]
     graph.output((result,))
@@ -940,9 +918,7 @@ def test_a_number_taken_out_of_a_state_couples_everything() -> None:
 
 def test_operands_do_not_couple() -> None:
     """Whatever happens to tensors that do not depend on the states."""
-    graph = trace(
-        lambda x, w, b: x + (w.flip(0) @ w.cumsum(0).t()).sum() + b[[1, 0, 2]], (3, 4), (5, 4), (3, 1)
-    )
+    graph = trace(lambda x, w, b: x + (w.flip(0) @ w.cumsum(0).t()).sum() + b[[1, 0, 2]], (3, 4), (5, 4), (3, 1))
     assert prove_batch_dimensions(graph, 1).dims == (0, 1)
 
 

@@ -117,15 +117,27 @@ def accumulated(block: nn.Module, index: int, x: Tensor) -> Tensor:
 POSITIVE: dict[str, tuple[Callable[[], nn.Module], int, list[int]]] = {
     "residual": (lambda: ResidualNet(12), 3, [12]),
     "plain layers": (lambda: plain_mlp(15), 4, [15]),
-    "starts mid-pattern": (lambda: sequence([nn.Linear(3, 4), nn.Tanh()], list(plain_mlp(10)), [nn.Linear(4, 2)]), 3, [10]),
+    "starts mid-pattern": (
+        lambda: sequence([nn.Linear(3, 4), nn.Tanh()], list(plain_mlp(10)), [nn.Linear(4, 2)]),
+        3,
+        [10],
+    ),
     "functional": (lambda: Functional(12), 4, [12]),
     "numbers that differ": (lambda: Loop(linears(11), scaled), 4, [11]),
     "written in place": (lambda: Loop(linears(11), accumulated), 4, [11]),
     "norm and in-place activation": (dotted_relu, 4, [10]),
     "shared weights": (Shared, 4, [20]),
-    "two chains of different width": (lambda: sequence(list(plain_mlp(9)), [nn.Linear(4, 6)], list(plain_mlp(8, 6))), 4, [9, 8]),
+    "two chains of different width": (
+        lambda: sequence(list(plain_mlp(9)), [nn.Linear(4, 6)], list(plain_mlp(8, 6))),
+        4,
+        [9, 8],
+    ),
     "interrupted": (lambda: sequence(list(plain_mlp(9)), [nn.Linear(4, 4), nn.ReLU()], list(plain_mlp(9))), 4, [9, 9]),
-    "alternating": (lambda: sequence(*[[nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Sigmoid()] for _ in range(9)]), 4, [9]),
+    "alternating": (
+        lambda: sequence(*[[nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Sigmoid()] for _ in range(9)]),
+        4,
+        [9],
+    ),
     "taps": (Taps, 4, [12]),
     "GRU": (lambda: Recurrent(nn.GRUCell(2, 4)), 13, [12]),
     "RNN": (lambda: Recurrent(nn.RNNCell(2, 4)), 13, [12]),
@@ -184,7 +196,10 @@ def noisy(block: nn.Module, index: int, x: Tensor) -> Tensor:
 NEGATIVE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dropout": (lambda: sequence(*[[nn.Linear(4, 4), nn.Dropout(0.5)] for _ in range(10)]), "random op dropout"),
     "noise": (lambda: Loop(linears(10), noisy), "random op randn_like"),
-    "batch norm in training": (lambda: sequence(*[[nn.Linear(4, 4), nn.BatchNorm1d(4)] for _ in range(10)]), "mutation|statistics"),
+    "batch norm in training": (
+        lambda: sequence(*[[nn.Linear(4, 4), nn.BatchNorm1d(4)] for _ in range(10)]),
+        "mutation|statistics",
+    ),
     "inner value": (InnerUsed, "inner value used outside"),
     "written": (Written, "mutation"),
     "too short": (lambda: plain_mlp(5), "too short: 5 blocks, min_length=8"),

@@ -71,6 +71,8 @@ def test_nothing_to_solve() -> None:
     assert solve_recurrence(torch.empty(4, 0, 3, 3), torch.empty(4, 0, 3)).shape == (4, 0, 3)
 
 
-@pytest.mark.parametrize(("method", "depth"), [("cyclic_reduction", 20), ("parallel_cyclic_reduction", 10), ("sequential", 1024)])
+@pytest.mark.parametrize(
+    ("method", "depth"), [("cyclic_reduction", 20), ("parallel_cyclic_reduction", 10), ("sequential", 1024)]
+)
 def test_depth(method: str, depth: int) -> None:
     assert sequential_depth(1024, method) == depth

@@ -54,9 +54,7 @@ def test_residual_is_that_of_the_returned_trajectory() -> None:
     x0, operands, shared = problem(100)
     solution = solve_chain(tanh_step, x0, operands, shared=shared, options={**NEWTON, "tolerance": 1e-3})
     previous = torch.cat([x0[None], solution.trajectory[:-1]])
-    made = torch.stack(
-        [tanh_step(z, {k: v[i] for k, v in operands.items()}, shared) for i, z in enumerate(previous)]
-    )
+    made = torch.stack([tanh_step(z, {k: v[i] for k, v in operands.items()}, shared) for i, z in enumerate(previous)])
     scale = torch.maximum(previous.abs().amax(-1), solution.trajectory.abs().amax(-1))
     residual = ((made - solution.trajectory).abs().amax(-1) / scale).max()
     assert solution.stats.outcome is Outcome.CONVERGED
@@ -66,7 +64,9 @@ def test_residual_is_that_of_the_returned_trajectory() -> None:
 
 def test_a_linear_chain_takes_one_iteration() -> None:
     matrices = torch.randn(200, 4, 4, dtype=torch.float64) / 2.5
-    solution = solve_chain(lambda z, a, _: z @ a.T + 1, torch.randn(2, 4, dtype=torch.float64), matrices, options=NEWTON)
+    solution = solve_chain(
+        lambda z, a, _: z @ a.T + 1, torch.randn(2, 4, dtype=torch.float64), matrices, options=NEWTON
+    )
     assert solution.stats.iterations <= 2
 
 
@@ -75,7 +75,9 @@ def test_newton_is_exact_after_as_many_iterations_as_blocks(length: int) -> None
     # A strongly nonlinear body, for which nothing but that guarantee helps.
     matrices = 3 * torch.randn(length, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     options = {**NEWTON, "max_iterations": length, "tolerance": 1e-6}
-    solution = solve_chain(lambda z, a, _: torch.sin(z @ a.T), torch.ones(1, 3, dtype=torch.float64), matrices, options=options)
+    solution = solve_chain(
+        lambda z, a, _: torch.sin(z @ a.T), torch.ones(1, 3, dtype=torch.float64), matrices, options=options
+    )
     assert solution.stats.outcome is Outcome.CONVERGED
     assert solution.stats.iterations <= length
 

@@ -167,7 +167,7 @@ def test_compiling_a_transformed_module_is_harmless() -> None:
 
 @pytest.mark.parametrize("bad", [print, "model", torch.relu])
 def test_only_modules_are_transformed(bad) -> None:
-    with pytest.raises(pcr_fx.UnsupportedError, match="takes a torch.nn.Module, got"):
+    with pytest.raises(pcr_fx.UnsupportedError, match=r"takes a torch\.nn\.Module, got"):
         pcr_fx.transform(bad)
 
 
@@ -212,3 +212,16 @@ def test_the_report_has_the_documented_keys() -> None:
 def test_pickle() -> None:
     fast, x = pcr_fx.transform(plain_mlp(12), options=NEWTON), torch.randn(2, 4)
     torch.testing.assert_close(pickle.loads(pickle.dumps(fast))(x), fast(x))
+
+
+@pytest.mark.parametrize("solver", ["auto", "newton", "sequential"])
+def test_low_precision_keeps_its_dtype(solver: str) -> None:
+    model, x = ResidualNet(16).bfloat16(), torch.randn(3, 3, dtype=torch.bfloat16)
+    fast = pcr_fx.transform(model, options={"solver": solver})
+    assert fast(x).dtype == torch.bfloat16
+    torch.testing.assert_close(fast(x), model(x), atol=3e-2, rtol=3e-2)
+    mixed = ResidualNet(16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, expected = pcr_fx.transform(mixed, options={"solver": solver})(x.float()), mixed(x.float())
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, atol=3e-2, rtol=3e-2)

@@ -26,14 +26,18 @@ class StateLayout:
     def features(self) -> tuple[tuple[int, ...], ...]:
         """The sizes of each state without its batch dimensions."""
         return tuple(
-            tuple(size for dim, size in enumerate(shape) if dim not in self.batch_dims)
-            for shape in self.shapes
+            tuple(size for dim, size in enumerate(shape) if dim not in self.batch_dims) for shape in self.shapes
         )
+
+    @property
+    def counts(self) -> list[int]:
+        """How many numbers per sample each state holds."""
+        return [math.prod(sizes) for sizes in self.features]
 
     @property
     def dimension(self) -> int:
         """d: numbers carried per sample."""
-        return sum(math.prod(sizes) for sizes in self.features)
+        return sum(self.counts)
 
     def flatten(self, states: Sequence[Tensor], leading: int = 0) -> Tensor:
         """States, each with `leading` further dimensions in front, as one tensor `[*leading, *batch, d]`."""
@@ -42,15 +46,12 @@ class StateLayout:
             front = state.movedim(self._positions(leading), self._front(leading))
             kept = leading + len(self.batch_dims)
             # One feature dimension is already flat: no op at all for the common [batch, features] state.
-            parts.append(
-                front if len(sizes) == 1 else front.reshape(*front.shape[:kept], math.prod(sizes))
-            )
+            parts.append(front if len(sizes) == 1 else front.reshape(*front.shape[:kept], math.prod(sizes)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def unflatten(self, flat: Tensor, leading: int = 0) -> tuple[Tensor, ...]:
         """The inverse of `flatten`."""
-        counts = [math.prod(sizes) for sizes in self.features]
-        parts = (flat,) if len(counts) == 1 else flat.split(counts, dim=-1)
+        parts = (flat,) if len(self.shapes) == 1 else flat.split(self.counts, dim=-1)
         states = []
         for part, sizes in zip(parts, self.features, strict=True):
             front = part if len(sizes) == 1 else part.reshape(*part.shape[:-1], *sizes)

@@ -23,6 +23,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pcr_fx.body.batch import BatchDimensions, prove_batch_dimensions
+from pcr_fx.body.cells import write_out_cells
 from pcr_fx.body.isolation import isolated
 from pcr_fx.body.layout import StateLayout
 from pcr_fx.body.purity import check_pure
@@ -117,15 +118,16 @@ class Generality:
     def widen(self, signature: Signature, batch_dims: tuple[int, ...]) -> tuple[Any, ...]:
         """`signature` with every free size left out: signatures that widen alike share a program."""
         state_dims = batch_dims if self.any_batch else ()
-        states = [_without(spec, state_dims) for spec in signature.states]
-        others = (*signature.operands, *signature.shared)
-        return batch_dims, *states, *map(_without, others, self.operand_dims)
+        batch = {signature.states[0].shape[dim] for dim in state_dims}
+        states = [_without(spec, state_dims, batch) for spec in signature.states]
+        others = zip((*signature.operands, *signature.shared), self.operand_dims, strict=True)
+        return batch_dims, *states, *(_without(spec, dims, batch) for spec, dims in others)
 
 
-def _without(spec: TensorSpec, dims: tuple[int, ...]) -> TensorSpec:
-    return TensorSpec(
-        tuple(-1 if dim in dims else size for dim, size in enumerate(spec.shape)), spec.dtype, spec.device
-    )
+def _without(spec: TensorSpec, dims: tuple[int, ...], batch: set[int]) -> TensorSpec:
+    """`spec` without its sizes along `dims` that follow the batch; others, such as 1 to broadcast, are kept."""
+    shape = tuple(-1 if dim in dims and size in batch else size for dim, size in enumerate(spec.shape))
+    return TensorSpec(shape, spec.dtype, spec.device)
 
 
 # By content, for good: a compiled graph names its program and may outlive the module that it was made for.
@@ -184,12 +186,11 @@ def _program_for(chain: Chain, signature: Signature, block: fx.GraphModule) -> P
 def trace_block(chain: Chain, signature: Signature) -> fx.GraphModule:
     """One block as an aten graph at the sizes of `signature`, with a fake `meta["val"]` on every node."""
     with FakeTensorMode() as mode:
-        arguments = [
-            _fake(mode, spec, ()) for spec in (*signature.states, *signature.operands)
-        ]
+        arguments = [_fake(mode, spec, ()) for spec in (*signature.states, *signature.operands)]
         arguments += [_fake(mode, TensorSpec((), *_compute(signature)), ()) for _ in chain.literals]
         arguments += [_fake(mode, spec, ()) for spec in signature.shared]
-        return _trace(lambda *tensors: tuple(chain.body(*tensors)), arguments)
+        body = write_out_cells(chain.body)
+        return _trace(lambda *tensors: tuple(body(*tensors)), arguments)
 
 
 def _compute(signature: Signature) -> tuple[torch.dtype, torch.device]:
@@ -213,9 +214,7 @@ def _check_states(block: fx.GraphModule, signature: Signature) -> None:
         if not isinstance(value, Tensor):
             raise BodyError(f"the block returns {value!r} in place of a state")
         if tuple(value.shape) != spec.shape:
-            raise BodyError(
-                f"the block changes the shape of its state from {list(spec.shape)} to {list(value.shape)}"
-            )
+            raise BodyError(f"the block changes the shape of its state from {list(spec.shape)} to {list(value.shape)}")
         if value.dtype != spec.dtype:
             raise BodyError(f"the block changes the dtype of its state from {spec.dtype} to {value.dtype}")
 
@@ -232,7 +231,11 @@ def _trace(function: Run, arguments: Sequence[Any]) -> fx.GraphModule:
     """`function` as an aten graph, or `BodyError` with what went wrong in words."""
     try:
         # Attention in ordinary ops: its fused kernels have no vmap rule, and would be traced once a block and row.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(arguments[0].device.type, enabled=False), _quiet(_FAKE_TENSOR_LOG):
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autocast(arguments[0].device.type, enabled=False),
+            _quiet(_FAKE_TENSOR_LOG),
+        ):
             graph = make_fx(function)(*arguments)
     except Exception as error:
         raise BodyError(f"the block cannot be traced: {_first_line(error)}") from error
@@ -301,6 +304,7 @@ class _Tracer:
 
     def __init__(self, chain: Chain, signature: Signature, layout: StateLayout, generality: Generality) -> None:
         self.chain, self.layout, self.generality = chain, layout, generality
+        self.body = write_out_cells(chain.body)
         self.environment = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.environment)
         state = signature.states[0]
@@ -314,9 +318,7 @@ class _Tracer:
         self.state = _fake(self.mode, flat, range(self.batch_rank) if generality.any_batch else ())
         others = [
             _fake(self.mode, _with_sizes(spec, dims, stand_ins), dims)
-            for spec, dims in zip(
-                (*signature.operands, *signature.shared), generality.operand_dims, strict=True
-            )
+            for spec, dims in zip((*signature.operands, *signature.shared), generality.operand_dims, strict=True)
         ]
         number = TensorSpec((), state.dtype, state.device)
         literals = [_fake(self.mode, number, ()) for _ in chain.literals]
@@ -353,7 +355,7 @@ class _Tracer:
     def _step(self, *tensors: Any) -> Any:
         state, operands, shared = self._split(tensors)
         states = self.layout.unflatten(state)
-        return self.layout.flatten(tuple(self.chain.body(*states, *operands, *shared)))
+        return self.layout.flatten(tuple(self.body(*states, *operands, *shared)))
 
     def _evaluate(self, *tensors: Any) -> Any:
         return torch.vmap(self._step, in_dims=self._in_dims())(*tensors)
@@ -370,7 +372,7 @@ class _Tracer:
         Each is the same for all samples: along batch dimensions the block acts independently, so that one pullback
         gives a row of every sample's Jacobian.
         """
-        output, pullback = torch.func.vjp(lambda moving: self._step(moving, *rest), state)
+        output, pullback = torch.func.vjp(lambda moving: self._step(moving, *rest), state)  # type: ignore[misc]
         basis = torch.eye(self.layout.dimension, dtype=state.dtype, device=state.device)
         rows = torch.vmap(lambda row: pullback(row.expand(state.shape))[0], out_dims=-2)(basis)
         return output, rows

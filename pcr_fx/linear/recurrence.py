@@ -64,9 +64,7 @@ def sequential_depth(length: int, method: str = "auto") -> int:
 def _sequential(algebra: Algebra, matrices: Tensor, offsets: Tensor) -> Tensor:
     states = [algebra.block(offsets, 0)]
     for index in range(1, algebra.length(offsets)):
-        states.append(
-            algebra.affine(algebra.block(matrices, index), states[-1], algebra.block(offsets, index))
-        )
+        states.append(algebra.affine(algebra.block(matrices, index), states[-1], algebra.block(offsets, index)))
     return algebra.join(states)
 
 

@@ -50,8 +50,6 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
     key = hashlib.sha256(f"{program.key} {settings!r}".encode()).hexdigest()[:32]
     if key not in _plans:
         dtype = signature.states[0].dtype
-        newton = Newton.of(
-            dtype, chain.length, options.tolerance, options.max_iterations, options.linear_solver
-        )
+        newton = Newton.of(dtype, chain.length, options.tolerance, options.max_iterations, options.linear_solver)
         _plans[key] = Plan(key, program, options, newton)
     return _plans[key]

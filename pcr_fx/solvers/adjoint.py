@@ -69,9 +69,7 @@ def adjoint_sequential(
     d_shared: list[Tensor] | None = None
     count = sum(program.differentiable_operands)
     for index in range(program.length - 1, -1, -1):
-        adjoint, *rest = program.step_pullback(
-            previous[index], *each[index], *shared, adjoint + cotangents[index]
-        )
+        adjoint, *rest = program.step_pullback(previous[index], *each[index], *shared, adjoint + cotangents[index])
         d_operands.append(tuple(rest[:count]))
         parts = rest[count:]
         d_shared = parts if d_shared is None else [total + part for total, part in zip(d_shared, parts, strict=True)]

@@ -24,7 +24,7 @@ DEFAULT_MAX_ITERATIONS = 32
 # Iterations without a new smallest residual before a solve is given up. Residuals may rise for a while before the
 # quadratic phase, so one rise says nothing.
 _PATIENCE = 8
-# A stalled residual below this many roundings of the block's input and output is the best the dtype can do.
+# A stalled residual of this many roundings of the block's input and output is the best the dtype can do.
 _ROUNDING_EPS = 8.0
 
 
@@ -49,13 +49,18 @@ class Newton:
 
 @dataclass
 class _Iterate:
-    """One trajectory under way: `states` `[L+1, *batch, d]` starts with the initial state."""
+    """One trajectory under way: `states` `[L+1, *batch, d]` starts with the initial state.
+
+    `counts` says how d is made up: the numbers of each carried tensor.
+    """
 
     states: Tensor
+    counts: list[int]
 
     @classmethod
-    def repeat(cls, initial: Tensor, length: int) -> _Iterate:
-        return cls(initial.unsqueeze(0).repeat(length + 1, *(1 for _ in initial.shape)))
+    def repeat(cls, initial: Tensor, program: Program) -> _Iterate:
+        states = initial.unsqueeze(0).repeat(program.length + 1, *(1 for _ in initial.shape))
+        return cls(states, program.layout.counts)
 
     @property
     def previous(self) -> Tensor:
@@ -65,19 +70,21 @@ class _Iterate:
     def current(self) -> Tensor:
         return self.states[1:]
 
-    def relative(self, residuals: Tensor) -> float:
-        """The largest residual, relative per block and sample. The one host synchronisation of an iteration."""
-        size = self.states.abs().amax(-1)
+    def relative(self, residuals: Tensor, jacobians: Tensor | None = None) -> float:
+        """The largest residual, relative to the size of what its block computes: the state it returns.
+
+        With `jacobians`, relative to that plus |J| |z_{l-1}|, which rounding the block's input multiplies: terms may
+        cancel in the state. Each carried tensor has its own scale, as has each block and sample.
+        """
+        size = self.current.abs()
+        if jacobians is not None:
+            size += (jacobians.abs() @ self.previous.abs().unsqueeze(-1)).squeeze(-1)
+            size.masked_fill_(size.isinf(), math.nan)  # nothing is small because a product overflowed
         # Below this scale a relative residual would only measure denormal noise.
         floor = torch.finfo(size.dtype).tiny / torch.finfo(size.dtype).eps
-        scale = torch.maximum(size[:-1], size[1:]).clamp_min(floor)
-        return float((residuals.abs().amax(-1) / scale).max())
-
-    def at_rounding_level(self, residuals: Tensor, jacobians: Tensor) -> bool:
-        """Whether the residuals are what rounding the block's input and output alone would cause."""
-        moved = (jacobians.abs() @ self.previous.abs().unsqueeze(-1)).squeeze(-1)
-        level = torch.finfo(moved.dtype).eps * (moved + self.current.abs()).amax(-1, keepdim=True)
-        return bool((residuals.abs() <= _ROUNDING_EPS * level).all())
+        parts = zip(residuals.abs().split(self.counts, -1), size.split(self.counts, -1), strict=True)
+        ratios = [(r.amax(-1) / s.amax(-1).clamp_min(floor)).max() for r, s in parts if s.shape[-1]]
+        return float(ratios[0] if len(ratios) == 1 else torch.stack(ratios).max())
 
 
 def solve_newton(
@@ -88,14 +95,15 @@ def solve_newton(
     The residual in the stats is that of the trajectory returned, measured after the last correction. Whether it
     succeeded is `stats.outcome.success`; the trajectory of a failed solve is not to be used.
     """
-    iterate = _Iterate.repeat(initial, program.length)
+    iterate = _Iterate.repeat(initial, program)
     if initial.numel() == 0:
         return iterate.current, SolveStats(Outcome.CONVERGED)
     residual, best, best_at, iteration = math.inf, math.inf, 0, 0
     while True:
         last, jacobians = residual, None
-        if last * last < settings.tolerance:
-            # Newton squares its error: this is most likely the solution, so look before building Jacobians.
+        # Newton squares its error: this is most likely the solution, so look before building Jacobians.
+        expected = last * last < settings.tolerance
+        if expected:
             values = program.evaluate(iterate.previous, *operands, *shared)
         else:
             values, jacobians = program.linearise(iterate.previous, *operands, *shared)
@@ -107,8 +115,12 @@ def solve_newton(
             return iterate.current, SolveStats(Outcome.NON_FINITE, iteration, residual)
         if jacobians is None:
             jacobians = program.linearise(iterate.previous, *operands, *shared)[1]
-        if residual > 0.5 * last and iterate.at_rounding_level(residuals, jacobians):
-            return iterate.current, SolveStats(Outcome.ROUNDING, iteration, residual)
+        if expected or residual > 0.5 * last:
+            against_terms = iterate.relative(residuals, jacobians)
+            if against_terms <= settings.tolerance:
+                return iterate.current, SolveStats(Outcome.CONVERGED, iteration, against_terms)
+            if residual > 0.5 * last and against_terms <= _ROUNDING_EPS * torch.finfo(initial.dtype).eps:
+                return iterate.current, SolveStats(Outcome.ROUNDING, iteration, against_terms)
         if residual < best:
             best, best_at = residual, iteration
         if iteration == settings.max_iterations:

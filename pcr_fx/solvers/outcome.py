@@ -32,8 +32,8 @@ class SolveStats:
     Attributes:
         outcome: how it ended.
         iterations: linear systems solved; 0 for a sequential evaluation.
-        residual: the largest `|z_l - f_l(z_{l-1})|` of the returned trajectory, relative to the scale of the states
-            around block l; 0 for a sequential evaluation, which computes each state from the one before.
+        residual: the largest `|z_l - f_l(z_{l-1})|` of the returned trajectory, relative as `Options.tolerance` is;
+            0 for a sequential evaluation, which computes each state from the one before.
         fallback: what failed before, where the result was evaluated sequentially instead.
     """
 

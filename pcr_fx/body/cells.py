@@ -1,0 +1,64 @@
+"""Recurrent cells written out: PyTorch's fused ones cannot be batched over blocks, or only one block at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+Weights = Tensor | None
+
+
+def lstm_cell(
+    x: Tensor, hx: tuple[Tensor, Tensor], w_ih: Tensor, w_hh: Tensor, b_ih: Weights = None, b_hh: Weights = None
+) -> tuple[Tensor, Tensor]:
+    """`torch.lstm_cell`: the new hidden state and the new cell state."""
+    hidden, cell = hx
+    gates = F.linear(x, w_ih, b_ih) + F.linear(hidden, w_hh, b_hh)
+    keep_in, forget, candidate, out = gates.chunk(4, -1)
+    cell = torch.sigmoid(forget) * cell + torch.sigmoid(keep_in) * torch.tanh(candidate)
+    return torch.sigmoid(out) * torch.tanh(cell), cell
+
+
+def gru_cell(x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Weights = None, b_hh: Weights = None) -> Tensor:
+    """`torch.gru_cell`."""
+    reset_x, update_x, new_x = F.linear(x, w_ih, b_ih).chunk(3, -1)
+    reset_h, update_h, new_h = F.linear(hx, w_hh, b_hh).chunk(3, -1)
+    new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
+    return new + torch.sigmoid(update_x + update_h) * (hx - new)
+
+
+def rnn_tanh_cell(
+    x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Weights = None, b_hh: Weights = None
+) -> Tensor:
+    """`torch.rnn_tanh_cell`."""
+    return torch.tanh(F.linear(x, w_ih, b_ih) + F.linear(hx, w_hh, b_hh))
+
+
+def rnn_relu_cell(
+    x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Weights = None, b_hh: Weights = None
+) -> Tensor:
+    """`torch.rnn_relu_cell`."""
+    return torch.relu(F.linear(x, w_ih, b_ih) + F.linear(hx, w_hh, b_hh))
+
+
+_WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
+    torch.lstm_cell: lstm_cell,
+    torch.gru_cell: gru_cell,
+    torch.rnn_tanh_cell: rnn_tanh_cell,
+    torch.rnn_relu_cell: rnn_relu_cell,
+}
+
+
+def write_out_cells(body: fx.GraphModule) -> fx.GraphModule:
+    """`body` without fused cells; it is left as it is."""
+    if not any(node.target in _WRITTEN_OUT for node in body.graph.nodes):
+        return body
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(body.graph, {}))
+    for node in graph.nodes:
+        node.target = _WRITTEN_OUT.get(node.target, node.target)
+    return fx.GraphModule(body, graph)
