@@ -79,7 +79,7 @@ def test_imports_run_one_way(path: Path) -> None:
         ("linear", "from pcr_fx.chain import Chain", []),
         ("linear", "from pcr_fx.solvers.newton import Newton", ["solvers"]),
         ("linear", "def late():\n    import pcr_fx.node as node", ["node"]),
-        ("passes", "from pcr_fx import body, report", ["report"]),
+        ("passes", "from pcr_fx import body, reports", ["reports"]),
         ("node", "from pcr_fx import Options", ["__init__"]),
         ("node", "import pcr_fx", ["__init__"]),
         ("backend", "from pcr_fx.transform import transform", ["transform"]),
