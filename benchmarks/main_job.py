@@ -112,7 +112,7 @@ def _speed(model: nn.Module, x: Tensor) -> tuple[str, ...]:
 
 
 def backward_ms(model: nn.Module, x: Tensor) -> float:
-    """The time of the backward alone: of both, less that of the forward, measured in turn."""
+    """The median time of the backward alone."""
     times = []
     for _ in range(9):
         model.zero_grad()
