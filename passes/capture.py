@@ -69,7 +69,7 @@ def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     """The arguments to trace with. Of those that nobody knows it is known that they are tensors."""
     if example_inputs is None:
         parameters = inspect.signature(model.forward).parameters.values()
-        return {p.name: _unknown(p) for p in parameters}
+        return {p.name: Tensor for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     if isinstance(example_inputs, Tensor):
         return bind_arguments(model, (example_inputs,), {})
     if isinstance(example_inputs, Mapping):
@@ -79,16 +79,8 @@ def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     raise UnsupportedError(f"example_inputs must be a tuple, list, dict or tensor, got {type(example_inputs).__name__}")
 
 
-def _unknown(parameter: inspect.Parameter) -> Any:
-    if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-        return ()
-    if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-        return {}
-    return Tensor if parameter.default is inspect.Parameter.empty else parameter.default
-
-
 def bind_arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, defaults included.
+    """The arguments given in a call, by name.
 
     Raises:
         UnsupportedError: they do not fit the forward.
@@ -98,7 +90,6 @@ def bind_arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
         raise UnsupportedError(f"inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
-    bound.apply_defaults()
     return bound.arguments
 
 

@@ -253,7 +253,8 @@ def _mutable_arguments(node: fx.Node) -> list[Any]:
 
 def _writes_first_argument(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):
+    # The operator module's own and_, or_ and not_ end so because of Python's keywords.
+    if name.endswith("_") and not name.endswith("__") and getattr(node.target, "__module__", "") != "_operator":
         return True
     if node.op == "call_method":
         return name == "__setitem__"
@@ -345,13 +346,14 @@ def written_memory(graph: fx.Graph) -> list[tuple[set[fx.Node], list[fx.Node]]]:
     for node in graph.find_nodes(op="get_attr"):
         attributes.setdefault(node.target, []).append(node)
     found: list[tuple[set[fx.Node], list[fx.Node]]] = []
+    writers_of: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         for target in writes(node):
-            known = next((writers for aliases, writers in found if target in aliases), None)
-            if known is None:
-                found.append((_aliases(target, attributes), [node]))
-            elif node not in known:
-                known.append(node)
+            if target not in writers_of:
+                found.append((_aliases(target, attributes), []))
+                writers_of.update(dict.fromkeys(found[-1][0], found[-1][1]))
+            if node not in writers_of[target][-1:]:
+                writers_of[target].append(node)
     return found
 
 
@@ -365,10 +367,21 @@ def _aliases(node: fx.Node, attributes: dict[Any, list[fx.Node]]) -> set[fx.Node
         aliases.add(alias)
         if alias.op == "get_attr":
             pending += attributes[alias.target]
-        elif not is_fresh(alias) and alias.op != "placeholder":
-            pending += alias.all_input_nodes
-        pending += [user for user in alias.users if not is_fresh(user) and user.op != "output"]
+        pending += _shared_inputs(alias)
+        pending += [user for user in alias.users if user.op != "output" and alias in _shared_inputs(user)]
     return aliases
+
+
+def _shared_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose memory the result may lie in."""
+    if not node.op.startswith("call_") or is_fresh(node):
+        return []
+    name = op_name(node)
+    in_place = _writes_first_argument(node) and (node.op == "call_method" or _is_pytorchs(node.target))
+    if in_place and name not in RESHAPING_METHODS and node.args and isinstance(node.args[0], fx.Node):
+        # What is written is copied from the other arguments.
+        return [node.args[0]]
+    return list(node.all_input_nodes)
 
 
 def _tensors(values: Iterable[Any]) -> list[fx.Node]:

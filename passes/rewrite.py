@@ -142,9 +142,10 @@ def _effect_order(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
         yield from ((inputs[-1], node) for node in others)
     # Random numbers are drawn in the order written.
     yield from itertools.pairwise(node for node in others if is_random(node) or hides_ops(node))
+    position = {node: index for index, node in enumerate(graph.nodes)}
     for aliases, writers in written_memory(graph):
         touching = aliases.union(*(alias.users for alias in aliases))
-        yield from _around([node for node in graph.nodes if node in touching], set(writers))
+        yield from _around(sorted(touching, key=position.__getitem__), set(writers))
     yield from _around(others, {node for node in others if is_barrier(node)})
 
 

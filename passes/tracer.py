@@ -91,18 +91,19 @@ class ModelTracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """The forward with its arguments: stand-ins for those that hold tensors, all others as they are."""
-        forward = self.root.forward
-        bound = inspect.signature(forward).bind_partial()
+        arguments = {}
         for name, value in self.arguments.items():
             stands_in = value is Tensor or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
-            bound.arguments[name] = self.create_proxy("placeholder", name, (), {}) if stands_in else value
+            arguments[name] = self.create_proxy("placeholder", name, (), {}) if stands_in else value
+        forward = self.root.forward
+        args, kwargs = _as_call(inspect.signature(forward), arguments)
         for path, module in self.root.named_modules():
             for name, value in list(module.__dict__.items()):
                 if isinstance(value, Tensor):
                     place = f"{path}.{name}".lstrip(".")
                     self.plain[place] = value
                     module.__dict__[name] = self.create_proxy("get_attr", place, (), {})
-        return lambda: forward(*bound.args, **bound.kwargs), []
+        return lambda: forward(*args, **kwargs), []
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         name = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
@@ -130,14 +131,14 @@ class ModelTracer(fx.Tracer):
         """What the model gets: a tuple must be one, since it may be unpacked or measured, and a number is a number."""
         if isinstance(value, Tensor) or value is None or proxy.node.op in ("get_attr", "output"):
             return proxy
+        if _is_plain(value):
+            self.reads_shapes = True
+            self.graph.erase_node(proxy.node)
+            return value
         if type(value) in (tuple, list):
             return type(value)(proxy[index] for index in range(len(value)))  # type: ignore[index]
         if type(value) is dict:
             return {name: proxy[name] for name in value}  # type: ignore[index]
-        if isinstance(value, (bool, int, float, torch.Size, torch.dtype, torch.device)):
-            self.reads_shapes = True
-            self.graph.erase_node(proxy.node)
-            return value
         return proxy
 
     # --- what the ops would return for the example inputs -----------------------------------------------------------
@@ -281,6 +282,33 @@ class _KnownProxy(_Proxy):
 
     def __len__(self) -> int:
         return len(self._known())
+
+
+def _is_plain(value: Any) -> bool:
+    """A number, a dtype or a device, or a tuple of such: `size()` returns one."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, torch.dtype, torch.device))
+
+
+def _as_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """How to pass arguments: by name where that is possible, since wrappers add arguments of theirs by name."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    parameters = signature.parameters
+    several = next((p.name for p in parameters.values() if p.kind is p.VAR_POSITIONAL and arguments.get(p.name)), None)
+    before_several = list(parameters)[: list(parameters).index(several)] if several else []
+    for name, value in arguments.items():
+        kind = parameters[name].kind
+        if name == several:
+            args += value
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            kwargs.update(value)
+        elif kind is inspect.Parameter.POSITIONAL_ONLY or name in before_several:
+            args.append(value)
+        else:
+            kwargs[name] = value
+    return args, kwargs
 
 
 def _settings() -> tuple[Any, ...]:

@@ -208,7 +208,7 @@ def _(
 @torch.library.custom_op("pcr_fx::stack", mutates_args=())
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     """`torch.stack(tensors)`. As one opaque operator, since a compiler would emit code for each of thousands."""
-    return torch.stack(list(tensors))
+    return torch.stack(list(tensors)).contiguous()  # stacked, channels-last weights keep their order in memory
 
 
 @stack.register_fake

@@ -23,10 +23,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pcr_fx.body.batch import BatchDimensions, prove_batch_dimensions
-from pcr_fx.body.cells import write_out_cells
 from pcr_fx.body.isolation import isolated
 from pcr_fx.body.layout import StateLayout
 from pcr_fx.body.purity import check_pure
+from pcr_fx.body.written_out import write_out_fused
 from pcr_fx.chain import Chain, TensorSpec
 from pcr_fx.errors import BodyError
 
@@ -189,7 +189,7 @@ def trace_block(chain: Chain, signature: Signature) -> fx.GraphModule:
         arguments = [_fake(mode, spec, ()) for spec in (*signature.states, *signature.operands)]
         arguments += [_fake(mode, TensorSpec((), *_compute(signature)), ()) for _ in chain.literals]
         arguments += [_fake(mode, spec, ()) for spec in signature.shared]
-        body = write_out_cells(chain.body)
+        body = write_out_fused(chain.body)
         return _trace(lambda *tensors: tuple(body(*tensors)), arguments)
 
 
@@ -304,7 +304,7 @@ class _Tracer:
 
     def __init__(self, chain: Chain, signature: Signature, layout: StateLayout, generality: Generality) -> None:
         self.chain, self.layout, self.generality = chain, layout, generality
-        self.body = write_out_cells(chain.body)
+        self.body = write_out_fused(chain.body)
         self.environment = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.environment)
         state = signature.states[0]
@@ -372,6 +372,8 @@ class _Tracer:
         Each is the same for all samples: along batch dimensions the block acts independently, so that one pullback
         gives a row of every sample's Jacobian.
         """
+        if self.layout.dimension == 0:  # an empty batch; PyTorch crashes in a vmap over no rows
+            return self._step(state, *rest), state.new_empty((*state.shape, 0))
         output, pullback = torch.func.vjp(lambda moving: self._step(moving, *rest), state)  # type: ignore[misc]
         basis = torch.eye(self.layout.dimension, dtype=state.dtype, device=state.device)
         rows = torch.vmap(lambda row: pullback(row.expand(state.shape))[0], out_dims=-2)(basis)

@@ -1,4 +1,8 @@
-"""Recurrent cells written out: PyTorch's fused ones cannot be batched over blocks, or only one block at a time."""
+"""Fused ops written out, where PyTorch's own cannot be batched over blocks or differentiated in all they take.
+
+Its recurrent cells are batched one block at a time. Its batch norm refuses to be differentiated in the statistics,
+which are operands like any other here.
+"""
 
 from __future__ import annotations
 
@@ -45,16 +49,38 @@ def rnn_relu_cell(
     return torch.relu(F.linear(x, w_ih, b_ih) + F.linear(hx, w_hh, b_hh))
 
 
+def batch_norm(
+    x: Tensor,
+    running_mean: Weights,
+    running_var: Weights,
+    weight: Weights = None,
+    bias: Weights = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm`; in evaluation each channel is scaled and shifted, with `x` `[N, C, ...]`."""
+    if training or running_mean is None or running_var is None:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    scale = torch.rsqrt(running_var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale
+    shift = shift if bias is None else shift + bias
+    channels = (-1, *(1 for _ in x.shape[2:]))
+    return x * scale.view(channels) + shift.view(channels)
+
+
 _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     torch.lstm_cell: lstm_cell,
     torch.gru_cell: gru_cell,
     torch.rnn_tanh_cell: rnn_tanh_cell,
     torch.rnn_relu_cell: rnn_relu_cell,
+    F.batch_norm: batch_norm,
 }
 
 
-def write_out_cells(body: fx.GraphModule) -> fx.GraphModule:
-    """`body` without fused cells; it is left as it is."""
+def write_out_fused(body: fx.GraphModule) -> fx.GraphModule:
+    """`body` with its fused ops written out; it is left as it is."""
     if not any(node.target in _WRITTEN_OUT for node in body.graph.nodes):
         return body
     graph = fx.Graph()

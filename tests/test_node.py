@@ -1,0 +1,596 @@
+"""The solve node and its gradients, against the same blocks one after another."""
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_close
+from torch import Tensor, fx
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+import pcr_fx
+from pcr_fx import Options, ops
+from pcr_fx.body import program
+from pcr_fx.chain import Chain
+from pcr_fx.node import SolveNode, stack_operands
+
+D = 3
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A body, and the shapes that it takes: `B` in the shape of a state stands for the batch size."""
+
+    body: Callable[..., tuple[Tensor, ...]]
+    states: tuple[tuple[Any, ...], ...] = (("B", D),)
+    operands: tuple[Shape, ...] = ()
+    shared: tuple[Shape, ...] = ()
+    literals: int = 0
+
+    def node(self, length: int, **options: Any) -> SolveNode:
+        numbers = tuple(tuple(0.1 + (i + j) % 7 / 10 for i in range(length)) for j in range(self.literals))
+        counts = len(self.states), len(self.operands), len(self.shared)
+        return SolveNode(
+            Chain(fx.symbolic_trace(self.body), length, *counts, literals=numbers),
+            Options.of({"solver": "newton", **options}),
+        )
+
+    def inputs(self, length: int, batch: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> "Inputs":
+        generator = torch.Generator().manual_seed(seed + 100 * length + batch)
+
+        def draw(shape: Sequence[Any], scale: float) -> Tensor:
+            values = torch.randn([batch if n == "B" else n for n in shape], generator=generator, dtype=torch.float64)
+            return (values * scale).to(dtype).requires_grad_()
+
+        return Inputs(
+            [draw(shape, 1.0) for shape in self.states],
+            [draw((length, *shape), 0.4) for shape in self.operands],
+            [draw(shape, 0.4) for shape in self.shared],
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    states: list[Tensor]
+    operands: list[Tensor]
+    shared: list[Tensor]
+
+    @property
+    def every(self) -> list[Tensor]:
+        return [*self.states, *self.operands, *self.shared]
+
+    def like(self, tensors: Sequence[Tensor]) -> "Inputs":
+        first, second = len(self.states), len(self.states) + len(self.operands)
+        return Inputs(list(tensors[:first]), list(tensors[first:second]), list(tensors[second:]))
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        return self.like([tensor.detach().to(dtype).requires_grad_() for tensor in self.every])
+
+
+def solve(node: SolveNode, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The trajectories by `node`, which must have solved them as a chain."""
+    result = node(inputs.states, inputs.operands, inputs.shared)
+    assert isinstance(node.outcome, pcr_fx.planner.Plan), node.outcome
+    return result  # type: ignore[return-value]
+
+
+def reference(node: SolveNode, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The trajectories block by block, in whatever dtype and context."""
+    states, trajectory = inputs.states, []
+    for index in range(node.chain.length):
+        numbers = [values[index] for values in node.chain.literals]
+        states = node.chain.body(*states, *(t[index] for t in inputs.operands), *numbers, *inputs.shared)
+        trajectory.append(states)
+    return tuple(torch.stack(part) for part in zip(*trajectory, strict=True))
+
+
+def gradients(trajectories: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
+    """Of a fixed weighting of all states, in all inputs."""
+    weighted = [(t * torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in trajectories]
+    return torch.autograd.grad(sum(weighted), inputs.every)  # type: ignore[arg-type]
+
+
+def check(node: SolveNode, inputs: Inputs) -> None:
+    """Values and gradients agree with the blocks one after another."""
+    got, expected = solve(node, inputs), reference(node, inputs)
+    for a, b in zip(got, expected, strict=True):
+        assert_close(a, b)
+    for a, b in zip(gradients(got, inputs), gradients(expected, inputs), strict=True):
+        assert_close(a, b)
+
+
+def lstm_like(h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    i, f, o, g = (h @ w).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+TANH = Case(lambda z, w: (torch.tanh(z @ w),), operands=((D, D),))
+CASES = {
+    "operand": TANH,
+    "operands and shared": Case(
+        lambda z, w, b, v: (z + 0.3 * torch.tanh(z @ w + b) @ v,), operands=((D, D), (D,)), shared=((D, D),)
+    ),
+    "shared only": Case(lambda z, v: (torch.tanh(z @ v),), shared=((D, D),)),
+    "literals": Case(lambda z, w, a, b: (torch.tanh(z @ w) * a + b,), operands=((D, D),), literals=2),
+    "literals only": Case(lambda z, a: (torch.sin(z + a),), literals=1),
+    "nothing": Case(lambda z: (torch.cos(z),)),
+    "two states": Case(lstm_like, states=(("B", D), ("B", D)), operands=((D, 4 * D),)),
+    "states of other widths": Case(
+        lambda x, y, w: (torch.tanh(x @ w), 0.5 * y + x.sum(-1, keepdim=True)),
+        states=(("B", D), ("B", 2)),
+        operands=((D, D),),
+    ),
+    "batch last": Case(lambda z, w: (torch.tanh(w @ z),), states=((D, "B"),), operands=((D, D),)),
+    "one op, many names": Case(
+        lambda z, a, b, s: (z + a + b + s,), operands=((D,), (D,)), shared=((D,),)
+    ),  # every cotangent is the same tensor
+}
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9])
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name: str, length: int) -> None:
+    for solver in ("newton", "sequential"):
+        node = CASES[name].node(length, solver=solver)
+        for batch in (0, 1, 3):
+            check(node, CASES[name].inputs(length, batch))
+
+
+def test_deep() -> None:
+    case = CASES["operands and shared"]  # whose states stay of one size
+    node = case.node(1024)
+    check(node, case.inputs(1024, 2))
+    assert node.record.last is not None
+    assert node.record.last.fallback is None
+
+
+@pytest.mark.parametrize("solver", ["newton", "sequential"])
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck_twice(name: str, solver: str) -> None:
+    node = CASES[name].node(4, solver=solver)
+    inputs = CASES[name].inputs(4, 2)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return solve(node, inputs.like(tensors))
+
+    torch.autograd.gradcheck(run, inputs.every)
+    torch.autograd.gradgradcheck(run, inputs.every)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    inputs = CASES["operands and shared"].inputs(8, 2)
+    weight = inputs.operands[0].detach()
+    part = Inputs([inputs.states[0].detach()], [weight, inputs.operands[1]], [inputs.shared[0].detach()])
+    node = CASES["operands and shared"].node(8)
+    solve(node, part)[0].sum().backward()
+    expected = torch.autograd.grad(reference(node, part)[0].sum(), part.operands[1])[0]
+    assert_close(part.operands[1].grad, expected)  # type: ignore[arg-type]
+    assert weight.grad is part.states[0].grad is part.shared[0].grad is None
+
+
+def test_inputs_of_any_strides() -> None:
+    inputs = TANH.inputs(9, 4)
+    node = TANH.node(9)
+    expanded = inputs.states[0].detach()[:1].expand(4, D).requires_grad_()
+    strided = inputs.operands[0].detach().transpose(1, 2).requires_grad_()
+    check(node, Inputs([expanded], [strided], []))
+    repeated = inputs.operands[0].detach()[:1].expand(9, D, D).requires_grad_()
+    check(node, Inputs([inputs.states[0].detach().t().contiguous().t().requires_grad_()], [repeated], []))
+
+
+def test_gradients_have_memory_of_their_own() -> None:
+    case = CASES["one op, many names"]
+    inputs = case.inputs(8, 1)
+    solve(case.node(8), inputs)[0].sum().backward()
+    before = [tensor.grad.clone() for tensor in inputs.every]  # type: ignore[union-attr]
+    inputs.operands[0].grad.zero_()  # type: ignore[union-attr]
+    changed = [not torch.equal(t.grad, old) for t, old in zip(inputs.every, before, strict=True)]  # type: ignore[arg-type]
+    assert changed == [tensor is inputs.operands[0] for tensor in inputs.every]
+
+
+# --- dtypes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["newton", "sequential"])
+def test_integer_and_boolean_operands(solver: str) -> None:
+    case = Case(
+        lambda z, w, k, m, table: (torch.where(m, torch.tanh(z @ w) + F.embedding(k, table), z),),
+        operands=((D, D), (), ()),
+        shared=((5, D),),
+    )
+    drawn = case.inputs(9, 2)
+    index, mask = torch.arange(9) % 5, torch.arange(9) % 3 > 0
+    inputs = Inputs(drawn.states, [drawn.operands[0], index, mask], drawn.shared)
+    node = case.node(9, solver=solver)
+    got, expected = solve(node, inputs), reference(node, inputs)
+    assert_close(got[0], expected[0])
+    leaves = [*drawn.states, drawn.operands[0], *drawn.shared]
+    for a, b in zip(
+        torch.autograd.grad(got[0].square().sum(), leaves),
+        torch.autograd.grad(expected[0].square().sum(), leaves),
+        strict=True,
+    ):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("solver", ["newton", "sequential"])
+def test_complex_operands_have_gradients(solver: str) -> None:
+    case = Case(lambda z, p, q: (torch.tanh((z * p * q).real),), operands=((D,),), shared=((D,),))
+    drawn = case.inputs(7, 2)
+    turned = [(t.detach() * (1 + 0.5j)).requires_grad_() for t in (*drawn.operands, *drawn.shared)]
+    inputs = Inputs(drawn.states, turned[:1], turned[1:])
+    check(case.node(7, solver=solver), inputs)
+
+
+def refused(body: Callable[..., Any], *states: Tensor) -> str:
+    """Why `body` is no block of a chain; that its node then runs it as it is, is checked."""
+    node = SolveNode(Chain(fx.symbolic_trace(body), 9, len(states)), Options(solver="newton"))
+    trajectories = node(states, [], [])
+    for part, expected in zip(trajectories, reference(node, Inputs(list(states), [], [])), strict=True):
+        torch.testing.assert_close(torch.stack(list(part)), expected, equal_nan=True)
+    assert isinstance(node.outcome, pcr_fx.BodyError)
+    return str(node.outcome)
+
+
+def test_states_that_are_not_solved() -> None:
+    real, double = torch.randn(2, D), torch.randn(2, D, dtype=torch.float64)
+    assert "torch.complex64" in refused(lambda z: (torch.sin(z),), torch.randn(2, D, dtype=torch.complex64))
+    assert "torch.int64" in refused(lambda z: (z + 1,), torch.arange(3))
+    assert "float32, torch.float64" in refused(lambda x, y: (torch.sin(x), torch.cos(y)), real, double)
+    assert "float32, torch.int64" in refused(lambda x, k: (torch.sin(x), k + 1), real, torch.arange(3))
+    assert "to torch.float64" in refused(lambda z: (torch.sin(z).double(),), real)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_solved_in_float32_and_returned_as_it_came(dtype: torch.dtype) -> None:
+    case = CASES["operands and shared"]
+    low = case.inputs(16, 3, dtype)
+    node = case.node(16)
+    got, exact = solve(node, low), low.to(torch.float32)
+    expected = reference(node, exact)
+    assert got[0].dtype is dtype
+    assert_close(got[0], expected[0])
+    for a, b in zip(gradients(got, low), gradients(expected, exact), strict=True):
+        assert a.dtype is dtype
+        assert_close(a, b)
+    [state] = node.outcome.program.signature.states  # type: ignore[union-attr]
+    assert state.dtype is torch.float32
+
+
+def test_states_may_mix_what_is_solved_alike() -> None:
+    inputs = CASES["two states"].inputs(9, 2, torch.float32)
+    node = CASES["two states"].node(9)
+    mixed = Inputs([inputs.states[0].half(), inputs.states[1]], inputs.operands, [])
+    got, expected = solve(node, mixed), reference(node, inputs)
+    assert [part.dtype for part in got] == [torch.float32, torch.float32]  # what the blocks themselves return
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_autocast_gives_the_dtype_of_the_blocks() -> None:
+    inputs = TANH.inputs(12, 3, torch.float32)
+    node = TANH.node(12)
+    exact = reference(node, inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, own = solve(node, inputs), reference(node, inputs)
+    assert got[0].dtype is own[0].dtype is torch.bfloat16
+    assert_close(got[0], exact[0])
+    for a, b in zip(gradients(got, inputs), gradients(exact, inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+# --- transforms ---------------------------------------------------------------------------------------------
+
+
+def under_checkpoint(function: Callable[..., Tensor], x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(checkpoint(function, x, use_reentrant=False).sum(), x)[0]
+
+
+def under_hooks(function: Callable[..., Tensor], x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        return torch.autograd.grad(function(x).sum(), x)[0]
+
+
+def in_inference_mode(function: Callable[..., Tensor], x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return function(x).clone()
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
+    "vmap, last": lambda f, x: torch.func.vmap(f, in_dims=-1, out_dims=-1)(torch.stack([x, 2 * x], -1)),
+    "grad": lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda y: f(y).square().sum()))(x[:, None]),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacrev of jacrev": lambda f, x: torch.func.jacrev(torch.func.jacrev(lambda y: f(y).sum()))(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(f(x)))[0],
+    "functional_call": lambda f, x: torch.vmap(f)(x.expand(2, *x.shape)),
+    "checkpoint": under_checkpoint,
+    "saved-tensor hooks": under_hooks,
+    "inference mode": in_inference_mode,
+    "no gradient": lambda f, x: torch.no_grad()(f)(x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_first_call_within(name: str) -> None:
+    """The programs are traced and kept at a first call: nothing of where that was may be seen later."""
+    case = CASES["literals"]
+    inputs = case.inputs(6, 2)
+    weight = inputs.operands[0].detach()
+    scale = 1 + len(name) / 100  # in the literals, so that each transform gets a trace of its own
+    node = case.node(6)
+    node.chain = Chain(
+        node.chain.body, 6, 1, 1, literals=tuple(tuple(v * scale for v in p) for p in node.chain.literals)
+    )
+
+    def by(run: Callable[..., tuple[Tensor, ...]]) -> Tensor:
+        return TRANSFORMS[name](lambda x: run(node, Inputs([x], [weight], []))[0], inputs.states[0].detach())
+
+    assert_close(by(solve), by(reference))
+    assert node.record.solver_forward == "newton"
+    check(node, inputs)
+
+
+def test_vmap_over_operands_and_over_everything() -> None:
+    case = CASES["operands and shared"]
+    node, inputs = case.node(6), case.inputs(6, 2)
+    double = [torch.stack([t.detach(), 0.5 * t.detach()]) for t in inputs.every]
+
+    def run(call: Callable[..., tuple[Tensor, ...]], in_dims: tuple[Any, ...]) -> Tensor:
+        tensors = [a if dim is None else b for dim, a, b in zip(in_dims, inputs.every, double, strict=True)]
+        return torch.func.vmap(lambda *t: call(node, inputs.like(t))[0], in_dims=in_dims)(*tensors)
+
+    for in_dims in ((None, 0, None, None), (None, None, None, 0), (0, 0, 0, 0)):
+        assert_close(run(solve, in_dims), run(reference, in_dims))
+
+
+def test_forward_mode_is_refused_and_never_zero() -> None:
+    node, inputs = TANH.node(6), TANH.inputs(6, 2)
+    x, weight = inputs.states[0].detach(), inputs.operands[0].detach()
+
+    def final(x: Tensor) -> Tensor:
+        return solve(node, Inputs([x], [weight], []))[0]
+
+    for differentiate in (
+        lambda: torch.func.jvp(final, (x,), (x,)),
+        lambda: torch.func.jacfwd(final)(x),
+        lambda: torch.func.hessian(lambda y: final(y).sum())(x),
+    ):
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            differentiate()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        final(forward_ad.make_dual(x, x))
+
+
+def test_a_vmap_over_nothing_is_refused() -> None:
+    node, inputs = TANH.node(6), TANH.inputs(6, 2)
+    with pytest.raises(pcr_fx.UnsupportedError, match="no items"):
+        torch.func.vmap(lambda x: solve(node, Inputs([x], inputs.operands, []))[0])(torch.empty(0, 2, D).double())
+
+
+def test_deepcopy_is_independent() -> None:
+    node, inputs = TANH.node(9), TANH.inputs(9, 2)
+    check(node, inputs)
+    twin = copy.deepcopy(node)
+    assert twin.record is not node.record
+    assert twin.record.forward_calls == 0
+    check(twin, inputs)
+    assert node.record.forward_calls == twin.record.forward_calls == 1
+    assert twin.outcome is node.outcome
+
+
+def test_threads_share_a_node() -> None:
+    """FX's tracer patches global state: two first calls at once used to break each other."""
+    errors: list[BaseException] = []
+
+    def work(node: SolveNode, case: Case, batch: int) -> None:
+        try:
+            check(node, case.inputs(4, batch))
+        except BaseException as error:
+            errors.append(error)
+
+    nodes = [(CASES[name].node(4), CASES[name]) for name in ("operand", "two states")]
+    threads = [threading.Thread(target=work, args=(*pair, batch)) for pair in nodes for batch in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+
+
+# --- programs -----------------------------------------------------------------------------------------------
+
+
+def programs(node: SolveNode) -> set[str]:
+    return {plan.program.key for plan in node._planned.values()}  # type: ignore[union-attr]
+
+
+PER_SAMPLE = Case(lambda z, m: (torch.tanh(z * m),), states=(("B", D),), operands=((5, D),))
+
+
+# Several states are put together by `cat`, whose vmap rule fixes the batch size: they are traced anew for each.
+@pytest.mark.parametrize("first", [1, 2, 5])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case.states) == 1])
+def test_one_program_serves_every_batch_size(name: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "_of_block", {})  # equal content would share the programs of other tests
+    node = CASES[name].node(4)
+    for batch in (first, 1, 2, 3, 7):
+        check(node, CASES[name].inputs(4, batch))
+    assert len(programs(node)) == 1
+    assert node.outcome.program.generality.any_batch  # type: ignore[union-attr]
+
+
+def test_operands_may_follow_the_batch() -> None:
+    case = Case(lambda z, m, s: (torch.tanh(z @ s) * m,), operands=((1, D),), shared=((D, D),))
+    node = case.node(6)
+    for batch in (4, 5, 2):
+        drawn = case.inputs(6, batch)
+        masks = torch.rand(6, batch, D, dtype=torch.float64).requires_grad_()
+        check(node, Inputs(drawn.states, [masks], drawn.shared))
+    assert len(programs(node)) == 1
+
+
+@pytest.mark.parametrize("order", [(5, 1), (1, 5)])
+def test_an_operand_of_size_one_broadcasts(order: tuple[int, ...]) -> None:
+    """Its cotangent is summed over the batch, that of an operand with the batch's size is not."""
+    node = PER_SAMPLE.node(6)
+    for size in order:
+        state = torch.randn(5, D, dtype=torch.float64).requires_grad_()
+        masks = torch.randn(6, size, D, dtype=torch.float64).requires_grad_()
+        check(node, Inputs([state], [masks], []))
+        plan = node.plan_for([state], [masks], [])
+        flat = state.detach().unsqueeze(-1)
+        trajectory = ops.solve(flat, [masks.detach()], [], plan.key, -1)  # type: ignore[union-attr]
+        arguments = flat, trajectory, [masks.detach()], [], torch.ones_like(trajectory), plan.key, -1  # type: ignore[union-attr]
+        assert [part.shape for part in ops.adjoint(*arguments)] == [flat.shape, masks.shape]
+
+
+def test_a_batch_size_that_cannot_be_told_from_a_width_gets_its_own_program() -> None:
+    case = Case(lambda z, m, v: (torch.tanh(z @ v) * m,), operands=((1, D),), shared=((D, D),))
+    node = case.node(6)
+    for batch in (D, D + 1, D + 2, D):
+        drawn = case.inputs(6, batch)
+        masks = torch.rand(6, batch, D, dtype=torch.float64).requires_grad_()
+        check(node, Inputs(drawn.states, [masks], drawn.shared))
+    assert len(programs(node)) == 2
+    fixed = node.plan_for(drawn.states, [masks], drawn.shared).program  # type: ignore[union-attr]
+    assert not fixed.generality.any_batch
+
+
+def test_a_batch_size_written_in_the_body_is_kept() -> None:
+    case = Case(lambda z, w: (torch.tanh(z.view(3, D) @ w).view(3, 1, D),), states=(("B", 1, D),), operands=((D, D),))
+    node = case.node(5)
+    check(node, case.inputs(5, 3))
+    assert not node.outcome.program.generality.any_batch  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sizes_of_one(batch: int) -> None:
+    """Ops that treat a size of one apart, in the batch and in the length."""
+    squeezing = Case(lambda z, w: (z + 0.1 * torch.tanh(z.squeeze() @ w),), operands=((D, D),))
+    for length in (1, 4):
+        check(squeezing.node(length), squeezing.inputs(length, batch))
+
+
+def test_constants_of_the_body_tell_programs_apart() -> None:
+    def body(number: float) -> fx.GraphModule:
+        graph = fx.Graph()
+        z = graph.placeholder("z")
+        scale = graph.call_function(torch.tensor, ([number, 0.5, -0.5],), {"dtype": torch.float64})
+        graph.output((graph.call_function(torch.sin, (graph.call_function(torch.mul, (z, scale)),)),))
+        return fx.GraphModule({}, graph)
+
+    inputs = Inputs([torch.ones(2, 3, dtype=torch.float64, requires_grad=True)], [], [])
+    for number in (0.25, 0.75):
+        check(SolveNode(Chain(body(number), 6), Options(solver="newton")), inputs)
+
+
+# --- when the transposed reduction cannot be trusted -----------------------------------------------------------
+
+
+def unstable(length: int = 64) -> tuple[Case, Inputs]:
+    """Blocks that undo each other: R D, then D^-1 R^T. Products of pairs cancel 10 digits, float32 has 7."""
+    generator = torch.Generator().manual_seed(0)
+    stretch = torch.diag(torch.tensor([1e5, 1.0, 1e-5], dtype=torch.float64))
+    matrices = []
+    for _ in range(length // 2):
+        rotation = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64, generator=generator))[0]
+        matrices += [rotation @ stretch, stretch.inverse() @ rotation.T]
+    case = Case(lambda z, w: (z @ w.t(),), operands=((D, D),))
+    drawn = case.inputs(length, 2, torch.float32)
+    return case, Inputs(drawn.states, [torch.stack(matrices).float().requires_grad_()], [])
+
+
+def gradient_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True))
+
+
+def test_an_inaccurate_adjoint_runs_block_by_block() -> None:
+    case, inputs = unstable()
+    node, plain = case.node(64), case.node(64, solver="sequential")
+    exact = inputs.to(torch.float64)
+    expected = gradients(reference(node, exact), exact)
+    own = gradient_error(gradients(reference(plain, inputs), inputs), expected)
+    assert gradient_error(gradients(solve(node, inputs), inputs), expected) <= 2 * own
+    assert node.record.fallbacks_backward == 1
+
+
+@pytest.fixture
+def overflowing() -> Iterator[tuple[SolveNode, Inputs]]:
+    """Each block grows its state by half, the last forgets it: products of Jacobians overflow, the adjoint is 0."""
+    case = Case(lambda z, w, gate: (torch.tanh(z @ w) * gate,), operands=((D, D), ()))
+    weights = torch.eye(D).mul(1.5).repeat(400, 1, 1).requires_grad_()
+    gates = torch.ones(400).index_fill(0, torch.tensor([399]), 0.0).requires_grad_()
+    yield case.node(400), Inputs([torch.full((1, D), 1e-30, requires_grad=True)], [weights, gates], [])
+
+
+def test_an_overflowing_adjoint_is_right(overflowing: tuple[SolveNode, Inputs]) -> None:
+    node, inputs = overflowing
+    final, expected = solve(node, inputs)[0][-1].sum(), reference(node, inputs)[0][-1].sum()
+    for a, b in zip(torch.autograd.grad(final, inputs.every), torch.autograd.grad(expected, inputs.every), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_an_inaccurate_adjoint_raises_if_asked_to() -> None:
+    case, inputs = unstable()
+    with pytest.raises(pcr_fx.SolveError, match="transposed reduction"):
+        gradients(solve(case.node(64, on_failure="raise", max_iterations=64), inputs), inputs)
+
+
+# --- operators ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", ["newton", "sequential"])
+@pytest.mark.parametrize("length", [1, 6])
+@pytest.mark.parametrize("name", ["operands and shared", "two states", "one op, many names", "nothing"])
+def test_operators_keep_their_contract(name: str, length: int, solver: str) -> None:
+    node = CASES[name].node(length, solver=solver)
+    inputs = CASES[name].inputs(length, 2)
+    states, operands, shared = (
+        [t.detach() for t in group] for group in (inputs.states, inputs.operands, inputs.shared)
+    )
+    plan = node.plan_for(states, operands, shared)
+    initial = plan.program.layout.flatten(states).contiguous()  # type: ignore[union-attr]
+    arguments = initial, operands, shared, plan.key, node.record.id  # type: ignore[union-attr]
+    torch.library.opcheck(torch.ops.pcr_fx.solve.default, arguments)
+    trajectory = ops.solve(*arguments)
+    torch.library.opcheck(
+        torch.ops.pcr_fx.adjoint.default,
+        (initial, trajectory, operands, shared, torch.randn_like(trajectory), *arguments[3:]),
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4, 5)])
+def test_stacking(shape: Shape) -> None:
+    tensors = [torch.randn(shape, dtype=torch.float64) for _ in range(4)]
+    if len(shape) == 4:
+        tensors = [tensor.to(memory_format=torch.channels_last) for tensor in tensors]
+    torch.library.opcheck(torch.ops.pcr_fx.stack.default, (tensors,))
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    assert torch.equal(stack_operands(leaves), torch.stack(leaves))
+    torch.autograd.gradcheck(lambda *t: stack_operands(t), leaves)
+    torch.autograd.gradgradcheck(lambda *t: stack_operands(t), leaves)
+
+
+def test_a_record_outlives_its_node_no_longer_than_needed() -> None:
+    """Compiled code may run, and a graph may be differentiated, when the module is gone."""
+    node, inputs = TANH.node(9), TANH.inputs(9, 2)
+    final, expected = solve(node, inputs)[0].sum(), reference(node, inputs)[0].sum()
+    del node
+    with contextlib.suppress(KeyError):
+        pass
+    got = torch.autograd.grad(final, inputs.every)
+    for a, b in zip(got, torch.autograd.grad(expected, inputs.every), strict=True):
+        assert_close(a, b)
