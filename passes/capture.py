@@ -69,7 +69,11 @@ def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
     """The arguments to trace with. Of those that nobody knows it is known that they are tensors."""
     if example_inputs is None:
         parameters = inspect.signature(model.forward).parameters.values()
-        return {p.name: Tensor for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        return {
+            p.name: Tensor
+            for p in parameters
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        }
     if isinstance(example_inputs, Tensor):
         return bind_arguments(model, (example_inputs,), {})
     if isinstance(example_inputs, Mapping):

@@ -33,7 +33,7 @@ def module_path(node: fx.Node) -> str:
 
 def module_range(blocks: Sequence[Sequence[fx.Node]]) -> str:
     """A run of blocks by the modules they come from: `blocks.0..1023`."""
-    first, last = (_common_prefix([module_path(node) for node in block]) for block in (blocks[0], blocks[-1]))
+    first, last = (".".join(common_modules(block)) for block in (blocks[0], blocks[-1]))
     if first != last:
         return _range(first, last)
     # Blocks that are no modules of their own: name the modules that they call, by where their paths part.
@@ -47,9 +47,11 @@ def module_range(blocks: Sequence[Sequence[fx.Node]]) -> str:
     return ", ".join(ranges) or first or "forward"
 
 
-def _common_prefix(paths: Sequence[str]) -> str:
-    levels = zip(*(path.split(".") for path in paths), strict=False)
-    return ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
+def common_modules(ops: Sequence[fx.Node]) -> list[str]:
+    """The path of the innermost module that all ops come from; empty for the model itself."""
+    levels = zip(*(module_path(node).split(".") for node in ops), strict=False)
+    names = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels)]
+    return names if names != [""] else []
 
 
 def _range(first: str, last: str) -> str:

@@ -1,0 +1,143 @@
+"""What each argument of an op is in terms of its block: the wiring that isomorphic blocks share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from pcr_fx.passes.describe import describe_source, module_range
+from pcr_fx.passes.effects import op_name, written_nodes
+from pcr_fx.passes.looks import Looks, flatten_arguments
+
+
+@dataclass(frozen=True)
+class Inside:
+    """The result of op `index` of the same block."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The result of op `index` of the block `lag` before."""
+
+    lag: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A node that belongs to no block; another one in each block, or the same."""
+
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Literal:
+    """A number, or whatever else is no node."""
+
+    value: Any
+
+
+# `Inside` and `Carried` are equal in all blocks of a chain; what `Outside` and `Literal` hold may differ.
+Binding = Inside | Carried | Outside | Literal
+
+
+class Broken(Exception):
+    """Block `block` does not continue the chain; the message says why."""
+
+    def __init__(self, block: int, reason: str, node: fx.Node | None = None) -> None:
+        super().__init__(reason)
+        self.block, self.reason, self.node = block, reason, node
+
+
+class NotCarried(Broken):
+    """The blocks do not feed each other."""
+
+
+class OpSequence:
+    """The ops of a graph in order, and what is known of them."""
+
+    def __init__(self, graph: fx.Graph, attributes: Mapping[str, Any]) -> None:
+        self.attributes = attributes
+        self.ops = [node for node in graph.nodes if node.op.startswith("call_")]
+        self.position = {node: index for index, node in enumerate(self.ops)}
+        self.written = written_nodes(graph)
+        self.looks = Looks(self.value)
+        self._leaves: dict[fx.Node, list[Any]] = {}
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of a node, as far as it is known."""
+        return self.attributes.get(str(node.target)) if node.op == "get_attr" else node.meta.get("example_value")
+
+    def leaves(self, node: fx.Node) -> list[Any]:
+        """All leaves of an op's arguments."""
+        leaves = self._leaves.get(node)
+        if leaves is None:
+            leaves = self._leaves[node] = flatten_arguments(node)
+        return leaves
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """`count` candidate blocks of `period` ops, from op `start` on."""
+
+    sequence: OpSequence
+    start: int
+    period: int
+    count: int
+
+    def op(self, block: int, index: int) -> fx.Node:
+        return self.sequence.ops[self.start + block * self.period + index]
+
+    def column(self, index: int, length: int) -> list[fx.Node]:
+        """Op `index` of each of the first `length` blocks."""
+        first = self.start + index
+        return self.sequence.ops[first : first + length * self.period : self.period]
+
+    def ops(self, first: int, stop: int) -> list[fx.Node]:
+        return self.sequence.ops[self.start + first * self.period : self.start + stop * self.period]
+
+    def modules(self, first: int, stop: int) -> str:
+        """Where blocks `first` to `stop - 1` stand in the model."""
+        return module_range([self.ops(block, block + 1) for block in (first, stop - 1)])
+
+    def source(self) -> str:
+        """The line of the first block that says most: that of its last op which has one."""
+        return next(filter(None, map(describe_source, reversed(self.ops(0, 1)))), "")
+
+    def bind(self, block: int, leaf: Any) -> Binding:
+        """What an argument of an op of `block` is."""
+        if not isinstance(leaf, fx.Node):
+            return Literal(leaf)
+        position = self.sequence.position.get(leaf)
+        if position is None or position < self.start:
+            return Outside(leaf)
+        producer, index = divmod(position - self.start, self.period)
+        if producer == block:
+            return Inside(index)
+        return Carried(block - producer, index) if producer < block else Outside(leaf)
+
+
+def say_difference(node: fx.Node, expected: Binding, binding: Binding, leaf: Any) -> str:
+    """How an argument is wired otherwise than in the other blocks."""
+    name = op_name(node)
+    got = f"{leaf.name}" if isinstance(leaf, fx.Node) else repr(leaf)
+    if type(expected) is type(binding):
+        return f"{name} is wired to another op ({got}) than in the other blocks"
+    return f"{name} takes {_WORDS[type(binding)]} ({got}) where the other blocks take {_WORDS[type(expected)]}"
+
+
+_WORDS: dict[type, str] = {
+    Inside: "an op of its own block",
+    Carried: "a state of the block before",
+    Outside: "a value from outside the blocks",
+    Literal: "a number or other literal",
+}
+
+
+def names_of(nodes: Sequence[fx.Node]) -> str:
+    return ", ".join(node.name for node in nodes)

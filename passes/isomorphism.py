@@ -1,0 +1,234 @@
+"""Whether blocks are isomorphic: which of the first ones are wired alike, and which ops make up their body."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import fx
+
+from pcr_fx.passes.bindings import (
+    Binding,
+    Blocks,
+    Broken,
+    Carried,
+    Inside,
+    Literal,
+    NotCarried,
+    Outside,
+    names_of,
+    say_difference,
+)
+from pcr_fx.passes.describe import describe_node
+from pcr_fx.passes.effects import hides_ops, is_random, op_name, updates_statistics, writes
+
+# Ops for which a number that differs from block to block may become a tensor that does.
+_SCALAR_OPS = frozenset("add sub mul truediv div pow multiply subtract true_divide radd rsub rmul rtruediv".split())
+
+
+class Isomorphism:
+    """The most of the first `length` blocks that are isomorphic.
+
+    Attributes:
+        length: how many they are.
+        broken: why the block behind them is not, where that was found.
+        template: the block that shows the wiring.
+        bindings: for each op of a block what its arguments are.
+        body: the ops that the carried values are computed from, in order.
+        columns: for each argument `(op, slot)` what it is in each block: nodes or literals. Of a carried value, only
+            what the first blocks take in its place; of a value of the block itself, nothing.
+
+    Raises:
+        Broken: the first two blocks are not isomorphic, or no chain.
+    """
+
+    def __init__(self, blocks: Blocks, length: int) -> None:
+        self.blocks, self.length = blocks, length
+        self.broken: Broken | None = None
+        # The third block shows the wiring: the first takes from outside what the others are handed, and so does the
+        # second where a state of two blocks back is used.
+        self.template = min(2, length - 1)
+        self.bindings: list[list[Binding]] = [
+            [blocks.bind(self.template, leaf) for leaf in self._leaves(self.template, index)]
+            for index in range(blocks.period)
+        ]
+        body = self._body_ops()
+        # First of all, since it mostly concerns every block.
+        self._check_effects(sorted(self._dependent(body)))
+        self.columns = {
+            (index, slot): self._column(index, slot)
+            for index in sorted(body)
+            for slot in range(len(self.bindings[index]))
+        }
+        self.body = sorted(body - self._hoisted(body))
+
+    def column(self, index: int, slot: int) -> list[Any]:
+        """One argument over all blocks of the chain."""
+        return self.columns[index, slot][: self.length]
+
+    def _stop(self, broken: Broken) -> None:
+        """The chain ends before the broken block."""
+        if broken.block < 2:
+            raise broken
+        if broken.block < self.length:
+            self.length, self.broken = broken.block, broken
+
+    def _leaves(self, block: int, index: int) -> list[Any]:
+        return self.blocks.sequence.leaves(self.blocks.op(block, index))
+
+    # --- which ops -------------------------------------------------------------------------------------------------
+
+    def _body_ops(self) -> set[int]:
+        """The ops that the carried values are computed from; a head that only reads a state stays outside."""
+        carried = {binding.index for row in self.bindings for binding in row if isinstance(binding, Carried)}
+        if not carried:
+            raise NotCarried(1, "no value is carried from block to block")
+        return self._ancestors(self._recurrent(carried))
+
+    def _recurrent(self, carried: set[int]) -> set[int]:
+        """The carried values that the carried values themselves depend on; others only pass by."""
+        while True:
+            body = self._ancestors(carried)
+            used = {binding.index for index in body for binding in self.bindings[index] if isinstance(binding, Carried)}
+            if used == carried:
+                return carried
+            if not used:
+                raise NotCarried(1, "no value is carried from block to block")
+            carried = used & carried
+
+    def _ancestors(self, targets: set[int]) -> set[int]:
+        seen, pending = set[int](), list(targets)
+        while pending:
+            index = pending.pop()
+            if index not in seen:
+                seen.add(index)
+                pending.extend(b.index for b in self.bindings[index] if isinstance(b, Inside))
+        return seen
+
+    def _dependent(self, body: set[int]) -> set[int]:
+        """The ops of the body that the state reaches."""
+        dependent: set[int] = set()
+        for index in sorted(body):
+            for binding in self.bindings[index]:
+                if isinstance(binding, Carried) or (isinstance(binding, Inside) and binding.index in dependent):
+                    dependent.add(index)
+        return dependent
+
+    # --- what they do beside computing --------------------------------------------------------------------------------
+
+    def _check_effects(self, body: list[int]) -> None:
+        for block in range(self.length):
+            for index in body:
+                reason = self._effect(self.blocks.op(block, index))
+                if reason:
+                    self._stop(Broken(block, reason, self.blocks.op(block, index)))
+                    return
+
+    def _effect(self, node: fx.Node) -> str:
+        if is_random(node):
+            return f"random op {op_name(node)}: each evaluation would draw other numbers"
+        if hides_ops(node):
+            return f"{op_name(node)} holds ops that are not looked into"
+        if updates_statistics(node):
+            return f"mutation: {op_name(node)} in training mode updates its statistics"
+        if writes(node):
+            return f"mutation: {op_name(node)} writes to {names_of(writes(node))}"
+        if node in self.blocks.sequence.written:
+            writer = self.blocks.sequence.written[node]
+            return f"mutation: {describe_node(writer)} writes to a value of the block"
+        return ""
+
+    # --- how they are wired -----------------------------------------------------------------------------------------
+
+    def _column(self, index: int, slot: int) -> list[Any]:
+        """One argument over all blocks; the chain ends before the first block that is wired otherwise."""
+        expected, blocks = self.bindings[index][slot], self.blocks
+        values = [blocks.sequence.leaves(node)[slot] for node in blocks.column(index, self.length)]
+        if isinstance(expected, (Inside, Carried)):
+            lag = expected.lag if isinstance(expected, Carried) else 0
+            produced = blocks.column(expected.index, len(values))
+            odd = next((b for b in range(lag, len(values)) if values[b] is not produced[b - lag]), None)
+            early = values[:lag]
+            if odd is None and not early:
+                return early
+            if odd is not None:
+                self._stop(self._miswired(odd, index, slot, values[odd]))
+            for block, value in enumerate(early):
+                if not isinstance(blocks.bind(block, value), Outside):
+                    self._stop(self._miswired(block, index, slot, value))
+            return early
+        position, start = blocks.sequence.position, blocks.start
+        wants_node = isinstance(expected, Outside)
+        for block, value in enumerate(values):
+            is_node = isinstance(value, fx.Node)
+            if is_node is not wants_node or (is_node and position.get(value, -1) >= start):
+                if isinstance(blocks.bind(block, value), type(expected)):
+                    continue
+                self._stop(self._miswired(block, index, slot, value))
+                break
+        return values
+
+    def _miswired(self, block: int, index: int, slot: int, value: Any) -> Broken:
+        node, expected = self.blocks.op(block, index), self.bindings[index][slot]
+        return Broken(block, say_difference(node, expected, self.blocks.bind(block, value), value), node)
+
+    # --- what cannot be evaluated for all blocks at once ------------------------------------------------------------
+
+    def _hoisted(self, body: set[int]) -> set[int]:
+        """Ops that do not see the state and cannot be evaluated for all blocks at once: they stay outside."""
+        dependent = self._dependent(body)
+        hoisted: set[int] = set()
+        for index in sorted(body):
+            for slot in range(len(self.bindings[index])):
+                broken = self._varying_literal(index, slot)
+                if broken is not None and index in dependent:
+                    self._stop(broken)
+                elif broken is not None:
+                    hoisted.add(index)
+            if index not in dependent and any(map(self._stays, self.blocks.column(index, self.length))):
+                hoisted.add(index)
+        return self._ancestors(hoisted)
+
+    def _stays(self, node: fx.Node) -> bool:
+        """Whether an op is to be evaluated where it stands."""
+        return (
+            is_random(node) or bool(writes(node)) or node in self.blocks.sequence.written or not self._is_tensor(node)
+        )
+
+    def _varying_literal(self, index: int, slot: int) -> Broken | None:
+        if not isinstance(self.bindings[index][slot], Literal):
+            return None
+        values = self.column(index, slot)
+        block = next((b for b, value in enumerate(values) if not same_literal(value, values[0])), None)
+        if block is None or self._is_scalar_operand(index, slot, values):
+            return None
+        node = self.blocks.op(block, index)
+        words = f"{op_name(node)} has the argument {values[block]!r} where the blocks before have {values[0]!r}"
+        return Broken(block, words, node)
+
+    def _is_scalar_operand(self, index: int, slot: int, values: list[Any]) -> bool:
+        node = self.blocks.op(0, index)
+        numeric = all(isinstance(value, float) for value in values)
+        if not numeric and self._is_floating(node):
+            # A whole number stays one beside a tensor of whole numbers.
+            numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+        # Slot by slot, positional arguments come first; `alpha=` is a keyword and must stay a number.
+        return numeric and op_name(node).strip("_") in _SCALAR_OPS and slot < len(node.args) <= 2
+
+    def _is_tensor(self, node: fx.Node) -> bool:
+        value = self.blocks.sequence.value(node)
+        return value is None or isinstance(value, (torch.Tensor, tuple, list))
+
+    def _is_floating(self, node: fx.Node) -> bool:
+        value = self.blocks.sequence.value(node)
+        return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def same_literal(left: Any, right: Any) -> bool:
+    """Equality that tells 1 from 1.0 and True, and takes nan for itself."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, numbers.Number) and left != left:
+        return bool(right != right)
+    return bool(left == right)
