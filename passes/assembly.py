@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
 from pcr_fx.chain import Chain, Origin
-from pcr_fx.passes.bindings import Broken, Carried, Inside, Literal, Outside
+from pcr_fx.passes.bindings import Binding, Broken, Carried, Inside, Literal, NotCarried
 from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.effects import op_name
 from pcr_fx.passes.isomorphism import Isomorphism, same_literal
@@ -88,18 +88,25 @@ class _Assembly:
         lags: dict[int, int] = {}
         for index in self.body:
             for binding in self.isomorphism.bindings[index]:
-                if isinstance(binding, Carried):
+                if self._is_state(binding):
                     lags[binding.index] = max(lags.get(binding.index, 0), binding.lag)
         deepest = max(lags.values(), default=0)
+        if not deepest:
+            raise NotCarried(1, "no value is carried from block to block")
         if deepest > 1 and self.length <= deepest:
             raise Broken(self.length, "too few blocks for values that skip a block")
-        return [(index, lag) for index in sorted(lags) for lag in range(1, lags[index] + 1)]
+        # By lag: those that blocks return come first, then those that are only handed on.
+        return [(index, lag) for lag in range(1, deepest + 1) for index in sorted(lags) if lag <= lags[index]]
+
+    def _is_state(self, binding: Binding) -> TypeGuard[Carried]:
+        """Whether an argument is carried by the chain; a value of the block before may also stand outside it."""
+        return isinstance(binding, Carried) and binding.index in self.inner
 
     def _bind_initial(self) -> None:
         """What the first blocks take from outside where later ones are handed a carried value."""
         for index in self.body:
             for slot, expected in enumerate(self.isomorphism.bindings[index]):
-                if not isinstance(expected, Carried):
+                if not self._is_state(expected):
                     continue
                 for block, value in enumerate(self.isomorphism.column(index, slot)):
                     self._bind(block, (expected.index, expected.lag - block), value, self.blocks.op(block, index))
@@ -182,17 +189,22 @@ class _Assembly:
         """The arguments of one op of the body: inner ops, inputs of the body, or constants."""
         row: list[Any] = []
         for slot, expected in enumerate(self.isomorphism.bindings[index]):
-            if isinstance(expected, Carried):
+            if self._is_state(expected):
                 row.append(_Input(_state(expected.index, expected.lag)))
             elif isinstance(expected, Literal):
                 row.append(self._literal(self.isomorphism.column(index, slot)))
-            elif isinstance(expected, Outside):
-                row.append(self._operand(index, tuple(self.isomorphism.column(index, slot))))
-            elif expected.index in self.inner:
+            elif isinstance(expected, Inside) and expected.index in self.inner:
                 row.append(expected)
             else:
-                row.append(self._operand(index, tuple(self.blocks.column(expected.index, self.length))))
+                row.append(self._operand(index, self._values(index, slot, expected)))
         return row
+
+    def _values(self, index: int, slot: int, expected: Binding) -> tuple[fx.Node, ...]:
+        """What stands outside the body and each block takes."""
+        values = self.isomorphism.column(index, slot)
+        if isinstance(expected, (Inside, Carried)):
+            values = [*values, *self.blocks.column(expected.index, self.length - len(values))]
+        return tuple(values)
 
     def _literal(self, values: list[Any]) -> Any:
         if all(same_literal(value, values[0]) for value in values):

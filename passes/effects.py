@@ -321,13 +321,13 @@ def is_idle_dropout(node: fx.Node) -> bool:
 
 def is_fresh(node: fx.Node) -> bool:
     """Whether the result surely shares no memory with any input."""
-    if op_name(node) not in _FRESH_NAMES or not (node.op == "call_method" or _is_pytorchs(node.target)):
+    if op_name(node) not in _FRESH_NAMES or not (node.op == "call_method" or is_pytorchs(node.target)):
         return False
     return updates_statistics(node) or not writes(node)
 
 
-def _is_pytorchs(function: Any) -> bool:
-    """Functions of a model's author may bear any name."""
+def is_pytorchs(function: Any) -> bool:
+    """Whether a function is one of PyTorch's or Python's; those of a model's author may bear any name."""
     module = getattr(function, "__module__", None) or "torch"
     return module.partition(".")[0] in ("torch", "_operator")
 
@@ -377,7 +377,7 @@ def _shared_inputs(node: fx.Node) -> list[fx.Node]:
     if not node.op.startswith("call_") or is_fresh(node):
         return []
     name = op_name(node)
-    in_place = _writes_first_argument(node) and (node.op == "call_method" or _is_pytorchs(node.target))
+    in_place = _writes_first_argument(node) and (node.op == "call_method" or is_pytorchs(node.target))
     if in_place and name not in RESHAPING_METHODS and node.args and isinstance(node.args[0], fx.Node):
         # What is written is copied from the other arguments.
         return [node.args[0]]

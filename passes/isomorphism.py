@@ -24,7 +24,23 @@ from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.effects import hides_ops, is_random, op_name, updates_statistics, writes
 
 # Ops for which a number that differs from block to block may become a tensor that does.
-_SCALAR_OPS = frozenset("add sub mul truediv div pow multiply subtract true_divide radd rsub rmul rtruediv".split())
+_SCALAR_OPS = frozenset(
+    [
+        "add",
+        "div",
+        "mul",
+        "multiply",
+        "pow",
+        "radd",
+        "rmul",
+        "rsub",
+        "rtruediv",
+        "sub",
+        "subtract",
+        "true_divide",
+        "truediv",
+    ]
+)
 
 
 class Isomorphism:

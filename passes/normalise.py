@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcr_fx.passes.effects import is_fresh, is_idle_dropout, is_inplace_variant, is_random, op_name, writes
+from pcr_fx.passes.effects import is_fresh, is_idle_dropout, is_inplace_variant, is_pytorchs, is_random, op_name, writes
 
 _FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -21,16 +21,49 @@ _FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
 }
 
 
+# Ops that take no more from their first argument than its shape, strides, dtype and device.
+_LIKE_NAMES = frozenset(
+    ["empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like"]
+)
+
+
 def normalise_graph(graph: fx.Graph) -> None:
     """Remove what does nothing, and write in-place ops as ordinary ones where nobody can tell the difference."""
     for node in list(graph.nodes):
         if is_idle_dropout(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    _free_from_values(graph)
     position = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if _writes_unseen(node, position):
             _make_functional(node)
+
+
+def _free_from_values(graph: fx.Graph) -> None:
+    """Let `randn_like(x)` take its shape from the first node that looks like `x`.
+
+    Noise that a denoising step draws in the shape of its state does not depend on the state.
+    """
+    first: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        if (
+            op_name(node) in _LIKE_NAMES
+            and is_pytorchs(node.target)
+            and node.args
+            and isinstance(node.args[0], fx.Node)
+        ):
+            node.args = (first.get(_layout(node.args[0]), node.args[0]), *node.args[1:])
+        layout = _layout(node)
+        if layout is not None and node.op != "get_attr":
+            first.setdefault(layout, node)
+
+
+def _layout(node: fx.Node) -> Any:
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        return None
+    return str((value.shape, value.stride(), value.dtype, value.device))
 
 
 def _writes_unseen(node: fx.Node, position: dict[fx.Node, int]) -> bool:

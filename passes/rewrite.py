@@ -13,6 +13,7 @@ from torch import fx
 from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.detect import FoundChain
 from pcr_fx.passes.effects import hides_ops, is_random, op_name, written_memory
+from pcr_fx.passes.inline import copy_node
 
 Stack = Callable[[fx.Graph, Sequence[fx.Node], dict[fx.Node, fx.Node]], fx.Node]
 
@@ -72,10 +73,7 @@ def rewrite_chains(graph: fx.Graph, chains: Sequence[FoundChain], names: Sequenc
         if isinstance(item, int):
             _emit(new, chains[item], names[item], stack, copies)
         else:
-            copies[item] = new.node_copy(item, copies.__getitem__)
-            if hasattr(item, "_dynamo_source"):
-                # Where Dynamo found an input: AOTAutograd asks each placeholder for it.
-                copies[item]._dynamo_source = item._dynamo_source  # type: ignore[attr-defined]
+            copies[item] = copy_node(new, item, copies)
     for node in reversed(list(new.nodes)):
         if node.op == "get_attr" and not node.users:
             new.erase_node(node)

@@ -14,6 +14,7 @@ from pcr_fx.errors import OptionError
 from pcr_fx.node import SolveNode, stack_operands
 from pcr_fx.options import Options
 from pcr_fx.passes.detect import find_chains
+from pcr_fx.passes.inline import holds_regions, inline_regions
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.passes.plan import plan_chains
 from pcr_fx.passes.rewrite import rewrite_chains
@@ -46,10 +47,10 @@ def deeppcr(
 
 
 def rewrite_captured(graph_module: fx.GraphModule, options: Options) -> RewriteReport:
-    """Rewrite a graph captured by Dynamo in place."""
-    graph = graph_module.graph
+    """Rewrite a graph captured by Dynamo in place. One without a chain keeps its marked regions."""
+    graph = inline_regions(graph_module) if holds_regions(graph_module.graph) else graph_module.graph
     normalise_graph(graph)
-    attributes = _attributes(graph_module)
+    attributes = _attributes(graph_module, graph)
     planned, rejected = plan_chains(graph, find_chains(graph, attributes, options.min_length), attributes, options)
     needs_gradient = torch.is_grad_enabled()
     active = [item for item in planned if not item.left_alone(needs_gradient)]
@@ -74,9 +75,9 @@ def _stack(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.No
     return new.call_function(stack_operands, ([copies[node] for node in column],))
 
 
-def _attributes(graph_module: fx.GraphModule) -> dict[str, Any]:
+def _attributes(graph_module: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for node in graph_module.graph.nodes:
+    for node in graph.nodes:
         if node.op == "get_attr":
             value: Any = graph_module
             for name in str(node.target).split("."):
