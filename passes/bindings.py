@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from pcr_fx.passes.describe import describe_source, module_range
-from pcr_fx.passes.effects import op_name, written_nodes
+from pcr_fx.passes.effects import is_random, op_name, written_nodes
 from pcr_fx.passes.looks import Looks, flatten_arguments
 
 
@@ -63,7 +64,9 @@ class OpSequence:
 
     def __init__(self, graph: fx.Graph, attributes: Mapping[str, Any]) -> None:
         self.attributes = attributes
-        self.ops = [node for node in graph.nodes if node.op.startswith("call_")]
+        ops = [node for node in graph.nodes if node.op.startswith("call_")]
+        # Constants first: the zeros that only the first step of a recurrence makes would set it apart from the others.
+        self.ops = [*filter(self._is_constant, ops), *(node for node in ops if not self._is_constant(node))]
         self.position = {node: index for index, node in enumerate(self.ops)}
         self.written = written_nodes(graph)
         self.looks = Looks(self.value)
@@ -72,6 +75,9 @@ class OpSequence:
     def value(self, node: fx.Node) -> Any:
         """The value of a node, as far as it is known."""
         return self.attributes.get(str(node.target)) if node.op == "get_attr" else node.meta.get("example_value")
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        return not node.all_input_nodes and isinstance(self.value(node), torch.Tensor) and not is_random(node)
 
     def leaves(self, node: fx.Node) -> list[Any]:
         """All leaves of an op's arguments."""

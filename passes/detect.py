@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from pcr_fx.passes.assembly import FoundChain, assemble_chain
-from pcr_fx.passes.bindings import Blocks, Broken, NotCarried, OpSequence
+from pcr_fx.passes.bindings import Blocks, Broken, Carried, NotCarried, OpSequence
 from pcr_fx.passes.describe import common_modules, describe_source, module_path, module_range
 from pcr_fx.passes.effects import op_name
 from pcr_fx.passes.isomorphism import Isomorphism
@@ -229,16 +229,14 @@ class _Detector:
             if known or blocks.count < self.min_length:
                 continue
             differs = next(filter(None, (self._odd(blocks, block) for block in range(1, blocks.count))), "")
-            try:
-                Isomorphism(blocks, min(blocks.count, 3))
-            except NotCarried:
-                continue
-            except Broken:
-                pass
-            if differs:
+            if differs and self._feed_each_other(blocks):
                 words = f"blocks of the same ops that differ: {differs}"
                 miss = Rejected(blocks.modules(0, blocks.count), words, blocks.count, blocks.source())
                 self.misses[run.start, run.stop] = miss
+
+    def _feed_each_other(self, blocks: Blocks) -> bool:
+        leaves = (leaf for node in blocks.ops(1, 2) for leaf in self.sequence.leaves(node))
+        return any(isinstance(blocks.bind(1, leaf), Carried) for leaf in leaves)
 
     def _notes(self) -> Iterator[Rejected]:
         """The odd blocks before and behind chains."""
@@ -282,12 +280,12 @@ class _Detector:
         free = [self.sequence.ops[index] for index in odd if index not in self.claimed]
         if not free:
             return False
+        usual = Counter(map(kind_of_op, blocks.ops(block, block + 1)))
+        common = (usual & Counter(map(kind_of_op, free))).total()
         path = common_modules(blocks.ops(block, block + 1))
         other = module_path(free[0]).split(".")[: len(path)]
-        if path and path[:-1] == other[:-1] and path[-1] != other[-1] and path[-1].isdigit() and other[-1].isdigit():
-            return True
-        usual = Counter(map(kind_of_op, blocks.ops(block, block + 1)))
-        return 3 * (usual & Counter(map(kind_of_op, free))).total() >= 2 * blocks.period
+        neighbours = bool(path) and path[:-1] == other[:-1] and path[-1].isdigit() and other[-1].isdigit()
+        return common * 3 >= blocks.period * (1 if neighbours else 2)
 
     def _odd(self, blocks: Blocks, block: int) -> str:
         return self._difference(blocks, blocks.ops(block, block + 1))

@@ -26,6 +26,8 @@ _LIKE_NAMES = frozenset(
     ["empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like"]
 )
 
+_CELL_NAMES = frozenset(["lstm_cell"])
+
 
 def normalise_graph(graph: fx.Graph) -> None:
     """Remove what does nothing, and write in-place ops as ordinary ones where nobody can tell the difference."""
@@ -34,6 +36,8 @@ def normalise_graph(graph: fx.Graph) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     _free_from_values(graph)
+    for node in list(graph.nodes):
+        _take_all_results(node)
     position = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         if _writes_unseen(node, position):
@@ -57,6 +61,23 @@ def _free_from_values(graph: fx.Graph) -> None:
         layout = _layout(node)
         if layout is not None and node.op != "get_attr":
             first.setdefault(layout, node)
+
+
+def _take_all_results(node: fx.Node) -> None:
+    """Have a cell that returns several tensors give out all of them: of the last one in a loop, not all may be read."""
+    value = node.meta.get("example_value")
+    if op_name(node) not in _CELL_NAMES or not isinstance(value, tuple):
+        return
+    if any(user.target is not operator.getitem for user in node.users):
+        return
+    taken = {user.args[1]: user for user in node.users}
+    last = node
+    for index, part in enumerate(value):
+        if index not in taken:
+            with node.graph.inserting_after(last):
+                taken[index] = node.graph.call_function(operator.getitem, (node, index))
+            taken[index].meta = {**node.meta, "example_value": part}
+        last = taken[index]
 
 
 def _layout(node: fx.Node) -> Any:

@@ -190,12 +190,12 @@ class Written(nn.Module):
 
 
 def noisy(block: nn.Module, index: int, x: Tensor) -> Tensor:
-    return x + 0.1 * block(x + torch.randn_like(x))
+    return x + 0.1 * block(torch.bernoulli(torch.sigmoid(x)))
 
 
 NEGATIVE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dropout": (lambda: sequence(*[[nn.Linear(4, 4), nn.Dropout(0.5)] for _ in range(10)]), "random op dropout"),
-    "noise": (lambda: Loop(linears(10), noisy), "random op randn_like"),
+    "noise": (lambda: Loop(linears(10), noisy), "random op bernoulli"),
     "batch norm in training": (
         lambda: sequence(*[[nn.Linear(4, 4), nn.BatchNorm1d(4)] for _ in range(10)]),
         "mutation|statistics",
