@@ -17,7 +17,7 @@ BASE    = $(firstword $(foreach name,$(PYTHON),$(shell $(name) -c '$(USABLE)' 2>
 # torch.compile itself looks only for g++ (clang++ on a Mac), unless CXX names another.
 override export CXX := $(firstword $(foreach name,$(CXX) g++ clang++,$(shell command -v $(name) 2>/dev/null)))
 
-.PHONY: help demo test lint types wheel examples clean compiler
+.PHONY: help demo test lint types wheel examples zoo clean compiler
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -40,6 +40,9 @@ wheel: $(READY)  ## build dist/*.tar.gz, and from it dist/*.whl
 
 examples: compiler $(READY)  ## run every example in its short form
 	@set -e; for example in examples/*.py; do echo "$$example --quick"; $(BIN)/python "$$example" --quick; done
+
+zoo: $(READY)  ## print which chains are found in other people's models
+	@PYTHONPATH=tests $(BIN)/python -m zoo
 
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/out

@@ -26,11 +26,36 @@ _LIKE_NAMES = frozenset(
     ["empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like"]
 )
 
+# Ops that do no more than compute or view, beside those that give fresh results. One that nobody reads would set its
+# block apart from the others, or be taken for a reader of the block's inner values.
+_VIEW_NAMES = frozenset(
+    [
+        "chunk",
+        "detach",
+        "expand",
+        "getitem",
+        "permute",
+        "reshape",
+        "select",
+        "split",
+        "squeeze",
+        "t",
+        "transpose",
+        "unbind",
+        "unsqueeze",
+        "var_mean",
+        "view",
+        "view_as",
+    ]
+)
 _CELL_NAMES = frozenset(["lstm_cell"])
 
 
 def normalise_graph(graph: fx.Graph) -> None:
     """Remove what does nothing, and write in-place ops as ordinary ones where nobody can tell the difference."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and _only_computes(node):
+            graph.erase_node(node)
     for node in list(graph.nodes):
         if is_idle_dropout(node):
             node.replace_all_uses_with(node.args[0])
@@ -42,6 +67,13 @@ def normalise_graph(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if _writes_unseen(node, position):
             _make_functional(node)
+
+
+def _only_computes(node: fx.Node) -> bool:
+    if not node.op.startswith("call_") or writes(node) or is_random(node):
+        return False
+    known = node.op == "call_method" or is_pytorchs(node.target)
+    return known and (is_fresh(node) or op_name(node) in _VIEW_NAMES)
 
 
 def _free_from_values(graph: fx.Graph) -> None:

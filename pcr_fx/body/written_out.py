@@ -70,12 +70,19 @@ def batch_norm(
     return x * scale.view(channels) + shift.view(channels)
 
 
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`torch._weight_norm`: `v` with the norm `g`, along all dimensions but `dim` (-1: along all)."""
+    dims = [other for other in range(v.ndim) if dim == -1 or other != dim % v.ndim]
+    return v * (g / torch.linalg.vector_norm(v, dim=dims, keepdim=True))
+
+
 _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     torch.lstm_cell: lstm_cell,
     torch.gru_cell: gru_cell,
     torch.rnn_tanh_cell: rnn_tanh_cell,
     torch.rnn_relu_cell: rnn_relu_cell,
     F.batch_norm: batch_norm,
+    torch._weight_norm: weight_norm,
 }
 
 
