@@ -248,15 +248,27 @@ class _Detector:
             start, period = taken.blocks.start, taken.blocks.period
             for odd, reason, words in (
                 (range(max(before, start - period), start), self._odd_before(taken, before), f"stands before {name}"),
-                (range(taken.stop, min(after, taken.stop + period)), self._end(taken), f"ends the chain {name}"),
+                (
+                    range(taken.stop, min(after, taken.stop + period)),
+                    self._end(taken, number),
+                    f"ends the chain {name}",
+                ),
             ):
                 ops = self.sequence.ops[odd.start : odd.stop]
                 if reason and ops and said.isdisjoint(odd):
                     said.update(odd)
                     yield Rejected(module_range([ops]), f"{words}: {reason}", 1, describe_source(ops[-1]))
 
-    def _end(self, taken: _Taken) -> str:
-        return taken.broken.reason if taken.broken is not None else self._odd_behind(taken.blocks, taken.length)
+    def _end(self, taken: _Taken, number: int) -> str:
+        """Why the block behind a chain is none of it."""
+        if taken.broken is not None:
+            return taken.broken.reason
+        following = self.taken[number + 1] if number + 1 < len(self.taken) else None
+        if following is not None and following.found.chain.origin.ops == taken.found.chain.origin.ops:
+            odd = self.sequence.ops[taken.stop : following.blocks.start]
+            if 0 < len(odd) <= 2 * taken.blocks.period:
+                return self._difference(taken.blocks, odd)
+        return self._odd_behind(taken.blocks, taken.length)
 
     def _odd_behind(self, blocks: Blocks, length: int) -> str:
         """What sets the ops behind the last block apart from a block; empty where they are nothing like one."""

@@ -226,6 +226,94 @@ def test_the_odd_block_is_named() -> None:
     model.blocks[10] = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     report = pcr_fx.transform(model, torch.randn(2, 3), NEWTON).report.to_dict()
     assert [chain["modules"] for chain in report["chains"]] == ["blocks.0..9", "blocks.11..20"]
+    (odd,) = report["rejected"]
+    assert odd["modules"] == "blocks.10"
+    assert odd["reason"] == "ends the chain blocks.0..9: relu stands where the other blocks have tanh"
+
+
+def test_another_activation_is_named() -> None:
+    model = plain_mlp(20)
+    model[21] = nn.ReLU()
+    (odd,) = pcr_fx.transform(model, torch.randn(2, 4), NEWTON).report.to_dict()["rejected"]
+    assert odd["reason"] == "ends the chain 0..19: relu stands where the other blocks have tanh"
+
+
+def test_blocks_of_other_shapes_are_near_misses() -> None:
+    model = nn.Sequential(*(layer for n in range(4, 16) for layer in (nn.Linear(n, n + 1), nn.Tanh())))
+    (miss,) = pcr_fx.transform(model, torch.randn(2, 4), NEWTON).report.to_dict()["rejected"]
+    assert "blocks of the same ops that differ: linear takes" in miss["reason"]
+    assert "shape [2, 5]" in miss["reason"]
+
+
+def test_the_block_before_a_chain_is_named() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(n, 4), nn.Tanh()) for n in [3, *[4] * 10]))
+    (miss,) = pcr_fx.transform(model, torch.randn(2, 3), NEWTON).report.to_dict()["rejected"]
+    assert miss["reason"].startswith("stands before 1..10: linear takes")
+
+
+def test_marked_regions_are_looked_into() -> None:
+    class Marked(ResidualBlock):
+        forward = torch.compiler.nested_compile_region(ResidualBlock.forward)
+
+    model = nn.Sequential(*(Marked(4) for _ in range(10))).double()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    compiled = torch.compile(model, backend="deeppcr", options={**NEWTON, "inner_backend": "eager"})
+    assert_same(compiled, model, x, 1e-9)
+    assert [chain["length"] for chain in pcr_fx.report().to_dict()["chains"]] == [10]
+
+
+def test_states_of_several_lags() -> None:
+    class Lags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.ParameterList([torch.randn(4, 4) / 3 for _ in range(10)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            older, first, second = x, x * 0.5, x
+            for weight in self.weights:
+                older, first = first, torch.tanh(second + 0.5 * older)
+                second = torch.sin((second + older) @ weight)
+            return second
+
+    model, x = Lags().double(), torch.randn(2, 4, dtype=torch.float64)
+    fast = pcr_fx.transform(model, x, NEWTON)
+    assert [chain["length"] for chain in fast.report.to_dict()["chains"]] == [9]
+    assert_same(fast, model, x, 1e-9)
+
+
+def test_a_value_drawn_for_the_next_block() -> None:
+    class Drawn(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            noise = torch.zeros_like(x)
+            for _ in range(10):
+                x = torch.tanh(x + noise)
+                noise = torch.randn_like(x)
+            return x * noise
+
+    model, x = Drawn(), torch.randn(2, 4, dtype=torch.float64)
+    fast = pcr_fx.transform(model, x, NEWTON)
+    assert [chain["length"] for chain in fast.report.to_dict()["chains"]] == [9]
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(fast(x), expected)
+
+
+def test_a_buffer_written_within_the_blocks() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.ParameterList([torch.randn(4) for _ in range(10)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for weight in self.weights:
+                scaled = weight * 2
+                scaled.add_(1.0)
+                x = torch.tanh(x + scaled)
+            return x
+
+    model, x = Written().double(), torch.randn(2, 4, dtype=torch.float64)
+    assert_same(pcr_fx.transform(model, x, NEWTON), model, x, 1e-9)
 
 
 def test_an_operand_of_another_shape_ends_a_chain() -> None:
