@@ -25,9 +25,17 @@ def shape_of(value: Any) -> Any:
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
-        return tuple(size if type(size) is int else str(size) for size in value.shape), value.dtype, value.device
+        return tuple(map(_size, value.shape)), value.dtype, value.device
     # Each graph module has a class of its own.
     return fx.GraphModule if isinstance(value, fx.GraphModule) else type(value)
+
+
+def _size(size: Any) -> int | str:
+    """A size that the compiler leaves open by its symbol; one that it has fixed since is a number like any other."""
+    if type(size) is int:
+        return size
+    known = size.node.maybe_as_int()
+    return str(size) if known is None else known
 
 
 def say_shape(shape: Any) -> str:

@@ -205,7 +205,7 @@ class ModelTracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         line = _user_line(sys._getframe(1))
-        hint = "" if self.mode is not None else "pass example_inputs if it asks for a shape; "
+        hint = "" if self.mode is not None else f"pass example_inputs if it asks for a shape of {_inputs(obj)}; "
         raise CaptureError(f"the model branches on the value of a tensor{_at(line)}; {hint}{ADVICE}")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
@@ -214,7 +214,10 @@ class ModelTracer(fx.Tracer):
             self.reads_shapes = True
             return iter([obj[index] for index in range(len(value))])  # type: ignore[index]
         line = _user_line(sys._getframe(1))
-        raise CaptureError(f"the model iterates over a tensor of unknown shape{_at(line)}; pass example_inputs")
+        raise CaptureError(
+            f"the model iterates over a tensor of unknown shape{_at(line)}; pass example_inputs: "
+            f"the shape comes from {_inputs(obj)}"
+        )
 
     def _check_stored(self, graph: fx.Graph) -> None:
         """A tensor that the forward stores in a module is lost; one that it reads again must not be."""
@@ -282,6 +285,16 @@ class _KnownProxy(_Proxy):
 
     def __len__(self) -> int:
         return len(self._known())
+
+
+def _inputs(proxy: fx.Proxy) -> str:
+    """The arguments of the model that a value is computed from, by name."""
+    seen, pending = {proxy.node}, [proxy.node]
+    while pending:
+        found = set(pending.pop().all_input_nodes) - seen
+        seen |= found
+        pending += found
+    return ", ".join(sorted(str(node.target) for node in seen if node.op == "placeholder")) or "no input"
 
 
 def _is_plain(value: Any) -> bool:

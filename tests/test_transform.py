@@ -182,6 +182,17 @@ def test_models_that_branch_on_values_are_refused_with_advice() -> None:
         pcr_fx.transform(nn.BatchNorm1d(4))
 
 
+def test_what_a_trace_without_inputs_lacks_is_named() -> None:
+    class Steps(nn.Module):
+        def forward(self, x, h):
+            for step in x.unbind(1):
+                h = torch.tanh(h + step)
+            return h
+
+    with pytest.raises(pcr_fx.CaptureError, match=r"test_transform.py.*the shape comes from x$"):
+        pcr_fx.transform(Steps())
+
+
 def test_report_and_explain() -> None:
     model, x = ResidualNet(16), torch.randn(3, 3)
     fast = pcr_fx.transform(model, options=NEWTON)
