@@ -289,6 +289,11 @@ def updates_statistics(node: fx.Node) -> bool:
     )
 
 
+def is_noise_like(function: Any) -> bool:
+    """Whether a random op takes no more from its first argument than shape, strides, dtype and device."""
+    return function in (torch.randn_like, torch.rand_like, torch.randint_like)
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether two calls with the same input give different results."""
     name = op_name(node)

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcr_fx.passes.effects import is_fresh, is_idle_dropout, is_inplace_variant, is_pytorchs, is_random, op_name, writes
+from pcr_fx.passes.effects import (
+    is_fresh,
+    is_idle_dropout,
+    is_inplace_variant,
+    is_noise_like,
+    is_pytorchs,
+    is_random,
+    op_name,
+    writes,
+)
 
 _FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -20,11 +29,6 @@ _FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.imatmul: operator.matmul,
 }
 
-
-# Ops that take no more from their first argument than its shape, strides, dtype and device.
-_LIKE_NAMES = frozenset(
-    ["empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like"]
-)
 
 # Ops that do no more than compute or view, beside those that give fresh results. One that nobody reads would set its
 # block apart from the others, or be taken for a reader of the block's inner values.
@@ -83,12 +87,7 @@ def _free_from_values(graph: fx.Graph) -> None:
     """
     first: dict[Any, fx.Node] = {}
     for node in graph.nodes:
-        if (
-            op_name(node) in _LIKE_NAMES
-            and is_pytorchs(node.target)
-            and node.args
-            and isinstance(node.args[0], fx.Node)
-        ):
+        if is_noise_like(node.target) and node.args and isinstance(node.args[0], fx.Node):
             node.args = (first.get(_layout(node.args[0]), node.args[0]), *node.args[1:])
         layout = _layout(node)
         if layout is not None and node.op != "get_attr":

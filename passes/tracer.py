@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pcr_fx.errors import CaptureError
-from pcr_fx.passes.effects import RESHAPING_METHODS
+from pcr_fx.passes.effects import RESHAPING_METHODS, is_noise_like
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,8 @@ class ModelTracer(fx.Tracer):
         line = _user_line(sys._getframe(1))
         if _settings() != self.settings:
             raise CaptureError(f"the model switches gradients or autocast on or off{_at(line)}; {ADVICE}")
+        # `normalise.py` lets noise take its shape from anything that has the same in this graph.
+        self.reads_shapes |= is_noise_like(target)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         proxy.node.meta["stack_trace"] = line
         if self.mode is None:

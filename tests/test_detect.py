@@ -299,6 +299,22 @@ def test_a_value_drawn_for_the_next_block() -> None:
     torch.testing.assert_close(fast(x), expected)
 
 
+def test_noise_has_the_shape_of_what_it_is_added_to() -> None:
+    """Also in a call whose inputs no longer look alike."""
+
+    class Two(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x.sum() + y + torch.randn_like(y)
+
+    model, x = Two(), torch.randn(2, 3)
+    fast = pcr_fx.transform(model, (x, x.clone()))
+    for y in (torch.randn(2, 3), torch.randn(4, 3)):
+        torch.manual_seed(0)
+        expected = model(x, y)
+        torch.manual_seed(0)
+        torch.testing.assert_close(fast(x, y), expected)
+
+
 def test_a_buffer_written_within_the_blocks() -> None:
     class Written(nn.Module):
         def __init__(self) -> None:
