@@ -62,7 +62,7 @@ def _plan_chain(found: FoundChain, attributes: dict[str, Any], options: Options)
     _fix_other_sizes(groups, plan)
     layout = plan.program.layout
     samples = math.prod(signature.states[0].shape[dim] for dim in layout.batch_dims)
-    return PlannedChain(found, plan, choose(options.solver, plan.program, samples))
+    return PlannedChain(found, plan, choose(options.solver, plan.program, samples, plan.kernel))
 
 
 def _value(node: fx.Node, attributes: dict[str, Any]) -> Any:

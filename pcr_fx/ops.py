@@ -87,9 +87,10 @@ def _solve(
 ) -> Tensor:
     program = plan.program
     every = [*operands, *program.literals]
-    solver = plan.choice(initial).forward
+    choice = plan.choice(initial)
+    solver = choice.forward
     if solver == "sequential":
-        trajectory, stats = solve_sequential(program, initial, every, shared)
+        trajectory, stats = solve_sequential(program, initial, every, shared, choice.kernel)
         record.forward(solver, stats)
         return trajectory
     trajectory, stats = solve_newton(program, initial, every, shared, plan.newton)
@@ -143,16 +144,17 @@ def _adjoint(
 ) -> list[Tensor]:
     program = plan.program
     every = [*operands, *program.literals]
-    previous = torch.cat([initial.unsqueeze(0), trajectory[:-1]])
-    solver, fallback = plan.choice(initial).backward, False
+    choice = plan.choice(initial)
+    solver, fallback = choice.backward, False
     result: tuple[Tensor, ...]
     if solver == "newton":
+        previous = torch.cat([initial.unsqueeze(0), trajectory[:-1]])
         result, accurate = adjoint_transposed(program, previous, every, shared, cotangents, plan.options.linear_solver)
         fallback = not accurate
         if fallback:
             _failed_adjoint(plan, record)
     if solver == "sequential" or fallback:
-        result = adjoint_sequential(program, previous, every, shared, cotangents)
+        result = adjoint_sequential(program, initial, trajectory, every, shared, cotangents, choice.kernel)
     record.backward(solver, fallback)
     return _owned(result, [initial, trajectory, *operands, *shared, cotangents])
 

@@ -29,6 +29,8 @@ class Options:
             `|z_l|`, plus `|J_l| |z_{l-1}|` where terms cancel in it; per sample and carried tensor. `None`: a few
             ulps of the dtype.
         max_iterations: Newton iterations before a solve is given up. `None`: `min(L, 32)`.
+        kernels: whether a chain may run as one generated native kernel: where its ops can be printed, and the body is
+            small enough to gain by it. A compiler is needed; without one chains run in PyTorch's ops.
         min_length: the fewest blocks that are worth a chain, at least 2.
         on_failure: when a solve misses its tolerance: `"fallback"` evaluates the chain sequentially and says so in
             the report and the log, `"raise"` raises `SolveError`.
@@ -43,6 +45,7 @@ class Options:
     linear_solver: str = "auto"
     tolerance: float | None = None
     max_iterations: int | None = None
+    kernels: bool = True
     min_length: int = 8
     on_failure: str = "fallback"
     inner_backend: str | Callable[..., Any] = "inductor"
@@ -57,6 +60,8 @@ class Options:
         _check_number(
             "max_iterations", self.max_iterations, (int,), lambda value: value >= 1, "a whole number >= 1 or None"
         )
+        if not isinstance(self.kernels, bool):
+            _refuse("kernels", self.kernels, "True or False")
         if self.min_length is None:
             _refuse("min_length", None, "a whole number >= 2")
         _check_number("min_length", self.min_length, (int,), lambda value: value >= 2, "a whole number >= 2")

@@ -19,6 +19,8 @@ FLOORS = (
     {"options"},
     {"chain"},
     {"body"},
+    {"codegen"},
+    {"kernels"},
     {"linear"},
     {"solvers"},
     {"planner"},

@@ -41,7 +41,9 @@ class BatchDimensions:
     reasons: Mapping[int, str] = field(default_factory=dict, hash=False)
 
 
-def prove_batch_dimensions(body: fx.GraphModule, num_states: int) -> BatchDimensions:
+def prove_batch_dimensions(
+    body: fx.GraphModule, num_states: int, followers: Mapping[int, Sequence[int]] | None = None
+) -> BatchDimensions:
     """The dimensions along which `body` provably acts independently.
 
     Candidates are the positions that exist, with one size, in every state. The proof reads the ops, not the
@@ -52,6 +54,8 @@ def prove_batch_dimensions(body: fx.GraphModule, num_states: int) -> BatchDimens
         body: aten graph `(*states, *others) -> (*new_states,)`, with static shapes, and with `meta["val"]` on
             its inputs and ops, as `make_fx` leaves them.
         num_states: how many of the first inputs are states.
+        followers: inputs that are supposed to have a part for each sample, by position: for their first dimensions the
+            dimensions of the states that they follow. A dimension is then proved only if it is for those inputs too.
 
     Raises:
         ValueError: `body` is not such a graph, or has fewer inputs than `num_states`.
@@ -66,6 +70,11 @@ def prove_batch_dimensions(body: fx.GraphModule, num_states: int) -> BatchDimens
             proof.lose(dim, "the states differ in size there")
     for state, shape in zip(states, shapes, strict=True):
         proof.layouts[state] = tuple((Factor(dim, size),) for dim, size in enumerate(shape))
+    inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
+    for position, labels in (followers or {}).items():
+        shape = _shape(inputs[position])
+        named = [*labels, *(None for _ in shape[len(labels) :])]
+        proof.layouts[inputs[position]] = tuple((Factor(*pair),) for pair in zip(named, shape, strict=True))
     needed = _needed_nodes(body.graph)
     for node in body.graph.nodes:
         # Once nothing lives, nothing can be learnt, and numbers taken out of tensors need no layouts.

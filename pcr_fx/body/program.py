@@ -190,7 +190,7 @@ def trace_block(chain: Chain, signature: Signature) -> fx.GraphModule:
         arguments += [_fake(mode, TensorSpec((), *_compute(signature)), ()) for _ in chain.literals]
         arguments += [_fake(mode, spec, ()) for spec in signature.shared]
         body = write_out_fused(chain.body)
-        return _trace(lambda *tensors: tuple(body(*tensors)), arguments)
+        return trace(lambda *tensors: tuple(body(*tensors)), arguments)
 
 
 def _compute(signature: Signature) -> tuple[torch.dtype, torch.device]:
@@ -227,7 +227,7 @@ def _op_names(block: fx.GraphModule) -> tuple[str, ...]:
     )
 
 
-def _trace(function: Run, arguments: Sequence[Any]) -> fx.GraphModule:
+def trace(function: Run, arguments: Sequence[Any], decompositions: Any = None) -> fx.GraphModule:
     """`function` as an aten graph, or `BodyError` with what went wrong in words."""
     try:
         # Attention in ordinary ops: its fused kernels have no vmap rule, and would be traced once a block and row.
@@ -236,7 +236,7 @@ def _trace(function: Run, arguments: Sequence[Any]) -> fx.GraphModule:
             torch.autocast(arguments[0].device.type, enabled=False),
             _quiet(_FAKE_TENSOR_LOG),
         ):
-            graph = make_fx(function)(*arguments)
+            graph = make_fx(function, decompositions)(*arguments)
     except Exception as error:
         raise BodyError(f"the block cannot be traced: {_first_line(error)}") from error
     graph.graph.eliminate_dead_code()
@@ -278,7 +278,7 @@ def _trace_graphs(
     """Every program of the body, for any batch size where the body allows it, else for this one."""
     for generality in _generalities(signature, layout):
         try:
-            return _Tracer(chain, signature, layout, generality).graphs(), generality
+            return Tracer(chain, signature, layout, generality).graphs(), generality
         except BodyError as reason:
             if not generality.any_batch:
                 raise
@@ -299,7 +299,7 @@ def _generalities(signature: Signature, layout: StateLayout) -> list[Generality]
     return [*(Generality(True, dims) for dims in tried), Generality(False, fixed)]
 
 
-class _Tracer:
+class Tracer:
     """Traces the programs of one body with one set of fake tensors."""
 
     def __init__(self, chain: Chain, signature: Signature, layout: StateLayout, generality: Generality) -> None:
@@ -335,11 +335,11 @@ class _Tracer:
         every = [*stacked, *self.shared]
         with self.mode:
             graphs = {
-                "step": _trace(self._step, one),
-                "step_pullback": _trace(self._pullback_of(self._step), [*one, torch.empty_like(self.state)]),
-                "evaluate": _trace(self._evaluate, every),
-                "linearise": _trace(self._linearise, every),
-                "pullback": _trace(self._pullback_of(self._evaluate), [*every, torch.empty_like(stacked[0])]),
+                "step": trace(self.step, one),
+                "step_pullback": trace(self.pullback_of(self.step), [*one, torch.empty_like(self.state)]),
+                "evaluate": trace(self._evaluate, every),
+                "linearise": trace(self._linearise, every),
+                "pullback": trace(self.pullback_of(self._evaluate), [*every, torch.empty_like(stacked[0])]),
             }
         self._check_any_batch()
         return graphs
@@ -352,34 +352,35 @@ class _Tracer:
         count = 1 + len(self.operands)
         return tensors[0], list(tensors[1:count]), list(tensors[count:])
 
-    def _step(self, *tensors: Any) -> Any:
+    def step(self, *tensors: Any) -> Any:
         state, operands, shared = self._split(tensors)
         states = self.layout.unflatten(state)
         return self.layout.flatten(tuple(self.body(*states, *operands, *shared)))
 
     def _evaluate(self, *tensors: Any) -> Any:
-        return torch.vmap(self._step, in_dims=self._in_dims())(*tensors)
+        return torch.vmap(self.step, in_dims=self._in_dims())(*tensors)
 
     def _linearise(self, *tensors: Any) -> Any:
-        return torch.vmap(self._step_and_jacobian, in_dims=self._in_dims())(*tensors)
+        return torch.vmap(self.step_and_jacobian, in_dims=self._in_dims())(*tensors)
 
     def _in_dims(self) -> tuple[int | None, ...]:
         return (0, *(0 for _ in self.operands), *(None for _ in self.shared))
 
-    def _step_and_jacobian(self, state: Any, *rest: Any) -> tuple[Any, Any]:
+    def step_and_jacobian(self, state: Any, *rest: Any) -> tuple[Any, Any]:
         """The block and its Jacobian `[*batch, d, d]`, by d cotangents that are one-hot in the features.
 
         Each is the same for all samples: along batch dimensions the block acts independently, so that one pullback
         gives a row of every sample's Jacobian.
         """
         if self.layout.dimension == 0:  # an empty batch; PyTorch crashes in a vmap over no rows
-            return self._step(state, *rest), state.new_empty((*state.shape, 0))
-        output, pullback = torch.func.vjp(lambda moving: self._step(moving, *rest), state)  # type: ignore[misc]
+            return self.step(state, *rest), state.new_empty((*state.shape, 0))
+        output, pullback = torch.func.vjp(lambda moving: self.step(moving, *rest), state)  # type: ignore[misc]
         basis = torch.eye(self.layout.dimension, dtype=state.dtype, device=state.device)
-        rows = torch.vmap(lambda row: pullback(row.expand(state.shape))[0], out_dims=-2)(basis)
-        return output, rows
+        rows = torch.vmap(lambda row: pullback(row.expand(state.shape))[0])(basis)
+        # Moved here: PyTorch crashes where vmap is to move a dimension of rows that do not depend on the state.
+        return output, rows.movedim(0, -2)
 
-    def _pullback_of(self, function: Run) -> Run:
+    def pullback_of(self, function: Run) -> Run:
         """`(*tensors, cotangent) -> (d_state, *d_operands, *d_shared)` of `function`, differentiable inputs only."""
         needs = self.needs
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pcr_fx.body import Program, Signature, build_program
 from pcr_fx.chain import Chain
+from pcr_fx.errors import BodyError, UnsupportedError
+from pcr_fx.kernels import ChainKernel
 from pcr_fx.options import Options
 from pcr_fx.planner.rule import Choice, choose
 from pcr_fx.solvers import Newton
@@ -17,17 +19,22 @@ from pcr_fx.solvers import Newton
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What runs a chain: `key` names equal content, in every process (compiled graphs on disk name their plan)."""
+    """What runs a chain: `key` names equal content, in every process (compiled graphs on disk name their plan).
+
+    Attributes:
+        kernel: the chain's native kernel, or why it has none.
+    """
 
     key: str
     program: Program
     options: Options
     newton: Newton
+    kernel: ChainKernel | str
 
     def choice(self, state: Tensor) -> Choice:
         """The solvers for a flat state `[*batch, d]`."""
         samples = math.prod(state.shape[:-1])
-        return choose(self.options.solver, self.program, samples)
+        return choose(self.options.solver, self.program, samples, self.kernel)
 
 
 _plans: dict[str, Plan] = {}
@@ -51,5 +58,14 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
     if key not in _plans:
         dtype = signature.states[0].dtype
         newton = Newton.of(dtype, chain.length, options.tolerance, options.max_iterations, options.linear_solver)
-        _plans[key] = Plan(key, program, options, newton)
+        _plans[key] = Plan(key, program, options, newton, _kernel(program, options))
     return _plans[key]
+
+
+def _kernel(program: Program, options: Options) -> ChainKernel | str:
+    if not options.kernels:
+        return "kernels=False asks for none"
+    try:
+        return ChainKernel.of(program)
+    except (BodyError, UnsupportedError) as reason:
+        return str(reason)

@@ -1,6 +1,9 @@
 """The rule that `solver="auto"` follows.
 
-Newton + cyclic reduction where the Jacobians are small and affordable, else block by block. What both cost was measured
+Where the chain has a native kernel and its blocks are small, block by block in that kernel: there a block costs some
+tens of nanoseconds. A reduction does d^2 times the work of a block, so that on a CPU it cannot be faster.
+
+Otherwise Newton + cyclic reduction where the Jacobians are small and affordable, else block by block. What both cost was measured
 on two CPU cores with PyTorch ops (blocks x + 0.1 W2 tanh(W1 x), float32, `benchmarks/solvers.py`):
 
 - A block on its own costs some 20 us forward and 60 us backward, nearly all of it calling ops, whatever its size.
@@ -11,9 +14,10 @@ on two CPU cores with PyTorch ops (blocks x + 0.1 W2 tanh(W1 x), float32, `bench
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pcr_fx.body import Program
+from pcr_fx.kernels import ChainKernel
 
 # Jacobian entries of one block (samples x d x d) up to which a reduction beats the calls of the block's ops.
 FORWARD_ENTRIES = 512
@@ -21,29 +25,53 @@ BACKWARD_ENTRIES = 4096
 # Blocks below which the fixed cost of a reduction is not made up for.
 FORWARD_LENGTH = 128
 BACKWARD_LENGTH = 32
+# Scalar operations of a block, over all samples, from which on PyTorch's own products gain more than its calls cost.
+KERNEL_OPERATIONS = 4_000_000
 # Memory for the Jacobians of a whole chain; a reduction needs about as much again.
 JACOBIAN_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The solver of each direction (`"newton"` or `"sequential"`), and why."""
+    """The solver of each direction (`"newton"` or `"sequential"`), and why.
+
+    `kernel` runs what is sequential, where there is one.
+    """
 
     forward: str
     backward: str
     reason: str
     asked_for: bool = False
+    kernel: ChainKernel | None = None
 
     def leaves_alone(self, needs_gradient: bool) -> bool:
         """Whether a solve node has nothing to add: nobody asked for it, and all that runs is block by block."""
         solvers = {self.forward, self.backward} if needs_gradient else {self.forward}
-        return not self.asked_for and solvers == {"sequential"}
+        return not self.asked_for and self.kernel is None and solvers == {"sequential"}
 
 
-def choose(solver: str, program: Program, samples: int) -> Choice:
-    """The solvers for `samples` independent samples of a chain."""
+def choose(solver: str, program: Program, samples: int, kernel: ChainKernel | str) -> Choice:
+    """The solvers for `samples` independent samples of a chain with `kernel`, or with none for the reason given."""
+    native, why = _native(kernel, samples)
     if solver != "auto":
-        return Choice(solver, solver, f'asked for with solver="{solver}"', asked_for=True)
+        return Choice(solver, solver, f'asked for with solver="{solver}"; {why}', asked_for=True, kernel=native)
+    if native is not None:
+        return Choice("sequential", "sequential", why, kernel=native)
+    choice = _in_torch_ops(program, samples)
+    return replace(choice, reason=f"{why}; {choice.reason}")
+
+
+def _native(kernel: ChainKernel | str, samples: int) -> tuple[ChainKernel | None, str]:
+    """The kernel if it pays, and why it does or does not."""
+    if isinstance(kernel, str):
+        return None, f"no native kernel: {kernel}"
+    operations = max(samples, 1) * kernel.operations[0]
+    if operations > KERNEL_OPERATIONS:
+        return None, f"no native kernel: a block has {operations} scalar operations, more than {KERNEL_OPERATIONS}"
+    return kernel, "the whole chain runs as one native kernel"
+
+
+def _in_torch_ops(program: Program, samples: int) -> Choice:
     dimension, length = program.dimension, program.length
     entries = samples * dimension**2
     size = f"{entries} Jacobian entries a block ({samples} samples x {dimension} x {dimension})"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pcr_fx.body import Program
+from pcr_fx.kernels import ChainKernel
 from pcr_fx.linear import solve_transposed
 from pcr_fx.solvers.sequential import blocks
 
@@ -70,12 +71,17 @@ def _are_small(residuals: Tensor, adjoints: Tensor, limit: float) -> bool:
 
 def adjoint_sequential(
     program: Program,
-    previous: Tensor,
+    initial: Tensor,
+    trajectory: Tensor,
     operands: Sequence[Tensor],
     shared: Sequence[Tensor],
     cotangents: Tensor,
+    kernel: ChainKernel | None = None,
 ) -> tuple[Tensor, ...]:
-    """Cotangents `(d_initial, *d_operands, *d_shared)`, from the last block to the first."""
+    """Cotangents `(d_initial, *d_operands, *d_shared)`, from the last block to the first: by `kernel` if given."""
+    if kernel is not None and kernel.is_ready("adjoint", initial):
+        return tuple(kernel.solve_adjoint(initial, trajectory, operands, shared, cotangents))
+    previous = torch.cat([initial.unsqueeze(0), trajectory[:-1]])
     each = blocks(operands, program.length)
     adjoint = torch.zeros_like(cotangents[0])
     d_operands: list[tuple[Tensor, ...]] = []

@@ -8,13 +8,20 @@ import torch
 from torch import Tensor
 
 from pcr_fx.body import Program
+from pcr_fx.kernels import ChainKernel
 from pcr_fx.solvers.outcome import Outcome, SolveStats
 
 
 def solve_sequential(
-    program: Program, initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor]
+    program: Program,
+    initial: Tensor,
+    operands: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    kernel: ChainKernel | None = None,
 ) -> tuple[Tensor, SolveStats]:
-    """The trajectory `[L, *batch, d]` from `initial` `[*batch, d]`, one block after another."""
+    """The trajectory `[L, *batch, d]` from `initial` `[*batch, d]`, one block after another: by `kernel` if given."""
+    if kernel is not None and kernel.is_ready("forward", initial):
+        return kernel.solve(initial, operands, shared), SolveStats(Outcome.SEQUENTIAL)
     layout, body, trajectory = program.layout, program.chain.body.forward, []
     states = layout.unflatten(initial)
     for block in blocks(operands, program.length):

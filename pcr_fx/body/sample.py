@@ -1,0 +1,225 @@
+"""A body for one sample: what kernels are generated from."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._decomp import core_aten_decompositions, get_decompositions
+
+from pcr_fx.body.batch import prove_batch_dimensions
+from pcr_fx.body.isolation import isolated
+from pcr_fx.body.layout import StateLayout
+from pcr_fx.body.program import Generality, Program, Run, Signature, Tracer, trace, trace_block
+from pcr_fx.chain import TensorSpec
+from pcr_fx.errors import BodyError
+
+# Inputs that may or may not have a part for each sample: tried in all ways, up to this many of them.
+_MAX_CANDIDATES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class SampleBody:
+    """One block of a program on one sample, as aten graphs of few ops, none of which writes in place.
+
+    Attributes:
+        batch_dims: those of the program's batch dimensions that tell samples apart here: the first ones, all if possible.
+            What acts on each number alone may still have parameters for each feature.
+        dimension: numbers a sample.
+        own: for each per-block operand, literal and shared operand whether samples have their own; all samples use the
+            others as they are.
+        step: `(z, *operands, *literals, *shared) -> z`, every size of the batch 1.
+        pullback: `(z, *operands, *literals, *shared, cotangent) -> (dz, *d_operands, *d_shared)`.
+    """
+
+    batch_dims: tuple[int, ...]
+    dimension: int
+    own: tuple[bool, ...]
+    step: fx.GraphModule
+    pullback: fx.GraphModule
+
+
+@isolated
+def trace_sample(program: Program) -> SampleBody:
+    """The body of `program` for one sample.
+
+    Raises:
+        BodyError: it only is right for the batch size that it was traced with.
+    """
+    failure: BodyError | None = None
+    for batch_dims in _batches(program):
+        for own in _candidates(program, batch_dims):
+            try:
+                _check_followers(program, batch_dims, own)
+                return _trace_sample(program, batch_dims, own)
+            except BodyError as reason:
+                failure = failure or reason
+    assert failure is not None, "there is always something to try"
+    raise failure
+
+
+def _batches(program: Program) -> Iterator[tuple[int, ...]]:
+    """Which dimensions may tell samples apart: such that a sample lies together in memory where it does now."""
+    dims = program.layout.batch_dims
+    yield dims
+    if program.chain.num_states == 1 and dims == tuple(range(len(dims))):
+        yield from (dims[:count] for count in range(len(dims) - 1, -1, -1))
+
+
+def _candidates(program: Program, batch_dims: tuple[int, ...]) -> Iterator[tuple[bool, ...]]:
+    """Which inputs may have a part for each sample, the fewest first."""
+    signature = program.signature
+    batch = tuple(signature.states[0].shape[dim] for dim in batch_dims)
+    if any(size != 1 for size in batch):
+        fits = [spec.shape[: len(batch)] == batch for spec in (*signature.operands, *signature.shared)]
+    else:
+        fits = [False for _ in (*signature.operands, *signature.shared)]
+    positions = [index for index, fit in enumerate(fits) if fit]
+    for chosen in itertools.product((False, True), repeat=min(len(positions), _MAX_CANDIDATES)):
+        follows = {position for position, choice in zip(positions, chosen, strict=False) if choice}
+        yield tuple(index in follows for index in range(len(fits)))
+
+
+def _check_followers(program: Program, dims: tuple[int, ...], own: tuple[bool, ...]) -> None:
+    """Inputs with a part for each sample must be used by that sample alone, as states are."""
+    if not any(own):
+        return
+    # The traced block takes states, operands, literals, shared operands.
+    states, operands = program.chain.num_states, program.chain.num_operands
+    after = states + len(program.chain.literals)
+    followers = {index + (states if index < operands else after): dims for index, follows in enumerate(own) if follows}
+    block = trace_block(program.chain, program.signature)
+    proved = prove_batch_dimensions(block, states, followers)
+    if not set(dims) <= set(proved.dims):
+        raise BodyError("an operand of the size of the batch is not used sample by sample")
+
+
+def _trace_sample(program: Program, batch_dims: tuple[int, ...], own: tuple[bool, ...]) -> SampleBody:
+    layout, operands = StateLayout(program.layout.shapes, batch_dims), program.chain.num_operands
+    batch_rank = len(layout.batch_dims)
+    old = program.signature
+
+    def one(spec: TensorSpec, dims: tuple[int, ...]) -> TensorSpec:
+        return replace(spec, shape=tuple(1 if dim in dims else size for dim, size in enumerate(spec.shape)))
+
+    others = [
+        one(spec, tuple(range(batch_rank)) if follows else ())
+        for spec, follows in zip((*old.operands, *old.shared), own, strict=True)
+    ]
+    signature = Signature(
+        tuple(one(spec, layout.batch_dims) for spec in old.states), tuple(others[:operands]), tuple(others[operands:])
+    )
+    tracer = Tracer(program.chain, signature, layout, Generality(False, tuple(() for _ in others)))
+    tensors = [tracer.state, *tracer.operands, *tracer.shared]
+    state = tuple(tracer.state.shape)
+
+    def step(*inputs: Any) -> Any:
+        result = tracer.step(*inputs)
+        if tuple(result.shape) != state:
+            raise BodyError("the block fixes its batch size")
+        return result
+
+    with tracer.mode:
+        graphs = {
+            "step": _trace_functional(step, tensors),
+            "pullback": _trace_functional(tracer.pullback_of(step), [*tensors, torch.empty_like(tracer.state)]),
+        }
+    literals = (False,) * len(program.chain.literals)
+    return SampleBody(batch_dims, layout.dimension, (*own[:operands], *literals, *own[operands:]), **graphs)
+
+
+def _trace_functional(function: Run, arguments: list[Tensor]) -> fx.GraphModule:
+    graph = trace(torch.func.functionalize(function), arguments, _DECOMPOSITIONS)
+    if any(_writes(node) for node in graph.graph.nodes):
+        # A decomposition is written in PyTorch too, and may write in place itself.
+        graph = trace(torch.func.functionalize(graph.forward), arguments, _DECOMPOSITIONS)
+    return graph
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _decompositions() -> dict[Any, Any]:
+    """Down to few ops, but for the products that kernels know themselves."""
+    aten = torch.ops.aten
+    more = [
+        aten.native_layer_norm,
+        aten.native_layer_norm_backward,
+        aten._fused_rms_norm,
+        aten._fused_rms_norm_backward,
+        aten.native_group_norm,
+        aten.native_group_norm_backward,
+        aten._native_batch_norm_legit_no_training,
+        aten._native_batch_norm_legit,
+        aten.native_batch_norm,
+        aten.native_batch_norm_backward,
+        aten._softmax,
+        aten._log_softmax,
+        aten._softmax_backward_data,
+        aten._log_softmax_backward_data,
+        aten.gelu,
+        aten.gelu_backward,
+        aten.silu,
+        aten.silu_backward,
+        aten.softplus,
+        aten.softplus_backward,
+        aten.elu,
+        aten.elu_backward,
+        aten.celu,
+        aten.selu,
+        aten.leaky_relu,
+        aten.leaky_relu_backward,
+        aten.hardtanh,
+        aten.hardtanh_backward,
+        aten.hardswish,
+        aten.hardswish_backward,
+        aten.hardsigmoid,
+        aten.hardsigmoid_backward,
+        aten.mish,
+        aten.mish_backward,
+        aten.log_sigmoid_forward,
+        aten.log_sigmoid_backward,
+        aten.tanh_backward,
+        aten.sigmoid_backward,
+        aten.threshold,
+        aten.threshold_backward,
+        aten.addcmul,
+        aten.addcdiv,
+        aten.lerp,
+        aten.stack,
+        aten.dot,
+        aten.mv,
+        aten.addmv,
+        aten.addr,
+        aten.split,
+        aten.rsub,
+        aten.select_backward,
+        aten.slice_backward,
+        aten.linalg_vector_norm,
+        aten.norm,
+        aten.logsumexp,
+        aten.sinc,
+        aten.prelu,
+        aten._prelu_kernel,
+        aten._prelu_kernel_backward,
+        aten._thnn_fused_gru_cell,
+        aten._thnn_fused_lstm_cell,
+        aten.native_dropout,
+        aten.square,
+        aten.trace,
+        aten.repeat,
+        aten.unsafe_split,
+        aten.glu,
+        aten.glu_backward,
+    ]
+    kept = ("addmm", "mm", "bmm", "baddbmm", "var", "var_mean", "mean", "sum")
+    table = {**core_aten_decompositions(), **get_decompositions(more)}
+    return {op: rule for op, rule in table.items() if op.name().split("::")[1].split(".")[0] not in kept}
+
+
+_DECOMPOSITIONS = _decompositions()

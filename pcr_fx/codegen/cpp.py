@@ -1,0 +1,174 @@
+"""C++ from the language of kernels: one function template a body, for one sample or for a vector of them.
+
+Printed functions are templates over `V`, what a varying number is: `real` itself, or a vector with a sample in each lane.
+In the first case the compiler finds its vectors along the features, in the second there is nothing left to find.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pcr_fx.codegen.ir import Apply, Buffer, Constant, Expression, Function, Load, Loop, View, views
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+_COMBINED = {"add": "{0} + {1}", "maximum": "k_maximum({0}, {1})", "minimum": "k_minimum({0}, {1})"}
+_START = {"add": "real(0)", "maximum": "real(-INFINITY)", "minimum": "real(INFINITY)"}
+# Sums kept in registers at a time where each lane is a sample: enough to hide the latency of a multiply-add.
+_UNROLLED = 4
+
+
+def print_function(name: str, function: Function) -> str:
+    """`template <class V> void name(const V* or const real* in0, ..., V* out0, ...)`.
+
+    Outputs that are sums over samples are added to: in `V`, so that lanes are added up once, when all have been.
+    """
+    parameters = [f"const {_number(buffer)}* RESTRICT {buffer.name}" for buffer in function.inputs]
+    parameters += [f"V* RESTRICT {buffer.name}" for buffer in function.outputs]
+    lines = [f"template <class V> INLINE void {name}({', '.join(parameters)}) {{"]
+    for buffer in function.constants:
+        values = ", ".join(map(_literal, buffer.values or ()))
+        lines.append(f"  static constexpr real {buffer.name}[] = {{{values}}};")
+    lines += [f"  {_number(buffer)} {buffer.name}[{buffer.size}];" for buffer in function.locals]
+    sums = {buffer.name for buffer in function.outputs if not buffer.varying}
+    for loop in function.loops:
+        lines += [f"  {line}" for line in _print_loop(loop, loop.out.buffer.name in sums)]
+    return "\n".join([*lines, "}"])
+
+
+def _number(buffer: Buffer) -> str:
+    return "V" if buffer.varying else "real"
+
+
+def _print_loop(loop: Loop, adds: bool) -> list[str]:
+    if not loop.reduced and loop.combine is None:
+        outer = [f"i{dim}" for dim in range(len(loop.shape))]
+        store = _store(loop, outer, _expression(loop.value, outer), adds)
+        return _nest(list(zip(outer, loop.shape, strict=True)), [store])
+    if loop.shape and _runs_along_the_output(loop):
+        return _print_by_rows(loop, adds)
+    return _print_by_sums(loop, adds)
+
+
+def _runs_along_the_output(loop: Loop) -> bool:
+    """Whether memory lies along the output, so that vectors of features do too: `out[:] += a[r] * b[r, :]`."""
+    last = len(loop.shape) - 1
+    inner = len(loop.shape) + len(loop.reduced) - 1
+    both = [view for view in views(loop.value) if view.strides[last] and inner > last and view.strides[inner]]
+    return any(view.strides[last] == 1 for view in both) and not any(view.strides[inner] == 1 for view in both)
+
+
+def _print_by_rows(loop: Loop, adds: bool) -> list[str]:
+    """The reduced index outside the last one of the output."""
+    outer = [f"i{dim}" for dim in range(len(loop.shape))]
+    inner = [f"r{dim}" for dim in range(len(loop.reduced))]
+    *front, (last, size) = list(zip(outer, loop.shape, strict=True))
+    varies = _type(loop)
+    combine = _COMBINED[loop.combine or "add"].format(f"sum[{last}]", _expression(loop.value, [*outer, *inner]))
+    body = [
+        f"{varies} sum[{size}];",
+        *_nest([(last, size)], [f"sum[{last}] = {_filled(varies, loop)};"]),
+        *_nest([*zip(inner, loop.reduced, strict=True), (last, size)], [f"sum[{last}] = {combine};"]),
+        *_nest([(last, size)], [_store(loop, outer, f"sum[{last}]", adds)]),
+    ]
+    return _nest(front, ["{", *(f"  {line}" for line in body), "}"])
+
+
+def _print_by_sums(loop: Loop, adds: bool) -> list[str]:
+    """The reduced index innermost, some sums at a time."""
+    outer = [f"i{dim}" for dim in range(len(loop.shape))]
+    inner = list(zip((f"r{dim}" for dim in range(len(loop.reduced))), loop.reduced, strict=True))
+    front = list(zip(outer, loop.shape, strict=True))
+    if not front:
+        return ["{", *(f"  {line}" for line in _sums(loop, outer, inner, 1, adds)), "}"]
+    *front, (last, size) = front
+    lines = []
+    whole = size - size % _UNROLLED
+    if whole:
+        lines += [
+            f"for (int {last}_ = 0; {last}_ < {whole}; {last}_ += k_unrolled<V>) {{",
+            *(f"  {line}" for line in _sums(loop, outer, inner, _UNROLLED, adds)),
+            "}",
+        ]
+    if size > whole:
+        lines += [
+            f"for (int {last} = {whole}; {last} < {size}; ++{last}) {{",
+            *(f"  {line}" for line in _sums(loop, outer, inner, 1, adds)),
+            "}",
+        ]
+    return _nest(front, lines)
+
+
+def _sums(loop: Loop, outer: Sequence[str], inner: Sequence[tuple[str, int]], width: int, adds: bool) -> list[str]:
+    """`width` neighbouring sums; in vectors of features one, since the compiler then vectorises each."""
+    varies = _type(loop)
+    value = _expression(loop.value, [*outer, *(index for index, _ in inner)])
+    combine = _COMBINED[loop.combine or "add"]
+    if width == 1:
+        return [
+            f"{varies} sum = {_filled(varies, loop)};",
+            *_nest(inner, [f"sum = {combine.format('sum', value)};"]),
+            _store(loop, outer, "sum", adds),
+        ]
+    last = outer[-1]
+    each = f"UNROLL for (int u = 0; u < k_unrolled<V>; ++u) {{ const int {last} = {last}_ + u; "
+    return [
+        f"{varies} sum[k_unrolled<V>];",
+        f"UNROLL for (int u = 0; u < k_unrolled<V>; ++u) sum[u] = {_filled(varies, loop)};",
+        *_nest(inner, [f"{each}sum[u] = {combine.format('sum[u]', value)}; }}"]),
+        f"{each}{_store(loop, outer, 'sum[u]', adds)} }}",
+    ]
+
+
+def _type(loop: Loop) -> str:
+    return "V" if any(view.buffer.varying for view in views(loop.value)) else "real"
+
+
+def _filled(number: str, loop: Loop) -> str:
+    """The start of a sum. A vector plus a number is a vector, but a vector cannot be made from one."""
+    return f"k_fill<{number}>({_START[loop.combine or 'add']})"
+
+
+def _store(loop: Loop, indices: Sequence[str], value: str, adds: bool) -> str:
+    place = _element(loop.out, indices)
+    if adds:
+        return f"k_add({place}, {value});"
+    return f"k_set({place}, {value});"
+
+
+def _nest(loops: Sequence[tuple[str, int]], body: Sequence[str]) -> list[str]:
+    lines = list(body)
+    for index, size in reversed(loops):
+        lines = [f"for (int {index} = 0; {index} < {size}; ++{index}) {{", *(f"  {line}" for line in lines), "}"]
+    return lines
+
+
+def _expression(value: Expression, indices: Sequence[str]) -> str:
+    if isinstance(value, Load):
+        return _element(value.view, indices)
+    if isinstance(value, Constant):
+        return _literal(value.value)
+    assert isinstance(value, Apply)
+    arguments = [_expression(argument, indices) for argument in value.arguments]
+    if value.function in _INFIX:
+        return f"({arguments[0]} {_INFIX[value.function]} {arguments[1]})"
+    return f"k_{value.function}({', '.join(arguments)})"
+
+
+def _element(view: View, indices: Sequence[str]) -> str:
+    terms = [
+        index if stride == 1 else f"{index} * {stride}"
+        for index, stride in zip(indices, view.strides, strict=True)
+        if stride
+    ]
+    if view.offset or not terms:
+        terms.append(str(view.offset))
+    return f"{view.buffer.name}[{' + '.join(terms)}]"
+
+
+def _literal(value: float) -> str:
+    if math.isnan(value):
+        return "real(NAN)"
+    if math.isinf(value):
+        return "real(INFINITY)" if value > 0 else "real(-INFINITY)"
+    return f"real({value!r})"

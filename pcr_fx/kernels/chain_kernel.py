@@ -1,0 +1,229 @@
+"""A chain evaluated block by block in one native call, forward and backward."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcr_fx.body import Program
+from pcr_fx.body.sample import SampleBody, trace_sample
+from pcr_fx.codegen import Unprintable
+from pcr_fx.kernels.build import CompilerError, check_compiler, load
+from pcr_fx.kernels.source import REALS, chain_source, lower_pullback, lower_step
+
+log = logging.getLogger(__name__)
+
+# Scalar operations of a whole call below which a second thread costs more than it saves.
+_OPERATIONS_A_THREAD = 2_000_000
+# Samples from which on a vector of samples is filled well enough to beat vectors of one sample's features.
+_VECTOR_SAMPLES = {torch.float32: 6, torch.float64: 4}
+# Numbers of per-block gradients up to which the sums over samples, a whole vector each, stay in the nearest cache.
+_VECTOR_GRADIENTS = 512
+# How far a kernel may be from PyTorch's ops on one block, in epsilons of the largest value.
+_CHECK_EPS = 2.0**10
+
+Column = tuple[int, int, int]
+Run = Callable[[Any], None]
+
+
+@dataclass(eq=False)
+class ChainKernel:
+    """The native code of one program. Libraries are compiled at the first call that needs them, and then checked.
+
+    Attributes:
+        program: the chain.
+        body: one block on one sample.
+        operations: scalar operations of a block and sample, forward and backward.
+    """
+
+    program: Program
+    body: SampleBody
+    operations: tuple[int, int]
+    _runs: dict[tuple[str, bool], Run | None] = field(default_factory=dict)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @classmethod
+    def of(cls, program: Program) -> ChainKernel:
+        """The kernel of `program`.
+
+        Raises:
+            BodyError, Unprintable, CompilerError: there is none; the message is the reason.
+        """
+        device, dtype = program.signature.states[0].device, program.dtype
+        if device.type != "cpu":
+            raise Unprintable(f"kernels are generated for the CPU, and the chain is on {device}")
+        if dtype not in REALS:
+            raise Unprintable(f"kernels are generated for float32 and float64, and the state is {dtype}")
+        for spec in (*program.signature.operands, *program.signature.shared):
+            if spec.dtype != dtype:
+                raise Unprintable(f"an operand is {spec.dtype} and the state {dtype}")
+            if spec.device != device:
+                raise Unprintable(f"an operand is on {spec.device} and the state on {device}")
+        if program.dimension == 0:
+            raise Unprintable("the state has no numbers")
+        check_compiler()
+        body = trace_sample(program)
+        operations = lower_step(program, body).operations, lower_pullback(program, body).operations
+        return cls(program, body, operations)
+
+    def is_ready(self, direction: str, initial: Tensor) -> bool:
+        """Whether the kernel for states like `initial` is compiled and computes what PyTorch's ops do: now, if need be.
+
+        Args:
+            direction: "forward" or "adjoint".
+        """
+        return self._run(direction, self._samples(initial)) is not None
+
+    def solve(self, initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
+        """The trajectory `[L, *batch, d]`; `operands` with the literals, stacked."""
+        initial = initial.contiguous()
+        tensors = self._in_order(operands, shared)
+        trajectory = self.forward(initial, [place for place, _ in tensors], keep=True)[1]
+        assert trajectory is not None
+        return trajectory
+
+    def solve_adjoint(
+        self,
+        initial: Tensor,
+        trajectory: Tensor,
+        operands: Sequence[Tensor],
+        shared: Sequence[Tensor],
+        cotangents: Tensor,
+    ) -> list[Tensor]:
+        """Cotangents `[d_initial, *d_operands, *d_shared]`; `cotangents` `[L, *batch, d]`."""
+        tensors = self._in_order(operands, shared)
+        cotangents = cotangents.contiguous()
+        places = [place for place, _ in tensors]
+        return self.adjoint(initial.contiguous(), trajectory.contiguous(), places, column(cotangents))
+
+    def _in_order(self, operands: Sequence[Tensor], shared: Sequence[Tensor]) -> list[tuple[Column, Tensor]]:
+        """Where stacked and shared operands lie, each beside the tensor that is to be kept until the call is over."""
+        stacked = [tensor.contiguous() for tensor in operands]
+        common = [tensor.contiguous() for tensor in shared]
+        return [*((column(tensor), tensor) for tensor in stacked), *((shared_column(t), t) for t in common)]
+
+    def forward(self, initial: Tensor, columns: Sequence[Column], keep: bool) -> tuple[Tensor, Tensor | None]:
+        """The last state `[*batch, d]`, and with `keep` the trajectory `[L, *batch, d]`.
+
+        Args:
+            initial: `[*batch, d]`, contiguous.
+            columns: for each operand, literal and shared operand where it lies (see `column`).
+            keep: whether the trajectory is wanted. The last state is then a view of it.
+
+        Raises:
+            CompilerError: the kernel cannot be compiled.
+        """
+        length = self.program.length
+        trajectory = initial.new_empty((length, *initial.shape)) if keep else None
+        final = torch.empty_like(initial) if trajectory is None else trajectory[-1]
+        samples = self._samples(initial)
+        words = [
+            length,
+            samples,
+            self._threads(samples, 0),
+            initial.data_ptr(),
+            0 if trajectory is None else trajectory.data_ptr(),
+            final.data_ptr() if trajectory is None else 0,
+            *(0, 0, 0, 0),
+        ]
+        for column in columns:
+            words += column
+        self._call("forward", samples, [*words, 0, 0, 0])
+        return final, trajectory
+
+    def adjoint(
+        self, initial: Tensor, trajectory: Tensor, columns: Sequence[Column], cotangents: Column
+    ) -> list[Tensor]:
+        """Cotangents `[d_initial, *d_operands, *d_shared]` of what is differentiable, in this order.
+
+        Args:
+            initial, trajectory: contiguous.
+            columns: as in `forward`.
+            cotangents: where that of each state lies, `[*batch, d]` each.
+        """
+        program, samples = self.program, self._samples(initial)
+        d_initial = torch.empty_like(initial)
+        gradients = self._empty_gradients(initial)
+        words = [
+            program.length,
+            samples,
+            self._threads(samples, 1),
+            initial.data_ptr(),
+            trajectory.data_ptr(),
+            0,
+            *cotangents,
+            d_initial.data_ptr(),
+        ]
+        for column in columns:
+            words += column
+        words += [0, 0, 0]
+        words += [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        self._call("adjoint", samples, [*words, 0])
+        return [d_initial, *(gradient for gradient in gradients if gradient is not None)]
+
+    def _empty_gradients(self, initial: Tensor) -> list[Tensor | None]:
+        """Memory for the gradient of every operand, literal (which has none) and shared operand."""
+        program, rank = self.program, len(self.body.batch_dims)
+        batch = initial.shape[:rank]
+        gradients: list[Tensor | None] = []
+        blocks = [*((program.length,) for _ in program.signature.operands), *(() for _ in program.signature.shared)]
+        specs = [*program.signature.operands, *program.signature.shared]
+        needs = [*program.differentiable_operands, *program.differentiable_shared]
+        operands = len(program.signature.operands)
+        owns = [*self.body.own[:operands], *self.body.own[operands + len(program.literals) :]]
+        for leading, spec, need, own in zip(blocks, specs, needs, owns, strict=True):
+            shape = (*batch, *spec.shape[rank:]) if own else spec.shape
+            gradients.append(initial.new_empty((*leading, *shape)) if need else None)
+        gradients[operands:operands] = [None for _ in program.literals]
+        return gradients
+
+    def _samples(self, state: Tensor) -> int:
+        return state.numel() // self.body.dimension
+
+    def _threads(self, samples: int, direction: int) -> int:
+        """As many as PyTorch may use, and as the work feeds."""
+        work = self.operations[direction] * samples * self.program.length
+        return max(1, min(torch.get_num_threads(), work // _OPERATIONS_A_THREAD))
+
+    def _call(self, direction: str, samples: int, words: list[int]) -> None:
+        run = self._run(direction, samples)
+        assert run is not None, "a kernel that is not ready is not called"
+        run((ctypes.c_int64 * len(words))(*words))
+
+    def _run(self, direction: str, samples: int) -> Run | None:
+        """The compiled function for this many samples; `None` where it cannot be had."""
+        vectors = samples >= _VECTOR_SAMPLES[self.program.dtype]
+        if direction == "adjoint":
+            sizes = [math.prod(spec.shape) for spec in self.program.signature.operands]
+            vectors = vectors and sum(sizes) <= _VECTOR_GRADIENTS
+        key = direction, vectors
+        if key not in self._runs:
+            with self._lock:
+                if key not in self._runs:
+                    self._runs[key] = self._built(direction, vectors)
+        return self._runs[key]
+
+    def _built(self, direction: str, vectors: bool) -> Run | None:
+        try:
+            return load(chain_source(self.program, self.body, direction, vectors)).run
+        except CompilerError as error:
+            log.warning("%s; the chain runs in PyTorch's ops instead", error)
+            return None
+
+
+def column(tensor: Tensor) -> Column:
+    """Where a stacked operand `[L, ...]` lies, each block's part contiguous: address, bytes from one to the next."""
+    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), 0
+
+
+def shared_column(tensor: Tensor) -> Column:
+    """Where a contiguous tensor lies that every block reads."""
+    return tensor.data_ptr(), 0, 0

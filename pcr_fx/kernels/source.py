@@ -1,0 +1,104 @@
+"""The C++ source of a chain's kernels: what is printed of its body, between two headers that never change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pcr_fx.body import Program
+from pcr_fx.body.sample import SampleBody
+from pcr_fx.codegen import Function, lower, print_function
+
+_NATIVE = Path(__file__).parent / "native"
+REALS = {torch.float32: "float", torch.float64: "double"}
+
+
+def chain_source(program: Program, body: SampleBody, direction: str, vectors_of_samples: bool) -> str:
+    """The source of one shared library with one function `run`.
+
+    Args:
+        direction: "forward" or "adjoint".
+        vectors_of_samples: a sample in each lane of a vector, instead of vectors of one sample's features.
+
+    Raises:
+        Unprintable: the body has an op that cannot be printed.
+    """
+    functions = {"step": lower_step(program, body)}
+    if direction == "adjoint":
+        functions = {"pullback": lower_pullback(program, body)}
+    return "\n".join(
+        [
+            f"#define REAL {REALS[program.dtype]}",
+            f"#define VARYING {'vec' if vectors_of_samples else 'real'}",
+            f"#define {direction.upper()}",
+            (_NATIVE / "numbers.h").read_text(),
+            *(print_function(name, function) for name, function in functions.items()),
+            _body_struct(program, body, functions),
+            (_NATIVE / "chain.h").read_text(),
+        ]
+    )
+
+
+def lower_step(program: Program, body: SampleBody) -> Function:
+    return lower(body.step.graph, body.step, [True, *body.own], [False])
+
+
+def lower_pullback(program: Program, body: SampleBody) -> Function:
+    sums = [not own for own, needs in zip(body.own, differentiable(program), strict=True) if needs]
+    return lower(body.pullback.graph, body.pullback, [True, *body.own, True], [False, *sums])
+
+
+def differentiable(program: Program) -> list[bool]:
+    """For each operand, literal and shared operand whether it has a gradient."""
+    literals = [False for _ in program.literals]
+    return [*program.differentiable_operands, *literals, *program.differentiable_shared]
+
+
+def input_sizes(program: Program, body: SampleBody) -> list[int]:
+    """How many numbers a block (and, if it is a sample's own, a sample) has of each input."""
+    nodes = [node for node in body.step.graph.nodes if node.op == "placeholder"]
+    return [node.meta["val"].numel() for node in nodes[1:]]
+
+
+def _body_struct(program: Program, body: SampleBody, functions: dict[str, Function]) -> str:
+    sizes, needs = input_sizes(program, body), differentiable(program)
+    operands = len(program.signature.operands) + len(program.literals)
+    shared = [index >= operands for index in range(len(sizes))]
+    summed = [need and not own for need, own in zip(needs, body.own, strict=True)]
+    arguments = [f"static_cast<const {'V' if own else 'real'}*>(in[{index}])" for index, own in enumerate(body.own)]
+    outputs = [f"out[{index}]" for index, need in enumerate(needs) if need]
+    calls = {
+        "step": f"step(const V* z, const void* const* in, V* next) {{ ::step<V>({', '.join(['z', *arguments, 'next'])}); }}",
+        "pullback": (
+            "pullback(const V* z, const void* const* in, const V* adjoint, V* before, V* const* out) "
+            f"{{ ::pullback<V>({', '.join(['z', *arguments, 'adjoint', 'before', *outputs])}); }}"
+        ),
+    }
+    numbers = {
+        "dimension": body.dimension,
+        "inputs": len(sizes),
+        "own_numbers": sum(size for size, own in zip(sizes, body.own, strict=True) if own),
+        "summed_numbers": _total(sizes, [s and not every for s, every in zip(summed, shared, strict=True)]),
+        "kept_numbers": _total(sizes, [s and every for s, every in zip(summed, shared, strict=True)]),
+    }
+    tables = {"own": body.own, "shared": shared, "differentiable": needs}
+    return "\n".join(
+        [
+            "struct Body {",
+            *(f"  static constexpr int {name} = {value};" for name, value in numbers.items()),
+            f"  static constexpr int sizes[] = {{{', '.join(map(str, [*sizes, 0]))}}};",
+            *(f"  static constexpr bool {name}[] = {{{_flags(values)}}};" for name, values in tables.items()),
+            *(f"  template <class V> static INLINE_MEMBER void {calls[name]}" for name in functions),
+            "};",
+        ]
+    )
+
+
+def _total(sizes: Sequence[int], chosen: Sequence[bool]) -> int:
+    return sum(size for size, take in zip(sizes, chosen, strict=True) if take)
+
+
+def _flags(values: Sequence[bool]) -> str:
+    return ", ".join("true" if value else "false" for value in [*values, False])

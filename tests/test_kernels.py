@@ -1,0 +1,158 @@
+"""Generated kernels against their plain twin: PyTorch's ops, block by block, in float64."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import relative_error, value_and_gradients
+from torch import Tensor, nn
+
+import pcr_fx
+from pcr_fx.kernels import ChainKernel
+
+WIDTH = 6
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Kernels compiled by this run, kept for it only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PCR_FX_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        yield
+
+
+def linear(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    return F.linear(x, p["w"], p["b"])
+
+
+def gated(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    first, second = torch.cat([linear(x, p), x * p["b"]], -1).chunk(2, -1)
+    return x + 0.5 * torch.sigmoid(first) * second
+
+
+def attention(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """[B, 3, 2]: three tokens of two features."""
+    weights = torch.softmax(x @ x.transpose(-1, -2) / math.sqrt(2), -1)
+    return x + 0.1 * weights @ x @ p["w"][:2, :2]
+
+
+def normed(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    return x + F.layer_norm(linear(x, p), (WIDTH,), p["b"], p["b"])
+
+
+def rms_normed(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    return x + F.rms_norm(linear(x, p), (WIDTH,), p["b"])
+
+
+def batch_normed(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """As in evaluation; PyTorch gives running statistics no gradient."""
+    return F.batch_norm(linear(x, p), torch.zeros_like(p["b"]), torch.full_like(p["b"], 2.0), p["b"], p["b"])
+
+
+def rearranged(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    parts = x.view(-1, 2, 3).permute(0, 2, 1).flip(1)
+    first, second = parts.reshape(-1, WIDTH).split([2, 4], -1)
+    return torch.tanh(torch.cat([second, first[:, :1], first[:, 1:]], -1) + F.pad(linear(x, p)[:, 1:4], (1, 2)))
+
+
+def piecewise(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    y = linear(x, p)
+    return torch.where(y > 0.1, y.clamp(-0.5, 0.7), torch.maximum(0.3 * y, y - 0.4)) + y.abs().sqrt() * 0.1
+
+
+def reduced(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    return x - x.mean(-1, keepdim=True) + x.var(-1, keepdim=True) * p["b"] + 0.1 * x.amax(-1, keepdim=True)
+
+
+def lost_input(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """What the state was does not matter; neither does the matrix."""
+    return torch.zeros_like(x) + p["b"]
+
+
+def activation(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda x, p: 0.5 * x + function(linear(x, p))
+
+
+BODIES: dict[str, Callable[..., Tensor]] = {
+    "residual": lambda x, p: x + 0.1 * torch.tanh(linear(x, p)) @ p["w"],
+    "gated": gated,
+    "attention": attention,
+    "layer norm": normed,
+    "rms norm": rms_normed,
+    "batch norm": batch_normed,
+    "rearranged": rearranged,
+    "piecewise": piecewise,
+    "reduced": reduced,
+    "lost input": lost_input,
+    "softmax": activation(lambda y: F.softmax(y, -1)),
+    "log softmax": activation(lambda y: F.log_softmax(y, -1)),
+    **{
+        name: activation(getattr(F, name))
+        for name in "sigmoid relu gelu silu softplus elu leaky_relu hardswish mish relu6".split()
+    },
+    "tanh gelu": activation(lambda y: F.gelu(y, approximate="tanh")),
+    "powers": lambda x, p: (linear(x, p).abs() + 1) ** -0.5 + 0.2 * x**2 - 0.1 * x**3 - (x.abs() + 1) ** 0.7,
+    "transcendental": activation(lambda y: torch.sin(y) * torch.exp(-y * y) + torch.log1p(y.abs()) - torch.atan(y)),
+}
+
+
+class Deep(nn.Module):
+    """`length` blocks of one body, each with a matrix and a vector of its own."""
+
+    def __init__(self, name: str, length: int) -> None:
+        super().__init__()
+        self.step = BODIES[name]
+        draw = torch.Generator().manual_seed(length)
+        for kind, scale in (("w", WIDTH**-0.5), ("b", 0.5)):
+            shape = (WIDTH, WIDTH) if kind == "w" else (WIDTH,)
+            values = [scale * torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(length)]
+            self.register_module(kind, nn.ParameterList(map(nn.Parameter, values)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for w, b in zip(self.w, self.b, strict=True):
+            x = self.step(x, {"w": w, "b": b})
+        return x
+
+
+def states(name: str, batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    shape = (batch, 3, 2) if name == "attention" else (batch, WIDTH)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(batch), dtype=torch.float64).to(dtype)
+
+
+def by_kernel(model: nn.Module, x: Tensor, **options: Any) -> Any:
+    """`model` transformed, its one chain certain to run as a kernel."""
+    fast = pcr_fx.transform(model, x, {"solver": "sequential", **options})
+    (entry,) = fast.report.chains
+    assert isinstance(entry.plan.kernel, ChainKernel), entry.plan.kernel
+    state = torch.zeros(*x.shape[:1], entry.plan.program.dimension)
+    assert entry.plan.kernel.is_ready("forward", state) and entry.plan.kernel.is_ready("adjoint", state)
+    return fast
+
+
+def assert_as_good(model: nn.Module, x: Tensor, **options: Any) -> None:
+    """The kernel's values and gradients are as near to those in float64 as eager's are."""
+    reference = copy.deepcopy(model).double()
+    exact = value_and_gradients(reference, list(reference.parameters()), x.double())
+    eager = value_and_gradients(model, list(model.parameters()), x)
+    ours = value_and_gradients(by_kernel(model, x, **options), list(model.parameters()), x)
+    for got, theirs, true in zip(ours, eager, exact, strict=True):
+        limit = 1e-11 if x.dtype == torch.float64 else 4 * relative_error(theirs.double(), true) + 2e-6
+        assert relative_error(got.double(), true) <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", BODIES)
+def test_every_body_agrees_with_its_twin(name: str, dtype: torch.dtype) -> None:
+    batch = 3 if dtype == torch.float64 else 9  # vectors of features, and of samples
+    assert_as_good(Deep(name, 9).to(dtype), states(name, batch, dtype))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3, 16, 33])
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 6, 7, 8, 9, 1023, 1024, 1025])
+def test_every_length_and_batch(length: int, batch: int) -> None:
+    for dtype in (torch.float32, torch.float64):
+        assert_as_good(Deep("residual", length).to(dtype), states("residual", batch, dtype), min_length=2)
