@@ -136,7 +136,7 @@ def _trace_functional(function: Run, arguments: list[Tensor]) -> fx.GraphModule:
     graph = trace(torch.func.functionalize(function), arguments, _DECOMPOSITIONS)
     if any(_writes(node) for node in graph.graph.nodes):
         # A decomposition is written in PyTorch too, and may write in place itself.
-        graph = trace(torch.func.functionalize(graph.forward), arguments, _DECOMPOSITIONS)
+        graph = trace(torch.func.functionalize(lambda *inputs: graph(*inputs)), arguments, _DECOMPOSITIONS)
     return graph
 
 

@@ -77,46 +77,60 @@ def _print_by_rows(loop: Loop, adds: bool) -> list[str]:
 def _print_by_sums(loop: Loop, adds: bool) -> list[str]:
     """The reduced index innermost, some sums at a time."""
     outer = [f"i{dim}" for dim in range(len(loop.shape))]
-    inner = list(zip((f"r{dim}" for dim in range(len(loop.reduced))), loop.reduced, strict=True))
     front = list(zip(outer, loop.shape, strict=True))
     if not front:
-        return ["{", *(f"  {line}" for line in _sums(loop, outer, inner, 1, adds)), "}"]
+        return ["{", *(f"  {line}" for line in _sums(loop, outer, 1, adds)), "}"]
     *front, (last, size) = front
     lines = []
     whole = size - size % _UNROLLED
     if whole:
         lines += [
             f"for (int {last}_ = 0; {last}_ < {whole}; {last}_ += k_unrolled<V>) {{",
-            *(f"  {line}" for line in _sums(loop, outer, inner, _UNROLLED, adds)),
+            *(f"  {line}" for line in _sums(loop, outer, _UNROLLED, adds)),
             "}",
         ]
     if size > whole:
         lines += [
             f"for (int {last} = {whole}; {last} < {size}; ++{last}) {{",
-            *(f"  {line}" for line in _sums(loop, outer, inner, 1, adds)),
+            *(f"  {line}" for line in _sums(loop, outer, 1, adds)),
             "}",
         ]
     return _nest(front, lines)
 
 
-def _sums(loop: Loop, outer: Sequence[str], inner: Sequence[tuple[str, int]], width: int, adds: bool) -> list[str]:
-    """`width` neighbouring sums; in vectors of features one, since the compiler then vectorises each."""
+def _sums(loop: Loop, outer: Sequence[str], count: int, adds: bool) -> list[str]:
+    """`count` neighbouring sums; one where vectors run along the features, each then in as many parts as a vector has.
+
+    The parts are written out, for the compiler may not reorder sums: it would reorder all, `a * (1 - b)` included.
+    """
     varies = _type(loop)
-    value = _expression(loop.value, [*outer, *(index for index, _ in inner)])
+    inner = list(zip((f"r{dim}" for dim in range(len(loop.reduced))), loop.reduced, strict=True))
     combine = _COMBINED[loop.combine or "add"]
-    if width == 1:
-        return [
-            f"{varies} sum = {_filled(varies, loop)};",
-            *_nest(inner, [f"sum = {combine.format('sum', value)};"]),
-            _store(loop, outer, "sum", adds),
-        ]
-    last = outer[-1]
-    each = f"UNROLL for (int u = 0; u < k_unrolled<V>; ++u) {{ const int {last} = {last}_ + u; "
+    *before, (index, size) = inner or [("r0", 1)]
+    # Wider vectors cost more to add up in the end than they save on the way, until the sum is long.
+    parts = min(4 if size <= 16 else 8, 1 << max(size.bit_length() - 1, 0))
+    names = [*outer, *(name for name, _ in before), *([f"({index} + p)"] if inner else [])]
+    value = _expression(loop.value, names)
+    last = outer[-1] if outer else "i"
+    many = count > 1
+    each = f"UNROLL for (int u = 0; u < k_unrolled<V>; ++u) {{ const int {last} = {last}_ + u; " if many else "{ "
+    sums = "sum[u]" if many else "sum[0]"
+    step = f"UNROLL for (int p = 0; p < parts; ++p) {sums}[p] = {combine.format(f'{sums}[p]', value)};"
+    rest = f"{{ constexpr int p = 0; {sums}[p] = {combine.format(f'{sums}[p]', value)}; }}"
+    half = f"UNROLL for (int p = 0; p < h; ++p) {sums}[p] = {combine.format(f'{sums}[p]', f'{sums}[p + h]')};"
     return [
-        f"{varies} sum[k_unrolled<V>];",
-        f"UNROLL for (int u = 0; u < k_unrolled<V>; ++u) sum[u] = {_filled(varies, loop)};",
-        *_nest(inner, [f"{each}sum[u] = {combine.format('sum[u]', value)}; }}"]),
-        f"{each}{_store(loop, outer, 'sum[u]', adds)} }}",
+        f"constexpr int parts = k_is_vector<V> ? 1 : {parts};",
+        f"{varies} sum[{'k_unrolled<V>' if many else 1}][parts];",
+        f"{each}UNROLL for (int p = 0; p < parts; ++p) {sums}[p] = {_filled(varies, loop)}; }}",
+        *_nest(
+            before,
+            [
+                f"int {index} = 0;",
+                f"for (; {index} + parts <= {size}; {index} += parts) {each}{step} }}",
+                f"for (; {index} < {size}; ++{index}) {each}{rest} }}",
+            ],
+        ),
+        f"{each}UNROLL for (int h = parts / 2; h > 0; h /= 2) {half} {_store(loop, outer, f'{sums}[0]', adds)} }}",
     ]
 
 

@@ -18,10 +18,11 @@ from pcr_fx.errors import UnsupportedError
 
 log = logging.getLogger(__name__)
 
-# After those of PyTorch's own C++ builder. Sums may be reordered and products fused with them, but NaN and infinities
-# keep their meaning: no -ffinite-math-only, and no -ffast-math, which brings it.
+# After those of PyTorch's own C++ builder. Products may be fused with sums, but nothing is reordered, and NaN and
+# infinities keep their meaning: no -ffast-math, nor parts of it. With -fassociative-math alone the gradients of 1024
+# tanh blocks were four times as far from float64 as eager's, since `g * (1 - t * t)` became `g - g * t * t`.
 _FLAGS = (
-    "-ftree-loop-vectorize -ffp-contract=fast -fno-math-errno -fassociative-math -fno-signed-zeros -fno-trapping-math "
+    "-ftree-loop-vectorize -ffp-contract=fast -fno-math-errno -fno-signed-zeros -fno-trapping-math "
     "-fvisibility=hidden -fno-gnu-unique -Wno-psabi -Wno-unused -w -fopenmp -g0"
 ).split()
 _lock = threading.Lock()

@@ -71,11 +71,11 @@ template <class V> INLINE V k_expm1_small(V r) {
   const V s = r * r;
   if constexpr (k_single) {  // in pairs: half the latency
     const V low = (c[2] + c[3] * r) * s + c[1] * r, high = c[4] + c[5] * r + c[6] * s;
-    return r + r * (low + high * (s * s));
+    return r + (r * (low + high * (s * s)));
   } else {
     V p = k_fill<V>(c[12]);
     for (int i = 11; i >= 1; --i) p = p * r + c[i];
-    return r + s * p;
+    return r + (s * p);
   }
 }
 // x = n ln(2) + r, with |r| <= ln(2) / 2.
@@ -109,11 +109,17 @@ template <class V> INLINE V k_expm1(V x) {
   const V y = k_expm1_scaled<V>(k_between<V>(x, k_single ? -40 : -80, k_single ? 40 : 80));
   return x > (k_single ? 40 : 80) ? k_exp<V>(x) : (x != x ? x : y);
 }
-// With e = exp(-2|x|) - 1: no digit cancels, however small x is.
+// With q = exp(-2|x|): (1 - q) / (1 + q) where |x| is small, its numerator computed without cancelling, and
+// 1 - 2 q / (1 + q) elsewhere, so that the derivative 1 - tanh(x)^2 keeps its digits too.
 template <class V> INLINE V k_tanh(V x) {
+  V r;
   const V size = x < 0 ? -x : x;
-  const V e = k_expm1_scaled<V>(k_between<V>(real(-2) * size, k_single ? -40 : -80, 0));
-  const V y = e / (real(-2) - e);
+  const V power = k_power_of_two<V>(k_split<V>(k_between<V>(real(-2) * size, k_single ? -40 : -80, 0), r));
+  const V p = k_expm1_small<V>(r);
+  const V q = p * power + power;
+  const V small = real(-1) * (p * power + (power - real(1)));
+  const V ratio = (size < real(0.55) ? small : q + q) / (real(1) + q);
+  const V y = size < real(0.55) ? ratio : (real(1) - ratio);
   return x != x ? x : (x < 0 ? -y : y);
 }
 template <class V> INLINE V k_sigmoid(V x) { return real(1) / (real(1) + k_exp<V>(-x)); }
