@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,8 @@ from torch import Tensor, fx, nn
 
 from pcr_fx.errors import CaptureError, UnsupportedError
 from pcr_fx.passes.tracer import ADVICE, ModelTracer
+
+_tracing = threading.RLock()
 
 # An argument that compares by value; anything else must be the same object.
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -27,19 +32,26 @@ class Captured:
             placeholders are the arguments that hold tensors, under their names; all others are constants in it.
         facts: what it takes for granted of its arguments.
         reads_shapes: whether they include shapes, dtypes and devices: the forward asked for some.
+        modes: the modules, by name, whose mode (training or evaluation) the forward asked for, and the mode they were in.
     """
 
     graph: fx.Graph
     facts: Mapping[str, Any]
     reads_shapes: bool
+    modes: Mapping[str, bool]
 
     def holds_for(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the graph computes the forward for these arguments, as `bind_arguments` returns them."""
         return _facts(arguments, self.reads_shapes) == self.facts
 
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """The arguments that the graph takes, in order."""
+        return [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
+
     def inputs(self, arguments: Mapping[str, Any]) -> list[Any]:
         """What the graph takes, in order."""
-        return [arguments[str(node.target)] for node in self.graph.nodes if node.op == "placeholder"]
+        return [arguments[name] for name in self.names]
 
 
 def capture_model(model: nn.Module, example_inputs: Any = None) -> Captured:
@@ -56,13 +68,39 @@ def capture_model(model: nn.Module, example_inputs: Any = None) -> Captured:
     arguments, known = _arguments(model, example_inputs), example_inputs is not None
     tracer = ModelTracer(model, arguments, known)
     try:
-        graph = tracer.trace(model)
+        # FX patches classes while it traces, as does what watches for modes: one trace at a time.
+        with _tracing, _modes_read(model) as modes:
+            graph = tracer.trace(model)
     except CaptureError:
         raise
     except Exception as error:
         hint = "" if known else f" (pass example_inputs if it needs the shapes of {', '.join(arguments)})"
         raise CaptureError(f"{type(model).__name__} cannot be traced{hint}: {error}; {ADVICE}") from error
-    return Captured(graph, _facts(arguments, tracer.reads_shapes), tracer.reads_shapes)
+    return Captured(graph, _facts(arguments, tracer.reads_shapes), tracer.reads_shapes, modes)
+
+
+@contextlib.contextmanager
+def _modes_read(model: nn.Module) -> Iterator[dict[str, bool]]:
+    """Fills the dict it gives with the modules of `model` whose `training` is read, by name."""
+    names = {id(module): name for name, module in model.named_modules()}
+    read: dict[str, bool] = {}
+
+    def get(module: nn.Module) -> bool:
+        if "training" not in module.__dict__:
+            raise AttributeError(f"{type(module).__name__!r} object has no attribute 'training'")
+        if id(module) in names:
+            read[names[id(module)]] = module.__dict__["training"]
+        return module.__dict__["training"]
+
+    def put(module: nn.Module, value: bool) -> None:
+        module.__dict__["training"] = value
+
+    # A property takes precedence over what instances hold, where the attribute lives otherwise.
+    nn.Module.training = property(get, put)  # type: ignore[assignment]
+    try:
+        yield read
+    finally:
+        del nn.Module.training
 
 
 def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
@@ -89,12 +127,15 @@ def bind_arguments(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
     Raises:
         UnsupportedError: they do not fit the forward.
     """
-    signature = inspect.signature(model.forward)
+    return bind_to(inspect.signature(model.forward), type(model).__name__, args, kwargs)
+
+
+def bind_to(signature: inspect.Signature, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`bind_arguments` for the signature of a forward, which costs more to make than all the rest."""
     try:
-        bound = signature.bind(*args, **kwargs)
+        return signature.bind(*args, **kwargs).arguments
     except TypeError as error:
-        raise UnsupportedError(f"inputs do not fit {type(model).__name__}.forward{signature}: {error}") from error
-    return bound.arguments
+        raise UnsupportedError(f"inputs do not fit {name}.forward{signature}: {error}") from error
 
 
 def _facts(value: Any, with_shapes: bool) -> Any:

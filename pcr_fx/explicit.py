@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,24 +12,15 @@ import torch
 from torch import fx, nn
 
 from pcr_fx.errors import UnsupportedError
-from pcr_fx.node import Attributes, Slot, SolveNode, StackedAttributes, stack_operands
+from pcr_fx.node import Attributes, Slot, SolveNode, StackedAttributes, Watched, stack_operands
 from pcr_fx.options import Options
-from pcr_fx.passes.capture import Captured, bind_arguments, capture_model
+from pcr_fx.passes.capture import Captured, bind_to, capture_model
 from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.passes.plan import plan_chains
 from pcr_fx.passes.rewrite import rewrite_chains
 from pcr_fx.passes.tracer import attribute
 from pcr_fx.reports import RewriteReport, build_report
-
-# Modules that run the same code in training and in evaluation; all others are watched for a change of mode.
-_SAME_IN_BOTH_MODES = (
-    "torch.nn.modules.linear",
-    "torch.nn.modules.conv",
-    "torch.nn.modules.container",
-    "torch.nn.modules.normalization",
-    "torch.nn.modules.sparse",
-)
 
 
 def transform(model: nn.Module, example_inputs: Any = None, options: Any = None) -> TransformedModule:
@@ -57,47 +49,46 @@ class TransformedModule(nn.Module):
 
     def __init__(self, model: nn.Module, example_inputs: Any, options: Options) -> None:
         super().__init__()
-        self.__dict__.update(_copy_structure(model, {}).__dict__)
+        self._pcr_changes = [0]
+        self.__dict__.update(_copy_structure(model, {}, self._pcr_changes).__dict__)
         self._pcr_class = type(model)
         self._pcr_example_inputs = example_inputs
         self._pcr_options = options
-        self._pcr_watched = [
-            module.__dict__ for module in self.modules() if type(module).__module__ not in _SAME_IN_BOTH_MODES
-        ]
-        self._pcr_rewritten: dict[tuple[bool, ...], list[_Rewritten]] = {}
+        self._pcr_signature = inspect.signature(self._model().forward)
+        self._pcr_variants: list[_Variant] = []
         self._latest()
 
     # A compiler has nothing left to do here; to compile what is around the chains, compile the model itself.
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = bind_arguments(self._model(), args, kwargs)
-        variants = self._variants()
-        rewritten = next((known for known in variants if known.captured.holds_for(arguments)), None)
-        if rewritten is None:
-            rewritten = self._rewrite(arguments)
-        if not variants or rewritten is not variants[0]:
-            # The latest comes first.
-            variants[:] = [rewritten, *(known for known in variants if known is not rewritten)]
+        arguments = bind_to(self._pcr_signature, self._pcr_class.__name__, args, kwargs)
+        fitting = (known for known in self._pcr_variants if known.holds() and known.captured.holds_for(arguments))
+        variant = next(fitting, None) or self._rewrite(arguments)
+        self._put_first(variant)
         # Past the graph module's own call machinery: hooks were traced, or are this module's own.
-        return rewritten.run.forward(*rewritten.captured.inputs(arguments))
+        return variant.run.forward(*variant.captured.inputs(arguments))
 
     @property
     def report(self) -> RewriteReport:
         """The report for the present mode (training or evaluation), and the latest call in it."""
         return self._latest().report
 
-    def _latest(self) -> _Rewritten:
-        variants = self._variants()
-        if not variants:
-            variants.append(self._rewrite(self._pcr_example_inputs))
-        return variants[0]
+    def _latest(self) -> _Variant:
+        """The latest graph for the present modes: dropout, say, is traced as it stands at the time."""
+        variant = next((known for known in self._pcr_variants if known.holds()), None)
+        variant = variant or self._rewrite(self._pcr_example_inputs)
+        self._put_first(variant)
+        return variant
 
-    def _variants(self) -> list[_Rewritten]:
-        """The rewritten graphs for the present modes: dropout, say, is traced as it stands at the time."""
-        return self._pcr_rewritten.setdefault(tuple([state["training"] for state in self._pcr_watched]), [])
+    def _put_first(self, variant: _Variant) -> None:
+        if not self._pcr_variants or self._pcr_variants[0] is not variant:
+            # A new list: another thread may be going through the old one.
+            self._pcr_variants = [variant, *(known for known in self._pcr_variants if known is not variant)]
 
-    def _rewrite(self, example_inputs: Any) -> _Rewritten:
-        return rewrite_model(self._model(), example_inputs, self._pcr_options)
+    def _rewrite(self, example_inputs: Any) -> _Variant:
+        captured, run, report = rewrite_model(self._model(), example_inputs, self._pcr_options, self._pcr_changes)
+        modes = [(self.get_submodule(name), mode) for name, mode in captured.modes.items()]
+        return _Variant(captured, run, report, modes)
 
     def _model(self) -> nn.Module:
         """The model again, in this module's state."""
@@ -110,15 +101,22 @@ class TransformedModule(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class _Rewritten:
-    """One traced and rewritten graph."""
+class _Variant:
+    """One traced and rewritten graph. `modes`: the modules whose mode it depends on, each with the mode it is for."""
 
     captured: Captured
     run: fx.GraphModule
     report: RewriteReport
+    modes: list[tuple[nn.Module, bool]]
+
+    def holds(self) -> bool:
+        """Whether the modules are in the modes that the graph was traced in."""
+        return all([module.training is mode for module, mode in self.modes])
 
 
-def rewrite_model(model: nn.Module, example_inputs: Any, options: Options) -> _Rewritten:
+def rewrite_model(
+    model: nn.Module, example_inputs: Any, options: Options, changes: list[int]
+) -> tuple[Captured, fx.GraphModule, RewriteReport]:
     """Capture, normalise, detect, plan and rewrite `model`; its attributes are read from it at each call."""
     captured = capture_model(model, example_inputs)
     graph = captured.graph
@@ -137,14 +135,14 @@ def rewrite_model(model: nn.Module, example_inputs: Any, options: Options) -> _R
     def stack(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
         if all(node.op == "get_attr" for node in column):
             name = f"operand_{len(modules)}"
-            modules[name] = StackedAttributes([_slot(model, str(node.target)) for node in column])
+            modules[name] = StackedAttributes([_slot(model, str(node.target)) for node in column], changes)
             return new.call_module(name)
         return new.call_function(stack_operands, ([copies[node] for node in column],))
 
     new = rewrite_chains(graph, [item.found for item in planned], names, stack)
     modules["attributes"] = _fetch_attributes(new, model)
     report = build_report(graph, planned, dict(zip(map(id, planned), nodes, strict=True)), rejected, options)
-    return _Rewritten(captured, fx.GraphModule(modules, new), report)
+    return captured, fx.GraphModule(modules, new), report
 
 
 def _fetch_attributes(graph: fx.Graph, model: nn.Module) -> Attributes:
@@ -173,8 +171,11 @@ def _slot(model: nn.Module, path: str) -> Slot:
     raise AssertionError(f"the tracer named an attribute that does not exist: {path}")
 
 
-def _copy_structure(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Module:
-    """The module tree anew, with the same parameters, buffers and plain attributes in it."""
+def _copy_structure(module: nn.Module, copies: dict[int, nn.Module], changes: list[int]) -> nn.Module:
+    """The module tree anew, with the same parameters, buffers and plain attributes in it.
+
+    `changes` counts from now on how often a parameter or buffer is exchanged for another.
+    """
     if id(module) in copies:
         return copies[id(module)]
     copied = module.__class__.__new__(module.__class__)
@@ -183,6 +184,8 @@ def _copy_structure(module: nn.Module, copies: dict[int, nn.Module]) -> nn.Modul
         name: value.copy() if isinstance(value, (dict, set)) and name.startswith("_") else value
         for name, value in module.__dict__.items()
     }
+    for name in ("_parameters", "_buffers"):
+        copied.__dict__[name] = Watched(copied.__dict__[name], changes)
     for name, child in module._modules.items():
-        copied._modules[name] = None if child is None else _copy_structure(child, copies)
+        copied._modules[name] = None if child is None else _copy_structure(child, copies, changes)
     return copied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pcr_fx import ops
 from pcr_fx.body import Program, Signature
 from pcr_fx.chain import Chain, TensorSpec
 from pcr_fx.errors import BodyError
+from pcr_fx.kernels import ChainKernel, PointerTable
 from pcr_fx.options import Options
 from pcr_fx.planner import Choice, Plan, make_plan, plan_by_key
 from pcr_fx.solvers import Outcome, SolveStats, blocks
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 # Solved in float32: Newton needs digits to converge by, and a state in float16 or bfloat16 has two or three.
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _SOLVED_DTYPES = (torch.float32, torch.float64)
+_PLAIN = (Tensor, nn.Parameter)
+_IN_SEQUENCE = SolveStats(Outcome.SEQUENTIAL)
 
 
 class _Solve(torch.autograd.Function):
@@ -129,6 +132,7 @@ class SolveNode(nn.Module):
         self._planned: dict[Signature, Plan | BodyError] = {}
         self.choice: Choice | None = None
         self._dtypes: dict[Any, tuple[torch.dtype, ...]] = {}
+        self._kernels: dict[Any, ChainKernel] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SolveNode:
         # Plans are immutable and shared; what happened at a node is its own.
@@ -139,18 +143,45 @@ class SolveNode(nn.Module):
         return node
 
     def forward(
-        self, states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]
+        self, states: Sequence[Tensor], operands: Sequence[Tensor | StackedAttributes], shared: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], ...]:
         """All states of the chain.
 
         Args:
             states: the initial states.
-            operands: per-block operands, `[L, ...]`.
+            operands: per-block operands, `[L, ...]`, or what can stack them.
             shared: shared operands.
 
         Returns:
             For each state its trajectory `[L, *state]`.
         """
+        key = None if torch.compiler.is_compiling() else _look(states, operands, shared)
+        if key in self._kernels:
+            return self._by_kernel(self._kernels[key], states, operands, shared)
+        stacked = [operand.stacked() if isinstance(operand, StackedAttributes) else operand for operand in operands]
+        trajectories = self._by_operator(states, stacked, shared)
+        choice = self.choice
+        if key is not None and choice is not None and choice.kernel is not None and choice.forward == "sequential":
+            self._kernels[key] = choice.kernel
+        return trajectories
+
+    def _by_kernel(
+        self,
+        kernel: ChainKernel,
+        states: Sequence[Tensor],
+        operands: Sequence[Tensor | StackedAttributes],
+        shared: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Straight to native code, where nothing else wants to know: no gradient, transform, mode or compiler."""
+        program = kernel.program
+        columns = [operand.table if isinstance(operand, StackedAttributes) else operand for operand in operands]
+        trajectory = kernel.solve(program.layout.flatten(states), [*columns, *program.literals], shared)
+        self.record.forward("sequential", _IN_SEQUENCE)
+        return program.layout.unflatten(trajectory, leading=1)
+
+    def _by_operator(
+        self, states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], ...]:
         plan = self.plan or self.plan_for(states, operands, shared)
         if isinstance(plan, BodyError):
             return self._block_by_block(states, operands, shared)
@@ -226,9 +257,34 @@ class SolveNode(nn.Module):
         for block, values in zip(blocks(operands, self.chain.length), numbers, strict=True):
             states = self.chain.body(*states, *block, *values, *shared)
             trajectory.append(states)
-        self.record.forward("sequential", SolveStats(Outcome.SEQUENTIAL))
+        self.record.forward("sequential", _IN_SEQUENCE)
         self.record.solver_backward = "sequential"
         return tuple(list(part) for part in zip(*trajectory, strict=True))
+
+
+def _look(states: Sequence[Tensor], operands: Sequence[Tensor | StackedAttributes], shared: Sequence[Tensor]) -> Any:
+    """All that decides which kernel a call may go to directly; `None` where it may go to none."""
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return None
+    needs_gradient = torch.is_grad_enabled()
+    looks = []
+    for tensor in (*states, *operands, *shared):
+        if type(tensor) is StackedAttributes:
+            table = None if needs_gradient else tensor.present_table()
+            if table is None:
+                return None
+            looks.append((table.shape, table.dtype))
+        elif type(tensor) in _PLAIN and not (needs_gradient and tensor.requires_grad):
+            looks.append((tensor.shape, tensor.dtype))
+            if tensor.device.type != "cpu":
+                return None
+        else:
+            return None
+    return tuple(looks)
 
 
 def signature_of(states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]) -> Signature:
@@ -288,8 +344,81 @@ class Attributes(nn.Module):
         return [holder[name] for holder, name in self.slots]
 
 
-class StackedAttributes(Attributes):
-    """One per-block operand, stacked `[L, ...]` from the parameters or buffers of the blocks."""
+class Watched(dict[str, Any]):
+    """The parameters or buffers of a module; counts how often one has been exchanged for another.
 
-    def forward(self) -> Tensor:  # type: ignore[override]
+    So a chain with thousands of them need not look each up to know that they are the same objects still.
+    """
+
+    def __init__(self, values: Mapping[str, Any], changes: list[int]) -> None:
+        super().__init__(values)
+        self.changes = changes
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.changes[0] += 1
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self.changes[0] += 1
+        super().__delitem__(name)
+
+    def pop(self, *arguments: Any) -> Any:
+        self.changes[0] += 1
+        return super().pop(*arguments)
+
+    def update(self, *arguments: Any, **values: Any) -> None:
+        self.changes[0] += 1
+        super().update(*arguments, **values)
+
+    def clear(self) -> None:
+        self.changes[0] += 1
+        super().clear()
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        self.changes[0] += 1
+        return super().setdefault(name, default)
+
+    def popitem(self) -> tuple[str, Any]:
+        self.changes[0] += 1
+        return super().popitem()
+
+    def __ior__(self, values: Any) -> Watched:  # type: ignore[override,misc]
+        self.update(values)
+        return self
+
+    def __reduce__(self) -> Any:
+        return Watched, (dict(self), self.changes)
+
+
+class StackedAttributes(Attributes):
+    """One per-block operand, of the parameters or buffers of the blocks.
+
+    It stacks them, `[L, ...]`, or tells a kernel where they lie.
+
+    Args:
+        slots: where the attributes of the blocks are.
+        changes: how often, so far, any attribute of the model was exchanged for another.
+    """
+
+    def __init__(self, slots: Sequence[Slot], changes: list[int]) -> None:
+        super().__init__(slots)
+        self.changes = changes
+        self.table: PointerTable | None = None
+        self._seen = -1
+
+    def forward(self) -> StackedAttributes:  # type: ignore[override]
+        return self
+
+    def stacked(self) -> Tensor:
         return torch.stack(super().forward())
+
+    def present_table(self) -> PointerTable | None:
+        """The present table; `None` where the tensors cannot be read in place."""
+        if self._seen != self.changes[0] or (self.table is not None and not self.table.holds()):
+            self._seen = self.changes[0]
+            self.table = PointerTable.of(super().forward())
+        return self.table
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has tensors of its own, which lie elsewhere.
+        return {**self.__dict__, "table": None}

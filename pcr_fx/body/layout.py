@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class StateLayout:
             tuple(size for dim, size in enumerate(shape) if dim not in self.batch_dims) for shape in self.shapes
         )
 
+    @functools.cached_property
+    def is_flat(self) -> bool:
+        """Whether the one state is flat as it is, as the common `[batch, features]` is: then nothing is to be done."""
+        return len(self.shapes) == 1 and self.batch_dims == tuple(range(len(self.shapes[0]) - 1))
+
     @property
     def counts(self) -> list[int]:
         """How many numbers per sample each state holds."""
@@ -41,6 +47,8 @@ class StateLayout:
 
     def flatten(self, states: Sequence[Tensor], leading: int = 0) -> Tensor:
         """States, each with `leading` further dimensions in front, as one tensor `[*leading, *batch, d]`."""
+        if self.is_flat:
+            return states[0]
         parts = []
         for state, sizes in zip(states, self.features, strict=True):
             front = state.movedim(self._positions(leading), self._front(leading))
@@ -51,6 +59,8 @@ class StateLayout:
 
     def unflatten(self, flat: Tensor, leading: int = 0) -> tuple[Tensor, ...]:
         """The inverse of `flatten`."""
+        if self.is_flat:
+            return (flat,)
         parts = (flat,) if len(self.shapes) == 1 else flat.split(self.counts, dim=-1)
         states = []
         for part, sizes in zip(parts, self.features, strict=True):

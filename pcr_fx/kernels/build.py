@@ -86,6 +86,7 @@ def _open(path: Path) -> ctypes.CDLL:
     if not hasattr(library, "run"):
         raise OSError("it has no function `run`")
     library.run.restype = None
+    library.run.argtypes = [ctypes.c_char_p]
     return library
 
 

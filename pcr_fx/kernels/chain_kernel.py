@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +30,15 @@ _VECTOR_GRADIENTS = 512
 # How far a kernel may be from PyTorch's ops on one block, in epsilons of the largest value.
 _CHECK_EPS = 2.0**10
 
-Column = tuple[int, int, int]
-Run = Callable[[Any], None]
+Run = Callable[[bytes], None]
+
+
+class Column(Protocol):
+    """The parts of a per-block operand, each somewhere in memory."""
+
+    @property
+    def words(self) -> tuple[int, int, int]:
+        """0, 0 and the address of a table of the parts' addresses."""
 
 
 @dataclass(eq=False)
@@ -75,99 +82,87 @@ class ChainKernel:
         return cls(program, body, operations)
 
     def is_ready(self, direction: str, initial: Tensor) -> bool:
-        """Whether the kernel for states like `initial` is compiled and computes what PyTorch's ops do: now, if need be.
+        """Whether the kernel for states like `initial` can be called; it is compiled now, if it is not yet.
 
         Args:
             direction: "forward" or "adjoint".
         """
         return self._run(direction, self._samples(initial)) is not None
 
-    def solve(self, initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
-        """The trajectory `[L, *batch, d]`; `operands` with the literals, stacked."""
+    def solve(self, initial: Tensor, operands: Sequence[Tensor | Column], shared: Sequence[Tensor]) -> Tensor:
+        """The trajectory `[L, *batch, d]`.
+
+        Args:
+            initial: `[*batch, d]`.
+            operands: those of the chain, then its literals: each stacked `[L, ...]`, or where its blocks' parts lie.
+            shared: shared operands.
+        """
         initial = initial.contiguous()
-        tensors = self._in_order(operands, shared)
-        trajectory = self.forward(initial, [place for place, _ in tensors], keep=True)[1]
-        assert trajectory is not None
+        samples = self._samples(initial)
+        trajectory = initial.new_empty((self.program.length, *initial.shape))
+        words = [
+            self.program.length,
+            samples,
+            self._threads(samples, 0),
+            initial.data_ptr(),
+            trajectory.data_ptr(),
+            *(0, 0, 0, 0),
+        ]
+        columns, _kept = self._columns(operands, shared)
+        self._call("forward", samples, [*words, *columns])
         return trajectory
 
     def solve_adjoint(
         self,
         initial: Tensor,
         trajectory: Tensor,
-        operands: Sequence[Tensor],
+        operands: Sequence[Tensor | Column],
         shared: Sequence[Tensor],
         cotangents: Tensor,
-    ) -> list[Tensor]:
-        """Cotangents `[d_initial, *d_operands, *d_shared]`; `cotangents` `[L, *batch, d]`."""
-        tensors = self._in_order(operands, shared)
-        cotangents = cotangents.contiguous()
-        places = [place for place, _ in tensors]
-        return self.adjoint(initial.contiguous(), trajectory.contiguous(), places, column(cotangents))
-
-    def _in_order(self, operands: Sequence[Tensor], shared: Sequence[Tensor]) -> list[tuple[Column, Tensor]]:
-        """Where stacked and shared operands lie, each beside the tensor that is to be kept until the call is over."""
-        stacked = [tensor.contiguous() for tensor in operands]
-        common = [tensor.contiguous() for tensor in shared]
-        return [*((column(tensor), tensor) for tensor in stacked), *((shared_column(t), t) for t in common)]
-
-    def forward(self, initial: Tensor, columns: Sequence[Column], keep: bool) -> tuple[Tensor, Tensor | None]:
-        """The last state `[*batch, d]`, and with `keep` the trajectory `[L, *batch, d]`.
-
-        Args:
-            initial: `[*batch, d]`, contiguous.
-            columns: for each operand, literal and shared operand where it lies (see `column`).
-            keep: whether the trajectory is wanted. The last state is then a view of it.
-
-        Raises:
-            CompilerError: the kernel cannot be compiled.
-        """
-        length = self.program.length
-        trajectory = initial.new_empty((length, *initial.shape)) if keep else None
-        final = torch.empty_like(initial) if trajectory is None else trajectory[-1]
-        samples = self._samples(initial)
-        words = [
-            length,
-            samples,
-            self._threads(samples, 0),
-            initial.data_ptr(),
-            0 if trajectory is None else trajectory.data_ptr(),
-            final.data_ptr() if trajectory is None else 0,
-            *(0, 0, 0, 0),
-        ]
-        for column in columns:
-            words += column
-        self._call("forward", samples, [*words, 0, 0, 0])
-        return final, trajectory
-
-    def adjoint(
-        self, initial: Tensor, trajectory: Tensor, columns: Sequence[Column], cotangents: Column
     ) -> list[Tensor]:
         """Cotangents `[d_initial, *d_operands, *d_shared]` of what is differentiable, in this order.
 
         Args:
-            initial, trajectory: contiguous.
-            columns: as in `forward`.
-            cotangents: where that of each state lies, `[*batch, d]` each.
+            initial, operands, shared: as for `solve`.
+            trajectory: what `solve` returned.
+            cotangents: of every state, `[L, *batch, d]`.
         """
-        program, samples = self.program, self._samples(initial)
+        initial, trajectory, cotangents = initial.contiguous(), trajectory.contiguous(), cotangents.contiguous()
+        samples = self._samples(initial)
         d_initial = torch.empty_like(initial)
         gradients = self._empty_gradients(initial)
         words = [
-            program.length,
+            self.program.length,
             samples,
             self._threads(samples, 1),
             initial.data_ptr(),
             trajectory.data_ptr(),
-            0,
-            *cotangents,
+            *_column(cotangents),
             d_initial.data_ptr(),
         ]
-        for column in columns:
-            words += column
-        words += [0, 0, 0]
-        words += [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
-        self._call("adjoint", samples, [*words, 0])
+        columns, _kept = self._columns(operands, shared)
+        addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        self._call("adjoint", samples, [*words, *columns, *addresses])
         return [d_initial, *(gradient for gradient in gradients if gradient is not None)]
+
+    def _columns(
+        self, operands: Sequence[Tensor | Column], shared: Sequence[Tensor]
+    ) -> tuple[list[int], list[Tensor | Column]]:
+        """Where every operand and shared operand lies, and what is to be kept until the call is over."""
+        words: list[int] = []
+        kept: list[Tensor | Column] = []
+        for operand in operands:
+            if isinstance(operand, Tensor):
+                operand = operand.contiguous()
+                words += _column(operand)
+            else:
+                words += operand.words
+            kept.append(operand)
+        for tensor in shared:
+            tensor = tensor.contiguous()
+            words += (tensor.data_ptr(), 0, 0)
+            kept.append(tensor)
+        return words, kept
 
     def _empty_gradients(self, initial: Tensor) -> list[Tensor | None]:
         """Memory for the gradient of every operand, literal (which has none) and shared operand."""
@@ -196,7 +191,7 @@ class ChainKernel:
     def _call(self, direction: str, samples: int, words: list[int]) -> None:
         run = self._run(direction, samples)
         assert run is not None, "a kernel that is not ready is not called"
-        run((ctypes.c_int64 * len(words))(*words))
+        run(struct.pack(f"{len(words)}q", *words))
 
     def _run(self, direction: str, samples: int) -> Run | None:
         """The compiled function for this many samples; `None` where it cannot be had."""
@@ -219,11 +214,6 @@ class ChainKernel:
             return None
 
 
-def column(tensor: Tensor) -> Column:
-    """Where a stacked operand `[L, ...]` lies, each block's part contiguous: address, bytes from one to the next."""
+def _column(tensor: Tensor) -> tuple[int, int, int]:
+    """Where the blocks' parts of a contiguous `[L, ...]` lie: the first, and the bytes from one to the next."""
     return tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), 0
-
-
-def shared_column(tensor: Tensor) -> Column:
-    """Where a contiguous tensor lies that every block reads."""
-    return tensor.data_ptr(), 0, 0

@@ -15,12 +15,11 @@ struct Column {
 struct Call {
   int64_t length, samples, threads;
   const real* initial;    // [N, d]
-  real* trajectory;       // [L, N, d]; forward: null where nobody wants it
-  real* final;            // [N, d]; forward only, or null
+  real* trajectory;       // [L, N, d]
   Column cotangents;      // [N, d] each; adjoint only
   real* d_initial;        // [N, d]; adjoint only
-  Column inputs[Body::inputs + 1];
-  real* gradients[Body::inputs + 1];  // [L, ...] or [...] where shared, contiguous; null where there is none
+  Column inputs[Body::inputs];
+  real* gradients[Body::inputs];      // [L, ...] or [...] where shared, contiguous; null where there is none
 };
 
 // A tile: as many samples as V has lanes, with the numbers of one sample apart and those of all samples together.
@@ -91,12 +90,9 @@ template <class V> static void k_forward(const Call& call, Samples<V> samples) {
       V next[d];
       Body::step<V>(&states[t * d], in.pointers, next);
       for (int i = 0; i < d; ++i) states[t * d + i] = next[i];
-      if (call.trajectory) k_write<V>(next, call.trajectory + (l * call.samples + begin) * d, d, count);
+      k_write<V>(next, call.trajectory + (l * call.samples + begin) * d, d, count);
     }
   }
-  if (call.final)
-    for (int64_t t = 0; t < tiles; ++t)
-      k_write<V>(&states[t * d], call.final + samples.begin(t) * d, d, samples.count(t));
 }
 #endif
 

@@ -1,0 +1,114 @@
+"""Where the parts of a per-block operand lie in memory: read once, then only looked after.
+
+Stacking 4,096 small parameters costs more than the chain that they belong to. A kernel reads them where they are, from a
+table of addresses; before each call native code checks that none has moved, changed its shape, or its dtype.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pcr_fx.kernels.build import CompilerError, load
+
+_SOURCE = Path(__file__).parent / "native" / "pointers.cpp"
+# What the stable C interface of PyTorch calls dtypes: those of its JIT.
+_DTYPES = {torch.float32: 6, torch.float64: 7}
+
+
+class PointerTable:
+    """The addresses of `L` tensors of one shape and dtype, each contiguous.
+
+    Attributes:
+        spec: shape and dtype of each.
+        words: how a kernel is told of the table.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], offset: int) -> None:
+        first = tensors[0]
+        self.tensors = list(tensors)
+        self.shape, self.dtype = first.shape, first.dtype
+        count = len(tensors)
+        self.addresses = (ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in tensors))
+        self.handles = (ctypes.c_void_p * count)(*(id(tensor) + offset for tensor in tensors))
+        self.sizes = (ctypes.c_int64 * first.dim())(*first.shape)
+        self.strides = (ctypes.c_int64 * first.dim())(*first.stride())
+        self.words = (0, 0, ctypes.addressof(self.addresses))
+        self.column = _Column(
+            count,
+            first.dim(),
+            _DTYPES[first.dtype],
+            0,
+            *(ctypes.addressof(array) for array in (self.handles, self.addresses, self.sizes, self.strides)),
+            *_interface(),
+        )
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> PointerTable | None:
+        """The table, or `None` where kernels cannot read these tensors in place."""
+        first = tensors[0]
+        for tensor in tensors:
+            plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+            if not plain or tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
+                return None
+            if tensor.shape != first.shape or tensor.dtype != first.dtype or tensor.stride() != first.stride():
+                return None
+        offset = _offset()
+        if first.dtype not in _DTYPES or offset is None or not _can_check():
+            return None
+        table = cls(tensors, offset)
+        # Once, that the layout of Python's tensors and the numbers of dtypes are as taken for granted here.
+        return table if table.holds() else None
+
+    def holds(self) -> bool:
+        """Whether every tensor is still where it was, with the same shape, strides and dtype."""
+        return _checker()(ctypes.byref(self.column)) == len(self.tensors)
+
+
+class _Column(ctypes.Structure):
+    _fields_ = [
+        ("count", ctypes.c_int64),
+        ("dim", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("tensors", "addresses", "sizes", "strides")),
+        *((name, ctypes.c_void_p) for name in ("address_of", "dtype_of", "sizes_of", "strides_of")),
+    ]
+
+
+@functools.cache
+def _offset() -> int | None:
+    """Where in a tensor's Python object its C++ tensor lies."""
+    probe = torch.empty(1)
+    size = type(probe).__basicsize__
+    words = ctypes.string_at(id(probe), size)
+    needle = probe._cdata.to_bytes(8, "little")
+    return next((offset for offset in range(0, size - 7, 8) if words[offset : offset + 8] == needle), None)
+
+
+@functools.cache
+def _interface() -> tuple[int, ...]:
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    names = ("data_ptr", "dtype", "sizes", "strides")
+    return tuple(ctypes.cast(getattr(library, f"aoti_torch_get_{name}"), ctypes.c_void_p).value or 0 for name in names)
+
+
+@functools.cache
+def _can_check() -> bool:
+    try:
+        _checker(), _interface()
+    except (CompilerError, OSError, AttributeError):
+        return False
+    return True
+
+
+@functools.cache
+def _checker() -> ctypes._NamedFuncPointer:
+    function = load(_SOURCE.read_text()).run
+    function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_void_p]
+    return function
