@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import networkx as nx
+import torch
 from torch import fx
 
 from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.detect import FoundChain
-from pcr_fx.passes.effects import hides_ops, is_random, op_name, written_memory
+from pcr_fx.passes.effects import argument, hides_ops, is_random, op_name, written_memory
 from pcr_fx.passes.inline import copy_node
 
 Stack = Callable[[fx.Graph, Sequence[fx.Node], dict[fx.Node, fx.Node]], fx.Node]
@@ -75,14 +76,14 @@ def rewrite_chains(graph: fx.Graph, chains: Sequence[FoundChain], names: Sequenc
         else:
             copies[item] = copy_node(new, item, copies)
     for node in reversed(list(new.nodes)):
-        if node.op == "get_attr" and not node.users:
+        if not node.users and (node.op == "get_attr" or op_name(node) in ("unbind", "getitem")):
             new.erase_node(node)
     return new
 
 
 def _emit(new: fx.Graph, found: FoundChain, name: str, stack: Stack, copies: dict[fx.Node, fx.Node]) -> None:
     initial = [copies[node] for node in found.initial]
-    operands = [stack(new, column, copies) for column in found.operands]
+    operands = [_cut_before(new, column, copies) or stack(new, column, copies) for column in found.operands]
     shared = [copies[node] for node in found.shared]
     trajectories = new.call_module(name, (initial, operands, shared))
     for index, states in enumerate(found.states):
@@ -96,6 +97,30 @@ def _emit(new: fx.Graph, found: FoundChain, name: str, stack: Stack, copies: dic
             view = new.call_function(operator.getitem, (trajectory, block))
             copies[state] = new.call_method("clone", (view,))
             copies[state].meta = dict(state.meta)
+
+
+def _cut_before(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """A per-block operand that one tensor was cut into, as that tensor: an unrolled recurrence has one at each step."""
+    source = column[0].args[0] if column[0].args else None
+    cuts = [node.args for node in column if node.target is operator.getitem and not node.kwargs]
+    if not isinstance(source, fx.Node) or len(cuts) < len(column) or any(cut[0] is not source for cut in cuts):
+        return None
+    indices = [cut[1] for cut in cuts]
+    first = indices[0]
+    if not isinstance(first, int) or first < 0 or indices != list(range(first, first + len(column))):
+        return None
+    if op_name(source) == "unbind":
+        whole, dim = source.args[0], argument(source, "dim", 1, 0)
+    else:
+        whole, dim = source, 0
+    if not isinstance(whole, fx.Node) or not isinstance(dim, int) or not _is_tensor(whole):
+        return None
+    front = new.call_method("movedim", (copies[whole], dim, 0)) if dim else copies[whole]
+    return new.call_method("narrow", (front, 0, first, len(column)))
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), torch.Tensor)
 
 
 def _order(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 from collections.abc import Sequence
@@ -12,8 +13,9 @@ import torch
 from torch import fx, nn
 
 from pcr_fx.errors import UnsupportedError
-from pcr_fx.node import Attributes, Slot, SolveNode, StackedAttributes, Watched, stack_operands
+from pcr_fx.node import Attributes, SolveNode, Source, StackedAttributes, Watched, stack_operands
 from pcr_fx.options import Options
+from pcr_fx.packing import Pack, pack_columns
 from pcr_fx.passes.capture import Captured, bind_to, capture_model
 from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.normalise import normalise_graph
@@ -23,7 +25,9 @@ from pcr_fx.passes.tracer import attribute
 from pcr_fx.reports import RewriteReport, build_report
 
 
-def transform(model: nn.Module, example_inputs: Any = None, options: Any = None) -> TransformedModule:
+def transform(
+    model: nn.Module, example_inputs: Any = None, options: Any = None, *, pack_parameters: bool = False
+) -> TransformedModule:
     """A module that computes what `model` computes, its chains solved as whole systems.
 
     Args:
@@ -34,6 +38,10 @@ def transform(model: nn.Module, example_inputs: Any = None, options: Any = None)
             without them, at the first call. What the forward asked of its arguments (a shape, the value of a flag)
             holds for that graph alone: a call that differs in it is traced and rewritten anew.
         options: an `Options`, or a dict of its fields.
+        pack_parameters: give the result parameters of its own, copied from the model's, in which one `[L, ...]` stands
+            for those of all L blocks of a chain: `parameters()` then has few entries, and a gradient costs what the
+            kernel costs. `state_dict` and `load_state_dict` keep the model's names. Train the result's `parameters()`;
+            optimisers that work on each parameter as a whole (LAMB, say, or norms per tensor) see whole chains.
 
     Raises:
         CaptureError: the model cannot be traced.
@@ -41,14 +49,16 @@ def transform(model: nn.Module, example_inputs: Any = None, options: Any = None)
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
-    return TransformedModule(model, example_inputs, Options.of(options))
+    return TransformedModule(model, example_inputs, Options.of(options), pack_parameters)
 
 
 class TransformedModule(nn.Module):
     """What `transform` returns: the structure of the model (same `state_dict`), with another `forward`."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, options: Options) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any, options: Options, pack_parameters: bool = False) -> None:
         super().__init__()
+        if pack_parameters:
+            model = copy.deepcopy(model)
         self._pcr_changes = [0]
         self.__dict__.update(_copy_structure(model, {}, self._pcr_changes).__dict__)
         self._pcr_class = type(model)
@@ -56,7 +66,10 @@ class TransformedModule(nn.Module):
         self._pcr_options = options
         self._pcr_signature = inspect.signature(self._model().forward)
         self._pcr_variants: list[_Variant] = []
-        self._latest()
+        self._pcr_packs: list[Pack] = []
+        variant = self._latest()
+        if pack_parameters:
+            self._pack(variant.run)
 
     # A compiler has nothing left to do here; to compile what is around the chains, compile the model itself.
     @torch.compiler.disable
@@ -85,8 +98,42 @@ class TransformedModule(nn.Module):
             # A new list: another thread may be going through the old one.
             self._pcr_variants = [variant, *(known for known in self._pcr_variants if known is not variant)]
 
+    def _pack(self, run: fx.GraphModule) -> None:
+        sources = run.get_submodule("attributes").sources
+        columns = [source for source in sources if isinstance(source, StackedAttributes)]
+        others = [source.path for source in sources if isinstance(source, Source)]
+        self._pcr_packs = pack_columns(self, columns, others)
+        for pack in self._pcr_packs:
+            pack.take_out()
+        self._use_packs(run)
+
+    def _use_packs(self, run: fx.GraphModule) -> None:
+        """Have a graph read packed parameters where it would read those that they stand for."""
+        whole = {pack.paths: pack for pack in self._pcr_packs}
+        parts = {path: (pack, index) for pack in self._pcr_packs for index, path in enumerate(pack.paths)}
+        attributes = run.get_submodule("attributes")
+
+        def packed(source: Source) -> Source:
+            return Source(source.path, *parts[source.path]) if source.path in parts else source
+
+        for index, source in enumerate(attributes.sources):
+            if isinstance(source, Source):
+                attributes.sources[index] = packed(source)
+            elif source.paths in whole:
+                pack = whole[source.paths]
+                attributes.sources[index] = Source(pack.name, pack.holder, pack.name)
+            else:
+                source.sources = list(map(packed, source.sources))
+
     def _rewrite(self, example_inputs: Any) -> _Variant:
-        captured, run, report = rewrite_model(self._model(), example_inputs, self._pcr_options, self._pcr_changes)
+        for pack in self._pcr_packs:
+            pack.put_back()
+        try:
+            captured, run, report = rewrite_model(self._model(), example_inputs, self._pcr_options, self._pcr_changes)
+        finally:
+            for pack in self._pcr_packs:
+                pack.take_out()
+        self._use_packs(run)
         modes = [(self.get_submodule(name), mode) for name, mode in captured.modes.items()]
         return _Variant(captured, run, report, modes)
 
@@ -131,21 +178,22 @@ def rewrite_model(
             node.learn(item.plan)
     modules: dict[str, nn.Module] = {f"solve_{index}": node for index, node in enumerate(nodes)}
     names = list(modules)
+    columns: dict[str, StackedAttributes] = {}
 
     def stack(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
         if all(node.op == "get_attr" for node in column):
-            name = f"operand_{len(modules)}"
-            modules[name] = StackedAttributes([_slot(model, str(node.target)) for node in column], changes)
-            return new.call_module(name)
+            name = f"column {len(columns)}"  # no attribute of the model can have this name
+            columns[name] = StackedAttributes([_source(model, str(node.target)) for node in column], changes)
+            return new.get_attr(name)
         return new.call_function(stack_operands, ([copies[node] for node in column],))
 
     new = rewrite_chains(graph, [item.found for item in planned], names, stack)
-    modules["attributes"] = _fetch_attributes(new, model)
+    modules["attributes"] = _fetch_attributes(new, model, columns)
     report = build_report(graph, planned, dict(zip(map(id, planned), nodes, strict=True)), rejected, options)
     return captured, fx.GraphModule(modules, new), report
 
 
-def _fetch_attributes(graph: fx.Graph, model: nn.Module) -> Attributes:
+def _fetch_attributes(graph: fx.Graph, model: nn.Module, columns: dict[str, StackedAttributes]) -> Attributes:
     """Read all attributes of the graph at one place, by name and not by path: a path of four names costs 1 us."""
     found = [node for node in graph.nodes if node.op == "get_attr"]
     first = next((node for node in graph.nodes if node.op != "placeholder"), None)
@@ -157,17 +205,18 @@ def _fetch_attributes(graph: fx.Graph, model: nn.Module) -> Attributes:
                 node.replace_all_uses_with(value)
         for node in found:
             graph.erase_node(node)
-    return Attributes([_slot(model, str(node.target)) for node in found])
+    names = [str(node.target) for node in found]
+    return Attributes([columns[name] if name in columns else _source(model, name) for name in names])
 
 
-def _slot(model: nn.Module, path: str) -> Slot:
-    """The dict that holds an attribute, and its key there."""
+def _source(model: nn.Module, path: str) -> Source:
+    """Where an attribute is kept."""
     *modules, name = path.split(".")
     for module in modules:
         model = attribute(model, module)
     for holder in (model._parameters, model._buffers, model._modules, model.__dict__):
         if name in holder:
-            return holder, name
+            return Source(path, holder, name)
     raise AssertionError(f"the tracer named an attribute that does not exist: {path}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 # Solved in float32: Newton needs digits to converge by, and a state in float16 or bfloat16 has two or three.
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _SOLVED_DTYPES = (torch.float32, torch.float64)
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = (Tensor, nn.Parameter, PointerTable)
 _IN_SEQUENCE = SolveStats(Outcome.SEQUENTIAL)
 
 
@@ -53,6 +54,44 @@ class _Solve(torch.autograd.Function):
         )
         waiting = iter(rest)
         return d_initial, None, None, None, *(next(waiting) if need else None for need in needs)
+
+
+class _KernelSolve(torch.autograd.Function):
+    """`_Solve` by the chain's kernel, for plain calls: less than half of what `_Solve` and its operators cost."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, plan: Plan, record: ops.SolveRecord, initial: Tensor, num_operands: int, *tensors: Tensor
+    ) -> Tensor:
+        kernel = plan.kernel
+        assert isinstance(kernel, ChainKernel)
+        ctx.plan, ctx.record, ctx.num_operands = plan, record, num_operands
+        operands = [*tensors[:num_operands], *plan.program.literals]
+        trajectory = kernel.solve(initial, operands, tensors[num_operands:])
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(initial, trajectory, *tensors)
+        return trajectory
+
+    @staticmethod
+    def backward(ctx: Any, cotangents: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        initial, trajectory, *tensors = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        program, kernel = plan.program, plan.kernel
+        assert isinstance(kernel, ChainKernel)
+        rest: Sequence[Tensor]
+        if torch.is_grad_enabled() or type(cotangents) is not Tensor or not _is_plain_call():
+            # A gradient that is differentiated in turn, or many at once.
+            inputs = initial, trajectory, cotangents, plan.key, ctx.record.id, ctx.num_operands
+            d_initial, *rest = _Adjoint.apply(*inputs, *tensors)
+        else:
+            operands = [*tensors[: ctx.num_operands], *program.literals]
+            d_initial, *rest = kernel.solve_adjoint(
+                initial, trajectory, operands, tensors[ctx.num_operands :], cotangents
+            )
+            ctx.record.backward("sequential", False)
+        waiting = iter(rest)
+        needs = [*program.differentiable_operands, *program.differentiable_shared]
+        return None, None, d_initial, None, *(next(waiting) if need else None for need in needs)
 
 
 class _Adjoint(torch.autograd.Function):
@@ -132,7 +171,7 @@ class SolveNode(nn.Module):
         self._planned: dict[Signature, Plan | BodyError] = {}
         self.choice: Choice | None = None
         self._dtypes: dict[Any, tuple[torch.dtype, ...]] = {}
-        self._kernels: dict[Any, ChainKernel] = {}
+        self._kernels: dict[Any, Plan] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SolveNode:
         # Plans are immutable and shared; what happened at a node is its own.
@@ -155,29 +194,33 @@ class SolveNode(nn.Module):
         Returns:
             For each state its trajectory `[L, *state]`.
         """
-        key = None if torch.compiler.is_compiling() else _look(states, operands, shared)
+        if not _is_plain_call():
+            return self._by_operator(states, [_stacked(operand) for operand in operands], shared)
+        given = [operand.read() if isinstance(operand, StackedAttributes) else operand for operand in operands]
+        key = _look([*states, *given, *shared])
         if key in self._kernels:
-            return self._by_kernel(self._kernels[key], states, operands, shared)
-        stacked = [operand.stacked() if isinstance(operand, StackedAttributes) else operand for operand in operands]
-        trajectories = self._by_operator(states, stacked, shared)
+            return self._by_kernel(self._kernels[key], states, given, shared)
+        trajectories = self._by_operator(states, [_stacked(operand) for operand in operands], shared)
         choice = self.choice
         if key is not None and choice is not None and choice.kernel is not None and choice.forward == "sequential":
-            self._kernels[key] = choice.kernel
+            plan = self.outcome
+            assert isinstance(plan, Plan)
+            self._kernels[key] = plan
         return trajectories
 
     def _by_kernel(
-        self,
-        kernel: ChainKernel,
-        states: Sequence[Tensor],
-        operands: Sequence[Tensor | StackedAttributes],
-        shared: Sequence[Tensor],
+        self, plan: Plan, states: Sequence[Tensor], operands: Sequence[Tensor | PointerTable], shared: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
-        """Straight to native code, where nothing else wants to know: no gradient, transform, mode or compiler."""
-        program = kernel.program
-        columns = [operand.table if isinstance(operand, StackedAttributes) else operand for operand in operands]
-        trajectory = kernel.solve(program.layout.flatten(states), [*columns, *program.literals], shared)
+        """Straight to native code: most of what an operator costs is asking who else wants to know."""
+        layout = plan.program.layout
+        initial, kernel = layout.flatten(states), plan.kernel
+        assert isinstance(kernel, ChainKernel)
+        if torch.is_grad_enabled():
+            trajectory = _KernelSolve.apply(plan, self.record, initial, len(operands), *operands, *shared)
+        else:
+            trajectory = kernel.solve(initial, [*operands, *plan.program.literals], shared)
         self.record.forward("sequential", _IN_SEQUENCE)
-        return program.layout.unflatten(trajectory, leading=1)
+        return layout.unflatten(trajectory, leading=1)
 
     def _by_operator(
         self, states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]
@@ -262,29 +305,28 @@ class SolveNode(nn.Module):
         return tuple(list(part) for part in zip(*trajectory, strict=True))
 
 
-def _look(states: Sequence[Tensor], operands: Sequence[Tensor | StackedAttributes], shared: Sequence[Tensor]) -> Any:
-    """All that decides which kernel a call may go to directly; `None` where it may go to none."""
-    if (
-        torch._C._functorch.peek_interpreter_stack() is not None
+def _is_plain_call() -> bool:
+    """Whether nothing looks on that wants to see operators: no compiler, function transform, mode or autocast."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch.is_autocast_enabled("cpu")
-    ):
-        return None
-    needs_gradient = torch.is_grad_enabled()
+    )
+
+
+def _look(tensors: Sequence[Tensor | PointerTable]) -> Any:
+    """All that decides which kernel a plain call may go to; `None` where it may go to none."""
     looks = []
-    for tensor in (*states, *operands, *shared):
-        if type(tensor) is StackedAttributes:
-            table = None if needs_gradient else tensor.present_table()
-            if table is None:
-                return None
-            looks.append((table.shape, table.dtype))
-        elif type(tensor) in _PLAIN and not (needs_gradient and tensor.requires_grad):
-            looks.append((tensor.shape, tensor.dtype))
-            if tensor.device.type != "cpu":
-                return None
-        else:
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or (type(tensor) is not PointerTable and tensor.device.type != "cpu"):
             return None
+        looks.append((type(tensor) is PointerTable, tensor.shape, tensor.dtype))
     return tuple(looks)
+
+
+def _stacked(operand: Tensor | StackedAttributes) -> Tensor:
+    return operand.stacked() if isinstance(operand, StackedAttributes) else operand
 
 
 def signature_of(states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]) -> Signature:
@@ -328,20 +370,36 @@ def stack_operands(tensors: Sequence[Tensor]) -> Tensor:
     return _Stack.apply(*tensors)
 
 
-# Where a module keeps a tensor: `module._parameters` or `module._buffers`, and its name there. Looked up at each call, so
-# that `.to()`, `load_state_dict(assign=True)` and optimisers that exchange parameters are seen.
-Slot = tuple[dict[str, Any], str]
+@dataclass
+class Source:
+    """Where a module keeps a tensor, to be looked up at each call: so `.to()`, `load_state_dict(assign=True)` and
+    optimisers that exchange parameters are seen.
+
+    Attributes:
+        path: the attribute's name in the model.
+        holder: `module._parameters`, `module._buffers`, or whatever else holds it by `name`.
+    """
+
+    path: str
+    holder: Any
+    name: Any
 
 
 class Attributes(nn.Module):
-    """The present values of some attributes, as a list."""
+    """The present values of some attributes, as a list; of per-block operands what can stack or read them.
 
-    def __init__(self, slots: Sequence[Slot]) -> None:
+    One module for all of a graph: to call one costs a microsecond.
+    """
+
+    def __init__(self, sources: Sequence[Source | StackedAttributes]) -> None:
         super().__init__()
-        self.slots = list(slots)
+        self.sources = list(sources)
 
     def forward(self) -> list[Any]:
-        return [holder[name] for holder, name in self.slots]
+        return [
+            source if type(source) is StackedAttributes else source.holder[source.name]  # type: ignore[union-attr]
+            for source in self.sources
+        ]
 
 
 class Watched(dict[str, Any]):
@@ -390,33 +448,43 @@ class Watched(dict[str, Any]):
         return Watched, (dict(self), self.changes)
 
 
-class StackedAttributes(Attributes):
+class StackedAttributes:
     """One per-block operand, of the parameters or buffers of the blocks.
 
     It stacks them, `[L, ...]`, or tells a kernel where they lie.
 
     Args:
-        slots: where the attributes of the blocks are.
+        sources: the attributes of the blocks.
         changes: how often, so far, any attribute of the model was exchanged for another.
     """
 
-    def __init__(self, slots: Sequence[Slot], changes: list[int]) -> None:
-        super().__init__(slots)
+    def __init__(self, sources: Sequence[Source], changes: list[int]) -> None:
+        self.sources = list(sources)
         self.changes = changes
         self.table: PointerTable | None = None
         self._seen = -1
 
-    def forward(self) -> StackedAttributes:  # type: ignore[override]
-        return self
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(source.path for source in self.sources)
+
+    def values(self) -> list[Any]:
+        return [source.holder[source.name] for source in self.sources]
 
     def stacked(self) -> Tensor:
-        return torch.stack(super().forward())
+        return torch.stack(self.values())
 
-    def present_table(self) -> PointerTable | None:
-        """The present table; `None` where the tensors cannot be read in place."""
+    def read(self) -> PointerTable | Tensor:
+        """For a kernel: where they lie, if no gradient is wanted and they can be read there; else stacked."""
+        table = None if torch.is_grad_enabled() else self._present_table()
+        return self.stacked() if table is None else table
+
+    def _present_table(self) -> PointerTable | None:
         if self._seen != self.changes[0] or (self.table is not None and not self.table.holds()):
             self._seen = self.changes[0]
-            self.table = PointerTable.of(super().forward())
+            # Parts of a packed parameter are views, made anew each time.
+            in_place = all(isinstance(source.holder, dict) for source in self.sources)
+            self.table = PointerTable.of(self.values()) if in_place else None
         return self.table
 
     def __getstate__(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ FLOORS = (
     {"node"},
     {"passes"},
     {"reports"},
+    {"packing"},
     {"explicit", "backend", "solve"},
     {"introspect"},
     {"__init__"},
