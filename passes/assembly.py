@@ -37,6 +37,16 @@ class FoundChain:
     states: tuple[tuple[fx.Node, ...], ...]
     nodes: frozenset[fx.Node]
 
+    @property
+    def taps(self) -> list[tuple[int, int]]:
+        """The states that the rest of the graph reads: (which of the states, after which block)."""
+        return [
+            (index, block)
+            for index, states in enumerate(self.states)
+            for block, state in enumerate(states)
+            if any(user not in self.nodes for user in state.users)
+        ]
+
 
 @dataclass(frozen=True)
 class _Input:

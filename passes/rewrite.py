@@ -85,18 +85,11 @@ def _emit(new: fx.Graph, found: FoundChain, name: str, stack: Stack, copies: dic
     initial = [copies[node] for node in found.initial]
     operands = [_cut_before(new, column, copies) or stack(new, column, copies) for column in found.operands]
     shared = [copies[node] for node in found.shared]
-    trajectories = new.call_module(name, (initial, operands, shared))
-    for index, states in enumerate(found.states):
-        trajectory = None
-        for block, state in enumerate(states):
-            if all(user in found.nodes for user in state.users):
-                continue
-            if trajectory is None:
-                trajectory = new.call_function(operator.getitem, (trajectories, index))
-            # A copy: a view would keep the whole trajectory alive, and pass writes to it on to the backward.
-            view = new.call_function(operator.getitem, (trajectory, block))
-            copies[state] = new.call_method("clone", (view,))
-            copies[state].meta = dict(state.meta)
+    taps = new.call_module(name, (initial, operands, shared))
+    for position, (index, block) in enumerate(found.taps):
+        state = found.states[index][block]
+        copies[state] = new.call_function(operator.getitem, (taps, position))
+        copies[state].meta = dict(state.meta)
 
 
 def _cut_before(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node | None:

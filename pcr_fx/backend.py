@@ -54,7 +54,7 @@ def rewrite_captured(graph_module: fx.GraphModule, options: Options) -> RewriteR
     planned, rejected = plan_chains(graph, find_chains(graph, attributes, options.min_length), attributes, options)
     needs_gradient = torch.is_grad_enabled()
     active = [item for item in planned if not item.left_alone(needs_gradient)]
-    nodes = [SolveNode(item.found.chain, options, item.plan) for item in active]
+    nodes = [SolveNode(item.found.chain, options, item.plan, item.found.taps) for item in active]
     names = []
     for index, node in enumerate(nodes):
         names.append(f"pcr_fx_solve_{index}")

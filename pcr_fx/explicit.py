@@ -172,7 +172,7 @@ def rewrite_model(
     detection = find_chains(graph, attributes, options.min_length)
     planned, rejected = plan_chains(graph, detection, attributes, options)
     # All become nodes, since a later call may have another batch size: what to do then, each decides by itself.
-    nodes = [SolveNode(item.found.chain, options) for item in planned]
+    nodes = [SolveNode(item.found.chain, options, taps=item.found.taps) for item in planned]
     for item, node in zip(planned, nodes, strict=True):
         if item.plan is not None:
             node.learn(item.plan)

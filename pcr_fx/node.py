@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcr_fx import ops
-from pcr_fx.body import Program, Signature
+from pcr_fx.body import Program, Signature, StateLayout
 from pcr_fx.chain import Chain, TensorSpec
 from pcr_fx.errors import BodyError
 from pcr_fx.kernels import ChainKernel, PointerTable
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _SOLVED_DTYPES = (torch.float32, torch.float64)
 _PLAIN = (Tensor, nn.Parameter, PointerTable)
+# States that are wanted: (which of the chain's states, after which block).
+Taps = Sequence[tuple[int, int]]
 _IN_SEQUENCE = SolveStats(Outcome.SEQUENTIAL)
 
 
@@ -57,41 +59,140 @@ class _Solve(torch.autograd.Function):
 
 
 class _KernelSolve(torch.autograd.Function):
-    """`_Solve` by the chain's kernel, for plain calls: less than half of what `_Solve` and its operators cost."""
+    """`_Solve` by the chain's kernel, for plain calls: less than half of what `_Solve` and its operators cost.
+
+    Returns the states at `taps`, or without them the trajectory. Of operands read in place the blocks' own tensors are
+    inputs, and get their gradients as views of one: to stack thousands, and take the gradient apart again, in autograd
+    would double the cost.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, plan: Plan, record: ops.SolveRecord, initial: Tensor, num_operands: int, *tensors: Tensor
-    ) -> Tensor:
-        kernel = plan.kernel
-        assert isinstance(kernel, ChainKernel)
-        ctx.plan, ctx.record, ctx.num_operands = plan, record, num_operands
-        operands = [*tensors[:num_operands], *plan.program.literals]
-        trajectory = kernel.solve(initial, operands, tensors[num_operands:])
+        ctx: Any,
+        plan: Plan,
+        record: ops.SolveRecord,
+        taps: Taps | None,
+        operands: Sequence[Tensor | PointerTable],
+        shared: Sequence[Tensor],
+        initial: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """`tensors`: the operands, tables as their tensors, then the shared operands."""
+        ctx.plan, ctx.record, ctx.taps = plan, record, taps
+        ctx.set_materialize_grads(False)
+        trajectory = _kernel(plan).solve(initial, [*operands, *plan.program.literals], shared)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(initial, trajectory, *tensors)
-        return trajectory
+            ctx.inputs = _SavedInputs(operands, len(shared))
+            ctx.save_for_backward(initial, trajectory, *(t for t in operands if isinstance(t, Tensor)), *shared)
+        return trajectory if taps is None else _tapped(plan.program.layout, trajectory, taps)
 
     @staticmethod
-    def backward(ctx: Any, cotangents: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        initial, trajectory, *tensors = ctx.saved_tensors
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
+        initial, trajectory, *saved = ctx.saved_tensors
         plan: Plan = ctx.plan
-        program, kernel = plan.program, plan.kernel
-        assert isinstance(kernel, ChainKernel)
+        program, kernel = plan.program, _kernel(plan)
+        cotangents = {} if ctx.taps is None else _by_block(program.layout, initial, ctx.taps, given)
+        parts = given if ctx.taps is None else tuple(cotangents.values())
         rest: Sequence[Tensor]
-        if torch.is_grad_enabled() or type(cotangents) is not Tensor or not _is_plain_call():
-            # A gradient that is differentiated in turn, or many at once.
-            inputs = initial, trajectory, cotangents, plan.key, ctx.record.id, ctx.num_operands
-            d_initial, *rest = _Adjoint.apply(*inputs, *tensors)
-        else:
-            operands = [*tensors[: ctx.num_operands], *program.literals]
-            d_initial, *rest = kernel.solve_adjoint(
-                initial, trajectory, operands, tensors[ctx.num_operands :], cotangents
-            )
+        # Not where a gradient is differentiated in turn, or many are taken at once.
+        plain = not torch.is_grad_enabled() and _is_plain_call() and all(type(part) is Tensor for part in parts)
+        if plain and kernel.is_ready("adjoint", initial):
+            operands, shared = ctx.inputs.in_place(saved)
+            among = cotangents if ctx.taps is not None else given[0]
+            every = [*operands, *program.literals]
+            d_initial, *rest = kernel.solve_adjoint(initial, trajectory, every, shared, among)  # type: ignore[arg-type]
             ctx.record.backward("sequential", False)
+        else:
+            stacked = ctx.inputs.stacked(saved)
+            dense = given[0]
+            if ctx.taps is not None:
+                zero = torch.zeros_like(initial)
+                dense = torch.stack([cotangents.get(block, zero) for block in range(program.length)])
+            count = program.chain.num_operands
+            d_initial, *rest = _Adjoint.apply(initial, trajectory, dense, plan.key, ctx.record.id, count, *stacked)
         waiting = iter(rest)
         needs = [*program.differentiable_operands, *program.differentiable_shared]
-        return None, None, d_initial, None, *(next(waiting) if need else None for need in needs)
+        gradients = [next(waiting) if need else None for need in needs]
+        return None, None, None, None, None, d_initial, *ctx.inputs.spread(gradients)
+
+
+class _SavedInputs:
+    """The operands of a call for its backward: as autograd saves them, but for those read in place.
+
+    Those are thousands; that none was written to in between is seen by their versions.
+    """
+
+    def __init__(self, operands: Sequence[Tensor | PointerTable], num_shared: int) -> None:
+        self.tables = [operand if isinstance(operand, PointerTable) else None for operand in operands]
+        self.num_shared = num_shared
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [tensor._version for table in self.tables if table is not None for tensor in table.tensors]
+
+    def _check(self) -> None:
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                "a parameter of a chain, between its forward and its backward"
+            )
+
+    def _merged(self, saved: Sequence[Tensor]) -> list[Tensor | PointerTable]:
+        self._check()
+        waiting = iter(saved)
+        return [next(waiting) if table is None else table for table in self.tables]
+
+    def in_place(self, saved: Sequence[Tensor]) -> tuple[list[Tensor | PointerTable], list[Tensor]]:
+        """Operands for a kernel, and the shared operands."""
+        operands = [
+            torch.stack(operand.tensors) if isinstance(operand, PointerTable) and not operand.holds() else operand
+            for operand in self._merged(saved)
+        ]
+        return operands, list(saved[len(saved) - self.num_shared :])
+
+    def stacked(self, saved: Sequence[Tensor]) -> list[Tensor]:
+        """Every operand as one tensor, then the shared operands."""
+        operands = [
+            torch.stack(operand.tensors) if isinstance(operand, PointerTable) else operand
+            for operand in self._merged(saved)
+        ]
+        return [*operands, *saved[len(saved) - self.num_shared :]]
+
+    def spread(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of all inputs, from those of operands and shared operands."""
+        spread: list[Tensor | None] = []
+        for index, gradient in enumerate(gradients):
+            table = self.tables[index] if index < len(self.tables) else None
+            if table is None:
+                spread.append(gradient)
+            else:
+                spread += [None] * len(table.tensors) if gradient is None else gradient.unbind(0)
+        return spread
+
+
+def _kernel(plan: Plan) -> ChainKernel:
+    assert isinstance(plan.kernel, ChainKernel), plan.kernel
+    return plan.kernel
+
+
+def _tapped(layout: StateLayout, trajectory: Tensor, taps: Taps) -> tuple[Tensor, ...]:
+    """The states at `taps`, copied: a view would keep the trajectory alive, and pass writes to it on to the backward."""
+    return tuple([layout.unflatten(trajectory[block])[index].clone() for index, block in taps])
+
+
+def _by_block(layout: StateLayout, initial: Tensor, taps: Taps, given: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    """The cotangents of the states at `taps`, of those blocks that have any, each `[*batch, d]`."""
+    if layout.is_flat:
+        return {block: part for (_, block), part in zip(taps, given, strict=True) if part is not None}
+    blocks: dict[int, dict[int, Tensor]] = {}
+    for (index, block), part in zip(taps, given, strict=True):
+        if part is not None:
+            blocks.setdefault(block, {})[index] = part
+    zeros = layout.unflatten(torch.zeros_like(initial))
+    return {
+        block: layout.flatten([parts.get(index, zero) for index, zero in enumerate(zeros)])
+        for block, parts in blocks.items()
+    }
 
 
 class _Adjoint(torch.autograd.Function):
@@ -160,10 +261,12 @@ class SolveNode(nn.Module):
         options: how.
         plan: made beforehand, when the shapes of every call are known to match it (a compiler's guards see to that).
             Without one the node plans at the first call of each signature.
+        taps: the states to return, each a copy; without them whole trajectories are returned.
     """
 
-    def __init__(self, chain: Chain, options: Options, plan: Plan | None = None) -> None:
+    def __init__(self, chain: Chain, options: Options, plan: Plan | None = None, taps: Taps | None = None) -> None:
         super().__init__()
+        self.taps = taps
         self.chain = chain
         self.options = options
         self.plan = plan
@@ -175,7 +278,7 @@ class SolveNode(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SolveNode:
         # Plans are immutable and shared; what happened at a node is its own.
-        node = SolveNode(self.chain, self.options, self.plan)
+        node = SolveNode(self.chain, self.options, self.plan, self.taps)
         node._planned = copy.copy(self._planned)
         node.training = self.training
         memo[id(self)] = node
@@ -184,7 +287,7 @@ class SolveNode(nn.Module):
     def forward(
         self, states: Sequence[Tensor], operands: Sequence[Tensor | StackedAttributes], shared: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], ...]:
-        """All states of the chain.
+        """The states of the chain.
 
         Args:
             states: the initial states.
@@ -192,35 +295,49 @@ class SolveNode(nn.Module):
             shared: shared operands.
 
         Returns:
-            For each state its trajectory `[L, *state]`.
+            The states at the taps, or for each state its trajectory `[L, *state]`.
         """
-        if not _is_plain_call():
-            return self._by_operator(states, [_stacked(operand) for operand in operands], shared)
-        given = [operand.read() if isinstance(operand, StackedAttributes) else operand for operand in operands]
-        key = _look([*states, *given, *shared])
-        if key in self._kernels:
-            return self._by_kernel(self._kernels[key], states, given, shared)
+        key, given = None, operands
+        if _is_plain_call():
+            given = [operand.read() if isinstance(operand, StackedAttributes) else operand for operand in operands]
+            key = _look([*states, *given, *shared])
+            if key in self._kernels:
+                return self._by_kernel(self._kernels[key], states, given, shared)
         trajectories = self._by_operator(states, [_stacked(operand) for operand in operands], shared)
-        choice = self.choice
-        if key is not None and choice is not None and choice.kernel is not None and choice.forward == "sequential":
-            plan = self.outcome
-            assert isinstance(plan, Plan)
-            self._kernels[key] = plan
-        return trajectories
+        if key is not None and self._runs_as_kernel([*states, *given, *shared]):
+            self._kernels[key] = self.outcome
+        if self.taps is None:
+            return trajectories
+        return tuple([trajectories[index][block].clone() for index, block in self.taps])
+
+    def _runs_as_kernel(self, tensors: Sequence[Tensor | PointerTable]) -> bool:
+        """Whether the latest call did, and one with such tensors may go straight there."""
+        plan, choice = self.outcome, self.choice
+        if not isinstance(plan, Plan) or choice is None or choice.kernel is None or choice.forward != "sequential":
+            return False
+        # Low precision is solved in float32, by way of copies.
+        if any(tensor.dtype != plan.program.dtype for tensor in tensors):
+            return False
+        states: Any = tensors[: self.chain.num_states]
+        return choice.kernel.is_ready("forward", plan.program.layout.flatten(states))
 
     def _by_kernel(
         self, plan: Plan, states: Sequence[Tensor], operands: Sequence[Tensor | PointerTable], shared: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """Straight to native code: most of what an operator costs is asking who else wants to know."""
         layout = plan.program.layout
-        initial, kernel = layout.flatten(states), plan.kernel
-        assert isinstance(kernel, ChainKernel)
-        if torch.is_grad_enabled():
-            trajectory = _KernelSolve.apply(plan, self.record, initial, len(operands), *operands, *shared)
-        else:
-            trajectory = kernel.solve(initial, [*operands, *plan.program.literals], shared)
+        initial = layout.flatten(states)
         self.record.forward("sequential", _IN_SEQUENCE)
-        return layout.unflatten(trajectory, leading=1)
+        tensors = [
+            tensor
+            for operand in operands
+            for tensor in (operand.tensors if isinstance(operand, PointerTable) else (operand,))
+        ]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (initial, *tensors, *shared)):
+            tapped = _KernelSolve.apply(plan, self.record, self.taps, operands, shared, initial, *tensors, *shared)
+            return tapped if self.taps is not None else layout.unflatten(tapped, leading=1)
+        trajectory = _kernel(plan).solve(initial, [*operands, *plan.program.literals], shared)
+        return layout.unflatten(trajectory, leading=1) if self.taps is None else _tapped(layout, trajectory, self.taps)
 
     def _by_operator(
         self, states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]
@@ -475,8 +592,8 @@ class StackedAttributes:
         return torch.stack(self.values())
 
     def read(self) -> PointerTable | Tensor:
-        """For a kernel: where they lie, if no gradient is wanted and they can be read there; else stacked."""
-        table = None if torch.is_grad_enabled() else self._present_table()
+        """For a kernel: where they lie, if they can be read there; else stacked."""
+        table = self._present_table()
         return self.stacked() if table is None else table
 
     def _present_table(self) -> PointerTable | None:

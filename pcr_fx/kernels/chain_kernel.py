@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class ChainKernel:
     program: Program
     body: SampleBody
     operations: tuple[int, int]
+    _shapes: dict[torch.Size, list[tuple[int, ...] | None]] = field(default_factory=dict)
     _runs: dict[tuple[str, bool], Run | None] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -118,16 +120,17 @@ class ChainKernel:
         trajectory: Tensor,
         operands: Sequence[Tensor | Column],
         shared: Sequence[Tensor],
-        cotangents: Tensor,
+        cotangents: Tensor | Mapping[int, Tensor],
     ) -> list[Tensor]:
         """Cotangents `[d_initial, *d_operands, *d_shared]` of what is differentiable, in this order.
 
         Args:
             initial, operands, shared: as for `solve`.
             trajectory: what `solve` returned.
-            cotangents: of every state, `[L, *batch, d]`.
+            cotangents: of every state, `[L, *batch, d]`; or of some, `[*batch, d]` by block.
         """
-        initial, trajectory, cotangents = initial.contiguous(), trajectory.contiguous(), cotangents.contiguous()
+        initial, trajectory = initial.contiguous(), trajectory.contiguous()
+        given = self._cotangents(cotangents)
         samples = self._samples(initial)
         d_initial = torch.empty_like(initial)
         gradients = self._empty_gradients(initial)
@@ -137,13 +140,25 @@ class ChainKernel:
             self._threads(samples, 1),
             initial.data_ptr(),
             trajectory.data_ptr(),
-            *_column(cotangents),
+            *given.words,
             d_initial.data_ptr(),
         ]
         columns, _kept = self._columns(operands, shared)
         addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
         self._call("adjoint", samples, [*words, *columns, *addresses])
         return [d_initial, *(gradient for gradient in gradients if gradient is not None)]
+
+    def _cotangents(self, cotangents: Tensor | Mapping[int, Tensor]) -> _Given:
+        if isinstance(cotangents, Tensor):
+            dense = cotangents.contiguous()
+            return _Given(_column(dense), [dense])
+        table = (ctypes.c_void_p * self.program.length)()
+        kept: list[Any] = [table]
+        for block, cotangent in cotangents.items():
+            cotangent = cotangent.contiguous()
+            table[block] = cotangent.data_ptr()
+            kept.append(cotangent)
+        return _Given((0, 0, ctypes.addressof(table)), kept)
 
     def _columns(
         self, operands: Sequence[Tensor | Column], shared: Sequence[Tensor]
@@ -166,9 +181,14 @@ class ChainKernel:
 
     def _empty_gradients(self, initial: Tensor) -> list[Tensor | None]:
         """Memory for the gradient of every operand, literal (which has none) and shared operand."""
+        shapes = self._gradient_shapes(initial.shape[: len(self.body.batch_dims)])
+        return [None if shape is None else initial.new_empty(shape) for shape in shapes]
+
+    def _gradient_shapes(self, batch: torch.Size) -> list[tuple[int, ...] | None]:
+        if batch in self._shapes:
+            return self._shapes[batch]
         program, rank = self.program, len(self.body.batch_dims)
-        batch = initial.shape[:rank]
-        gradients: list[Tensor | None] = []
+        shapes: list[tuple[int, ...] | None] = []
         blocks = [*((program.length,) for _ in program.signature.operands), *(() for _ in program.signature.shared)]
         specs = [*program.signature.operands, *program.signature.shared]
         needs = [*program.differentiable_operands, *program.differentiable_shared]
@@ -176,9 +196,10 @@ class ChainKernel:
         owns = [*self.body.own[:operands], *self.body.own[operands + len(program.literals) :]]
         for leading, spec, need, own in zip(blocks, specs, needs, owns, strict=True):
             shape = (*batch, *spec.shape[rank:]) if own else spec.shape
-            gradients.append(initial.new_empty((*leading, *shape)) if need else None)
-        gradients[operands:operands] = [None for _ in program.literals]
-        return gradients
+            shapes.append((*leading, *shape) if need else None)
+        shapes[operands:operands] = [None for _ in program.literals]
+        self._shapes[batch] = shapes
+        return shapes
 
     def _samples(self, state: Tensor) -> int:
         return state.numel() // self.body.dimension
@@ -212,6 +233,14 @@ class ChainKernel:
         except CompilerError as error:
             log.warning("%s; the chain runs in PyTorch's ops instead", error)
             return None
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A column's words, and what is to be kept until the call is over."""
+
+    words: tuple[int, int, int]
+    kept: list[Any]
 
 
 def _column(tensor: Tensor) -> tuple[int, int, int]:

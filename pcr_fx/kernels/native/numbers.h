@@ -80,9 +80,15 @@ template <class V> INLINE V k_expm1_small(V r) {
 }
 // x = n ln(2) + r, with |r| <= ln(2) / 2.
 template <class V> INLINE whole<V> k_split(V x, V& r) {
-  const V scaled = x * real(1.4426950408889634074);
-  const whole<V> n = k_to_whole<V>(scaled + (scaled < 0 ? k_fill<V>(real(-0.5)) : k_fill<V>(real(0.5))));
-  const V m = k_to_real<V>(n);
+  // Adding 1.5 * 2^23 (2^52) rounds to a whole number, which then stands in the last bits.
+  constexpr real magic = k_single ? 12582912.0 : 6755399441055744.0;
+  const V shifted = x * real(1.4426950408889634074) + magic;
+  const V m = shifted - magic;
+  whole<V> n, zero;
+  const V origin = k_fill<V>(magic);
+  std::memcpy(&n, &shifted, sizeof n);
+  std::memcpy(&zero, &origin, sizeof n);
+  n = n - zero;
   // ln(2) in two parts, the first with so few digits that its product with n is exact.
   r = k_single ? (x - m * real(0.693359375)) - m * real(-2.12194440054690583e-4)
                : (x - m * real(6.93147180369123816490e-01)) - m * real(1.90821492927058770002e-10);
