@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import CodeType, FrameType
@@ -9,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.passes.split_module import split_module
 
 from pcr_fx.errors import OptionError
-from pcr_fx.node import SolveNode, stack_operands
+from pcr_fx.node import InputColumn, SolveNode, stack_operands
 from pcr_fx.options import Options
 from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.inline import holds_regions, inline_regions
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.passes.plan import plan_chains
-from pcr_fx.passes.rewrite import rewrite_chains
+from pcr_fx.passes.rewrite import is_barrier, rewrite_chains
 from pcr_fx.reports import RewriteReport, build_report, merge_reports
 
 NAME = "deeppcr"
@@ -43,6 +45,8 @@ def deeppcr(
     compile_rest = _inner_backend(settings, mode)
     report = rewrite_captured(graph_module, settings)
     _remember(report)
+    if any(isinstance(module, InputColumn) for module in graph_module.children()):
+        return compile_around(graph_module, compile_rest)
     return compile_rest(graph_module, example_inputs)
 
 
@@ -60,7 +64,10 @@ def rewrite_captured(graph_module: fx.GraphModule, options: Options) -> RewriteR
         names.append(f"pcr_fx_solve_{index}")
         graph_module.add_submodule(names[-1], node)
     if nodes:
-        graph_module.graph = rewrite_chains(graph, [item.found for item in active], names, _stack)
+        native = all(item.choice is not None and item.choice.kernel is not None for item in active)
+        # What changes how ops run may not be cut off from those that it changes.
+        stack = _Columns(graph_module) if native and not any(map(is_barrier, graph.nodes)) else _stack
+        graph_module.graph = rewrite_chains(graph, [item.found for item in active], names, stack)
     report = build_report(graph, planned, dict(zip(map(id, active), nodes, strict=True)), rejected, options)
     graph_module.recompile()
     if torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
@@ -69,6 +76,55 @@ def rewrite_captured(graph_module: fx.GraphModule, options: Options) -> RewriteR
             "torch._dynamo.config.optimize_ddp = False keeps it whole"
         )
     return report
+
+
+class _Columns:
+    """Emits what gives kernels the inputs of the graph where they lie."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.count = 0
+
+    def __call__(self, new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
+        name = f"pcr_fx_column_{self.count}"
+        self.count += 1
+        self.graph_module.add_submodule(name, InputColumn())
+        return new.call_module(name, ([copies[node] for node in column],))
+
+
+def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any]) -> Callable[..., Any]:
+    """The graph with its solve nodes called as they are, and what is around them compiled, part by part.
+
+    A compiler has nothing to add to a native kernel, and checks each of thousands of inputs at each call.
+    """
+    own = {name for name, module in graph_module.named_children() if isinstance(module, SolveNode | InputColumn)}
+    part, was_own, parts = 0, None, dict[fx.Node, int]()
+    for node in graph_module.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        is_own = node.op == "call_module" and node.target in own
+        # What a solve node returned is unpacked beside it.
+        is_own = is_own or (node.target is operator.getitem and parts.get(node.args[0], -1) == part and bool(was_own))
+        part += was_own is not None and is_own != was_own
+        was_own = is_own
+        parts[node] = part
+    split = split_module(graph_module, None, parts.__getitem__)  # type: ignore[arg-type]
+    for name, module in list(split.named_children()):
+        if not any(node.op == "call_module" and node.target in own for node in module.graph.nodes):
+            inputs = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
+            split.add_submodule(name, _Compiled(compile_rest(module, inputs)))
+    return split.forward
+
+
+class _Compiled(torch.nn.Module):
+    """What a backend returned, as a module."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.run = run
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(*inputs)
 
 
 def _stack(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:

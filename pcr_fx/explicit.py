@@ -99,7 +99,7 @@ class TransformedModule(nn.Module):
             self._pcr_variants = [variant, *(known for known in self._pcr_variants if known is not variant)]
 
     def _pack(self, run: fx.GraphModule) -> None:
-        sources = run.get_submodule("attributes").sources
+        sources = getattr(run, "attributes", Attributes([])).sources
         columns = [source for source in sources if isinstance(source, StackedAttributes)]
         others = [source.path for source in sources if isinstance(source, Source)]
         self._pcr_packs = pack_columns(self, columns, others)
@@ -109,9 +109,11 @@ class TransformedModule(nn.Module):
 
     def _use_packs(self, run: fx.GraphModule) -> None:
         """Have a graph read packed parameters where it would read those that they stand for."""
+        if not self._pcr_packs:
+            return
         whole = {pack.paths: pack for pack in self._pcr_packs}
         parts = {path: (pack, index) for pack in self._pcr_packs for index, path in enumerate(pack.paths)}
-        attributes = run.get_submodule("attributes")
+        attributes: Any = run.get_submodule("attributes")
 
         def packed(source: Source) -> Source:
             return Source(source.path, *parts[source.path]) if source.path in parts else source

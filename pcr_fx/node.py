@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,8 @@ class _KernelSolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
+        if all(part is None for part in given):
+            return (None,) * len(ctx.needs_input_grad)
         initial, trajectory, *saved = ctx.saved_tensors
         plan: Plan = ctx.plan
         program, kernel = plan.program, _kernel(plan)
@@ -253,6 +256,9 @@ def unrolled(program: Program, initial: Tensor, operands: Sequence[Tensor], shar
     return torch.stack(trajectory)
 
 
+Operand: TypeAlias = "Tensor | StackedAttributes | PointerTable"
+
+
 class SolveNode(nn.Module):
     """Evaluates a chain: `(states, operands, shared) -> trajectories`.
 
@@ -285,19 +291,20 @@ class SolveNode(nn.Module):
         return node
 
     def forward(
-        self, states: Sequence[Tensor], operands: Sequence[Tensor | StackedAttributes], shared: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor], ...]:
+        self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
+    ) -> tuple[Any, ...]:
         """The states of the chain.
 
         Args:
             states: the initial states.
-            operands: per-block operands, `[L, ...]`, or what can stack them.
+            operands: per-block operands, `[L, ...]`, or what can stack them or tell where they lie.
             shared: shared operands.
 
         Returns:
             The states at the taps, or for each state its trajectory `[L, *state]`.
         """
-        key, given = None, operands
+        key: Any = None
+        given: list[Any] = list(operands)
         if _is_plain_call():
             given = [operand.read() if isinstance(operand, StackedAttributes) else operand for operand in operands]
             key = _look([*states, *given, *shared])
@@ -305,6 +312,7 @@ class SolveNode(nn.Module):
                 return self._by_kernel(self._kernels[key], states, given, shared)
         trajectories = self._by_operator(states, [_stacked(operand) for operand in operands], shared)
         if key is not None and self._runs_as_kernel([*states, *given, *shared]):
+            assert isinstance(self.outcome, Plan)
             self._kernels[key] = self.outcome
         if self.taps is None:
             return trajectories
@@ -312,14 +320,16 @@ class SolveNode(nn.Module):
 
     def _runs_as_kernel(self, tensors: Sequence[Tensor | PointerTable]) -> bool:
         """Whether the latest call did, and one with such tensors may go straight there."""
-        plan, choice = self.outcome, self.choice
-        if not isinstance(plan, Plan) or choice is None or choice.kernel is None or choice.forward != "sequential":
-            return False
+        plan = self.outcome
         # Low precision is solved in float32, by way of copies.
-        if any(tensor.dtype != plan.program.dtype for tensor in tensors):
+        if not isinstance(plan, Plan) or any(tensor.dtype != plan.program.dtype for tensor in tensors):
             return False
         states: Any = tensors[: self.chain.num_states]
-        return choice.kernel.is_ready("forward", plan.program.layout.flatten(states))
+        initial = plan.program.layout.flatten(states)
+        choice = plan.choice(initial)
+        return (
+            choice.kernel is not None and choice.forward == "sequential" and choice.kernel.is_ready("forward", initial)
+        )
 
     def _by_kernel(
         self, plan: Plan, states: Sequence[Tensor], operands: Sequence[Tensor | PointerTable], shared: Sequence[Tensor]
@@ -442,8 +452,10 @@ def _look(tensors: Sequence[Tensor | PointerTable]) -> Any:
     return tuple(looks)
 
 
-def _stacked(operand: Tensor | StackedAttributes) -> Tensor:
-    return operand.stacked() if isinstance(operand, StackedAttributes) else operand
+def _stacked(operand: Operand) -> Tensor:
+    if isinstance(operand, StackedAttributes):
+        return operand.stacked()
+    return torch.stack(operand.tensors) if isinstance(operand, PointerTable) else operand
 
 
 def signature_of(states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]) -> Signature:
@@ -607,3 +619,20 @@ class StackedAttributes:
     def __getstate__(self) -> dict[str, Any]:
         # A copy has tensors of its own, which lie elsewhere.
         return {**self.__dict__, "table": None}
+
+
+class InputColumn(nn.Module):
+    """One per-block operand of tensors that each call is given, as a compiler gives parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: PointerTable | None = None
+
+    def forward(self, tensors: list[Tensor]) -> Tensor | PointerTable:
+        """For a kernel: where they lie, if they can be read there; else stacked."""
+        if not _is_plain_call():
+            return stack_operands(tensors)
+        table = self.table
+        if table is None or not all(map(operator.is_, tensors, table.tensors)) or not table.holds():
+            table = self.table = PointerTable.of(tensors)
+        return stack_operands(tensors) if table is None else table

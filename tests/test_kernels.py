@@ -2,13 +2,19 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from comparison import relative_error, value_and_gradients
+from models import plain_mlp
 from torch import Tensor, nn
 
 import pcr_fx
@@ -162,3 +168,169 @@ def test_every_body_agrees_with_its_twin(name: str, dtype: torch.dtype) -> None:
 def test_every_length_and_batch(length: int, batch: int) -> None:
     for dtype in (torch.float32, torch.float64):
         assert_as_good(Deep("residual", length).to(dtype), states("residual", batch, dtype), min_length=2)
+
+
+def test_an_empty_batch_runs_in_torch_ops() -> None:
+    model = Deep("residual", 9)
+    x = torch.randn(0, WIDTH, dtype=torch.float64)
+    assert pcr_fx.transform(model, x)(x).shape == (0, WIDTH)
+
+
+def test_a_kernel_writes_all_that_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is handed to kernels holds NaN beforehand."""
+    new_empty, empty_like = Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(math.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
+    for batch in (1, 3, 9, 33):
+        model, x = Deep("residual", 9), states("residual", batch)
+        for got in value_and_gradients(by_kernel(model, x), list(model.parameters()), x):
+            assert torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("batch", [2, 17])
+# Not elu: eager\'s gradient at NaN is 1 in a small tensor and NaN in a large one.
+@pytest.mark.parametrize("name", ["residual", "gelu", "relu", "silu", "softmax", "piecewise", "softplus", "reduced"])
+def test_nan_and_infinity_go_where_they_go_in_eager(name: str, batch: int, bad: float) -> None:
+    model, x = Deep(name, 9).float(), states(name, batch, torch.float32)
+    x[1, 2] = bad
+    pairs = zip(
+        value_and_gradients(by_kernel(model, x), list(model.parameters()), x),
+        value_and_gradients(model, list(model.parameters()), x),
+        strict=True,
+    )
+    for ours, theirs in pairs:
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.isinf(), theirs.isinf())
+
+
+def test_two_threads_share_a_module() -> None:
+    model, x = Deep("residual", 300), states("residual", 33)
+    fast = by_kernel(model, x)
+    expected = value_and_gradients(model, list(model.parameters()), x)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(20):
+                for got, true in zip(value_and_gradients(fast, list(model.parameters()), x), expected, strict=True):
+                    assert relative_error(got, true) <= 1e-9
+                with torch.no_grad():
+                    assert relative_error(fast(x), expected[0]) <= 1e-9
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def in_a_new_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` after a chain of eight blocks has been run as `fast(x)`, beside `model(x)`."""
+    root = Path(__file__).parents[1]
+    start = (
+        f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n"
+        "import torch, pcr_fx\nfrom models import plain_mlp\n"
+        "model, x = plain_mlp(8), torch.randn(3, 4)\nfast = pcr_fx.transform(model, x)\n"
+        "with torch.no_grad(): assert torch.allclose(fast(x), model(x), atol=1e-6)\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", start + code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def test_a_corrupt_cache_entry_is_built_anew(tmp_path: Path) -> None:
+    done = in_a_new_process("", PCR_FX_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    entries = list(tmp_path.glob("*.so"))
+    assert entries
+    for entry in entries:
+        entry.write_bytes(entry.read_bytes()[:100])
+    done = in_a_new_process("", PCR_FX_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "it is compiled anew" in done.stderr
+    assert all(entry.stat().st_size > 100 for entry in entries)
+
+
+def test_a_kept_kernel_needs_no_compilation(tmp_path: Path) -> None:
+    assert in_a_new_process("", PCR_FX_CACHE_DIR=str(tmp_path)).returncode == 0
+    times = {entry: entry.stat().st_mtime_ns for entry in tmp_path.glob("*.so")}
+    assert in_a_new_process("", PCR_FX_CACHE_DIR=str(tmp_path)).returncode == 0
+    assert times == {entry: entry.stat().st_mtime_ns for entry in tmp_path.glob("*.so")}
+
+
+def test_without_a_compiler_the_answer_is_right_and_the_report_says_why(tmp_path: Path) -> None:
+    code = "print(fast.report)"
+    done = in_a_new_process(code, PCR_FX_CACHE_DIR=str(tmp_path), CXX="no-such-compiler", PATH="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler" in done.stdout
+
+
+def test_a_compiler_that_fails_is_reported_once(tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\ncase $1 in --version) echo g++ 0;; *) echo error: broken >&2; exit 1;; esac\n")
+    compiler.chmod(0o755)
+    done = in_a_new_process("fast(x); fast(x)", PCR_FX_CACHE_DIR=str(tmp_path / "cache"), CXX=str(compiler))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("runs in PyTorch's ops instead") == 1, done.stderr
+
+
+def test_an_op_without_a_form_is_named_and_runs_in_torch_ops() -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(9)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.tanh(layer(x)).cumsum(-1)
+            return x
+
+    model, x = Sorted().double(), torch.randn(3, 4, dtype=torch.float64)
+    fast = pcr_fx.transform(model, x, {"solver": "sequential"})
+    assert "aten.cumsum" in fast.report.chains[0].reason
+    assert relative_error(fast(x), model(x)) <= 1e-12
+
+
+def test_kernels_can_be_refused() -> None:
+    model, x = plain_mlp(9), torch.randn(3, 4)
+    fast = pcr_fx.transform(model, x, {"kernels": False})
+    assert "kernels=False" in fast.report.chains[0].reason
+
+
+class Recurrence(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, inputs: Tensor, *states: Tensor) -> Any:
+        state: Any = states[0] if len(states) == 1 else states
+        for value in inputs.unbind(0):
+            state = self.cell(value, state)
+        return state
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 33])  # 5 is the width too
+@pytest.mark.parametrize("kind", [nn.GRUCell, nn.LSTMCell])
+def test_recurrences_whose_inputs_follow_the_batch(kind: Any, batch: int) -> None:
+    torch.manual_seed(batch)
+    model = Recurrence(kind(5, 5)).double()
+    count = 2 if kind is nn.LSTMCell else 1
+    inputs = [
+        torch.randn(30, batch, 5, dtype=torch.float64),
+        *(torch.randn(batch, 5, dtype=torch.float64) for _ in range(count)),
+    ]
+    fast = pcr_fx.transform(model, tuple(inputs))
+    assert isinstance(fast.report.chains[0].plan.kernel, ChainKernel)
+    results = []
+    for run in (model, fast, fast):  # the first call is an operator's, the second goes straight to the kernel
+        leaves = [value.clone().requires_grad_() for value in inputs]
+        output = run(*leaves)
+        last = output[0] * output[1] if count == 2 else output
+        results.append([last.detach(), *torch.autograd.grad(last.sum(), [*leaves, *model.parameters()])])
+    for ours in results[1:]:
+        for got, true in zip(ours, results[0], strict=True):
+            assert relative_error(got, true) <= 1e-11

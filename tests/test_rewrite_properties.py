@@ -22,11 +22,10 @@ from torch import Tensor, fx, nn
 
 import pcr_fx
 from pcr_fx.backend import rewrite_captured
-from pcr_fx.chain import Chain
 from pcr_fx.errors import CaptureError
 from pcr_fx.options import Options
 from pcr_fx.passes.capture import capture_model
-from pcr_fx.passes.detect import find_chains
+from pcr_fx.passes.detect import FoundChain, find_chains
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.passes.rewrite import rewrite_chains, sortable_chains
 from pcr_fx.passes.tracer import attribute
@@ -43,19 +42,17 @@ def many(cases: int) -> settings:
 class PlainLoop(nn.Module):
     """Stands in for the solve node: its body, block by block."""
 
-    def __init__(self, chain: Chain) -> None:
+    def __init__(self, found: FoundChain) -> None:
         super().__init__()
-        self.chain = chain
+        self.chain, self.taps = found.chain, found.taps
 
-    def forward(
-        self, states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]
-    ) -> list[tuple[Tensor, ...]]:
+    def forward(self, states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]) -> list[Tensor]:
         trajectory = []
         for block in range(self.chain.length):
             numbers = [values[block] for values in self.chain.literals]
             states = self.chain.body(*states, *(operand[block] for operand in operands), *numbers, *shared)
             trajectory.append(states)
-        return list(zip(*trajectory, strict=True))
+        return [trajectory[block][index] for index, block in self.taps]
 
 
 def rewrite(model: nn.Module, x: Tensor | None, min_length: int) -> tuple[Callable[..., Any], list[int]]:
@@ -65,7 +62,7 @@ def rewrite(model: nn.Module, x: Tensor | None, min_length: int) -> tuple[Callab
     normalise_graph(graph)
     attributes = {str(n.target): attribute(model, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
     chains = sortable_chains(graph, find_chains(graph, attributes, min_length).chains)
-    loops = {f"loop_{index}": PlainLoop(found.chain) for index, found in enumerate(chains)}
+    loops = {f"loop_{index}": PlainLoop(found) for index, found in enumerate(chains)}
 
     def stack(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
         return new.call_function(torch.stack, ([copies[node] for node in column],))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,7 +132,7 @@ def _trace_sample(program: Program, batch_dims: tuple[int, ...], own: tuple[bool
     return SampleBody(batch_dims, layout.dimension, (*own[:operands], *literals, *own[operands:]), **graphs)
 
 
-def _trace_functional(function: Run, arguments: list[Tensor]) -> fx.GraphModule:
+def _trace_functional(function: Run, arguments: Sequence[Tensor]) -> fx.GraphModule:
     graph = trace(torch.func.functionalize(function), arguments, _DECOMPOSITIONS)
     if any(_writes(node) for node in graph.graph.nodes):
         # A decomposition is written in PyTorch too, and may write in place itself.

@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pcr_fx.errors import UnsupportedError
+
 
 @dataclass(frozen=True)
 class Buffer:
@@ -172,3 +174,19 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
         strides.append(step)
         step *= size
     return tuple(reversed(strides))
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the graph: an expression over its own indices, not necessarily in memory."""
+
+    shape: tuple[int, ...]
+    expression: Expression
+
+
+def in_memory(buffer: Buffer, shape: tuple[int, ...]) -> Value:
+    return Value(shape, Load(View(buffer, contiguous(shape))))
+
+
+class Unprintable(UnsupportedError):
+    """A body that no kernel can be printed for; the message names the op, or says why."""

@@ -52,9 +52,12 @@ class Choice:
 
 def choose(solver: str, program: Program, samples: int, kernel: ChainKernel | str) -> Choice:
     """The solvers for `samples` independent samples of a chain with `kernel`, or with none for the reason given."""
+    asked = f'asked for with solver="{solver}"'
+    if solver == "newton":
+        return Choice(solver, solver, asked, asked_for=True)
     native, why = _native(kernel, samples)
-    if solver != "auto":
-        return Choice(solver, solver, f'asked for with solver="{solver}"; {why}', asked_for=True, kernel=native)
+    if solver == "sequential":
+        return Choice(solver, solver, f"{asked}; {why}", asked_for=True, kernel=native)
     if native is not None:
         return Choice("sequential", "sequential", why, kernel=native)
     choice = _in_torch_ops(program, samples)

@@ -94,17 +94,16 @@ template <class V> INLINE whole<V> k_split(V x, V& r) {
                : (x - m * real(6.93147180369123816490e-01)) - m * real(1.90821492927058770002e-10);
   return n;
 }
-// NaN becomes `low`: whoever calls puts it back.
+// NaN stays NaN: comparisons with it are false.
 template <class V> INLINE V k_between(V x, real low, real high) {
-  x = x > low ? x : k_fill<V>(low);
-  return x < high ? x : k_fill<V>(high);
+  x = x < low ? k_fill<V>(low) : x;
+  return x > high ? k_fill<V>(high) : x;
 }
 template <class V> INLINE V k_exp(V x) {
   V r;
   const whole<V> n = k_split<V>(k_between<V>(x, k_single ? -104 : -746, k_single ? 89 : 710), r);
   const whole<V> half = n >> 1;  // 2^n alone would leave the range of exponents at either end
-  const V y = (k_expm1_small<V>(r) + real(1)) * k_power_of_two<V>(half) * k_power_of_two<V>(n - half);
-  return x != x ? x : y;
+  return (k_expm1_small<V>(r) + real(1)) * k_power_of_two<V>(half) * k_power_of_two<V>(n - half);
 }
 template <class V> INLINE V k_expm1_scaled(V x) {
   V r;
@@ -113,7 +112,7 @@ template <class V> INLINE V k_expm1_scaled(V x) {
 }
 template <class V> INLINE V k_expm1(V x) {
   const V y = k_expm1_scaled<V>(k_between<V>(x, k_single ? -40 : -80, k_single ? 40 : 80));
-  return x > (k_single ? 40 : 80) ? k_exp<V>(x) : (x != x ? x : y);
+  return x > real(k_single ? 40 : 80) ? k_exp<V>(x) : y;
 }
 // With q = exp(-2|x|): (1 - q) / (1 + q) where |x| is small, its numerator computed without cancelling, and
 // 1 - 2 q / (1 + q) elsewhere, so that the derivative 1 - tanh(x)^2 keeps its digits too.
@@ -126,7 +125,7 @@ template <class V> INLINE V k_tanh(V x) {
   const V small = real(-1) * (p * power + (power - real(1)));
   const V ratio = (size < real(0.55) ? small : q + q) / (real(1) + q);
   const V y = size < real(0.55) ? ratio : (real(1) - ratio);
-  return x != x ? x : (x < 0 ? -y : y);
+  return x < 0 ? -y : y;
 }
 template <class V> INLINE V k_sigmoid(V x) { return real(1) / (real(1) + k_exp<V>(-x)); }
 
