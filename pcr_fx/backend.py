@@ -108,6 +108,8 @@ def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any
         part += was_own is not None and is_own != was_own
         was_own = is_own
         parts[node] = part
+    if part == 0:
+        return graph_module.forward
     split = split_module(graph_module, None, parts.__getitem__)  # type: ignore[arg-type]
     for name, module in list(split.named_children()):
         if not any(node.op == "call_module" and node.target in own for node in module.graph.nodes):

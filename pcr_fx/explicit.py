@@ -65,6 +65,9 @@ class TransformedModule(nn.Module):
         self._pcr_example_inputs = example_inputs
         self._pcr_options = options
         self._pcr_signature = inspect.signature(self._model().forward)
+        parameters = self._pcr_signature.parameters.values()
+        plain = all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+        self._pcr_places = tuple(p.name for p in parameters) if plain else ()
         self._pcr_variants: list[_Variant] = []
         self._pcr_packs: list[Pack] = []
         variant = self._latest()
@@ -74,12 +77,21 @@ class TransformedModule(nn.Module):
     # A compiler has nothing left to do here; to compile what is around the chains, compile the model itself.
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        arguments = bind_to(self._pcr_signature, self._pcr_class.__name__, args, kwargs)
-        fitting = (known for known in self._pcr_variants if known.holds() and known.captured.holds_for(arguments))
-        variant = next(fitting, None) or self._rewrite(arguments)
+        arguments = self._bind(args, kwargs)
+        for variant in self._pcr_variants:
+            if variant.holds() and variant.captured.holds_for(arguments):
+                break
+        else:
+            variant = self._rewrite(arguments)
         self._put_first(variant)
         # Past the graph module's own call machinery: hooks were traced, or are this module's own.
         return variant.run.forward(*variant.captured.inputs(arguments))
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by name; where each is given by its place there is nothing to find out."""
+        if not kwargs and len(args) == len(self._pcr_places):
+            return dict(zip(self._pcr_places, args, strict=True))
+        return bind_to(self._pcr_signature, self._pcr_class.__name__, args, kwargs)
 
     @property
     def report(self) -> RewriteReport:
