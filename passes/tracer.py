@@ -285,6 +285,13 @@ class _KnownProxy(_Proxy):
             return getattr(self._known(), name)
         return super().__getattribute__(name)
 
+    def __getattr__(self, name: str) -> Any:
+        # Libraries ask a tensor whether it is one of theirs: `hasattr(value, "jax")`.
+        value = self.node.meta.get("example_value")
+        if isinstance(value, Tensor) and not hasattr(value, name):
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        return super().__getattr__(name)
+
     def __len__(self) -> int:
         return len(self._known())
 

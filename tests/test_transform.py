@@ -7,7 +7,7 @@ import pytest
 import torch
 from comparison import assert_same
 from models import Diverging, ResidualNet, plain_mlp
-from torch import nn
+from torch import Tensor, nn
 
 import pcr_fx
 
@@ -236,3 +236,16 @@ def test_low_precision_keeps_its_dtype(solver: str) -> None:
         got, expected = pcr_fx.transform(mixed, options={"solver": solver})(x.float()), mixed(x.float())
     assert got.dtype == expected.dtype
     torch.testing.assert_close(got, expected, atol=3e-2, rtol=3e-2)
+
+
+def test_a_tensor_has_only_a_tensors_attributes_while_traced() -> None:
+    class Asking(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for weight in range(1, 10):
+                x = torch.tanh(weight * x) if not hasattr(x, "jax") else x.jax()  # as libraries tell arrays apart
+            return x
+
+    x = torch.randn(3, 4)
+    fast = pcr_fx.transform(Asking(), x)
+    assert fast.report.chains[0].chain.length == 9
+    torch.testing.assert_close(fast(x), Asking()(x))
