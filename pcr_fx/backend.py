@@ -43,30 +43,35 @@ def deeppcr(
     """
     settings = Options.of(options)
     compile_rest = _inner_backend(settings, mode)
-    report = rewrite_captured(graph_module, settings)
+    report, native = rewrite_captured(graph_module, settings)
     _remember(report)
-    if any(isinstance(module, InputColumn) for module in graph_module.children()):
+    if native:
         return compile_around(graph_module, compile_rest)
     return compile_rest(graph_module, example_inputs)
 
 
-def rewrite_captured(graph_module: fx.GraphModule, options: Options) -> RewriteReport:
-    """Rewrite a graph captured by Dynamo in place. One without a chain keeps its marked regions."""
+def rewrite_captured(graph_module: fx.GraphModule, options: Options) -> tuple[RewriteReport, bool]:
+    """Rewrite a graph captured by Dynamo in place. One without a chain keeps its marked regions.
+
+    Returns:
+        The report, and whether all chains run as native kernels that can be called apart from the rest.
+    """
     graph = inline_regions(graph_module) if holds_regions(graph_module.graph) else graph_module.graph
     normalise_graph(graph)
     attributes = _attributes(graph_module, graph)
     planned, rejected = plan_chains(graph, find_chains(graph, attributes, options.min_length), attributes, options)
     needs_gradient = torch.is_grad_enabled()
     active = [item for item in planned if not item.left_alone(needs_gradient)]
+    native = all(item.choice is not None and item.choice.kernel is not None for item in active)
+    # What changes how ops run may not be cut off from those that it changes.
+    native = native and bool(active) and not any(map(is_barrier, graph.nodes))
     nodes = [SolveNode(item.found.chain, options, item.plan, item.found.taps) for item in active]
     names = []
     for index, node in enumerate(nodes):
         names.append(f"pcr_fx_solve_{index}")
         graph_module.add_submodule(names[-1], node)
     if nodes:
-        native = all(item.choice is not None and item.choice.kernel is not None for item in active)
-        # What changes how ops run may not be cut off from those that it changes.
-        stack = _Columns(graph_module) if native and not any(map(is_barrier, graph.nodes)) else _stack
+        stack = _Columns(graph_module) if native else _stack
         graph_module.graph = rewrite_chains(graph, [item.found for item in active], names, stack)
     report = build_report(graph, planned, dict(zip(map(id, active), nodes, strict=True)), rejected, options)
     graph_module.recompile()
@@ -75,7 +80,7 @@ def rewrite_captured(graph_module: fx.GraphModule, options: Options) -> RewriteR
             "DistributedDataParallel splits the graph into buckets before this backend sees it, which cuts chains; "
             "torch._dynamo.config.optimize_ddp = False keeps it whole"
         )
-    return report
+    return report, native
 
 
 class _Columns:

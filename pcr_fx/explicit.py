@@ -93,6 +93,10 @@ class TransformedModule(nn.Module):
             return dict(zip(self._pcr_places, args, strict=True))
         return bind_to(self._pcr_signature, self._pcr_class.__name__, args, kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy traces itself when it is first called: graphs refer to modules, native code and memory of their own.
+        return {**self.__dict__, "_pcr_variants": []}
+
     @property
     def report(self) -> RewriteReport:
         """The report for the present mode (training or evaluation), and the latest call in it."""

@@ -50,6 +50,11 @@ class SolveRecord:
     def __post_init__(self) -> None:
         _records[self.id] = self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy is another record, perhaps in another process.
+        self.__dict__.update(state, id=next(_record_ids))
+        self.__post_init__()
+
     def forward(self, solver: str, stats: SolveStats) -> None:
         self.forward_calls += 1
         self.solver_forward, self.last = solver, stats

@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,9 +223,22 @@ def test_the_report_has_the_documented_keys() -> None:
     assert {"modules", "reason"} <= set(dropped["rejected"][0])
 
 
-def test_pickle() -> None:
-    fast, x = pcr_fx.transform(plain_mlp(12), options=NEWTON), torch.randn(2, 4)
-    torch.testing.assert_close(pickle.loads(pickle.dumps(fast))(x), fast(x))
+@pytest.mark.parametrize("solver", ["auto", "newton", "sequential"])
+def test_pickle_before_and_after_calls(solver: str, tmp_path: Path) -> None:
+    model, x = plain_mlp(12), torch.randn(2, 4)
+    fast = pcr_fx.transform(model, options={"solver": solver})
+    for _ in range(3):
+        copied = pickle.loads(pickle.dumps(fast))
+        torch.testing.assert_close(copied(x), model(x))
+        copied(x).sum().backward()
+        fast(x).sum().backward()
+    (tmp_path / "fast").write_bytes(pickle.dumps((fast, x, model(x))))
+    code = (
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        f"import pickle, torch\nfast, x, y = pickle.load(open({str(tmp_path / 'fast')!r}, 'rb'))\n"
+        "torch.testing.assert_close(fast(x), y); fast(x).sum().backward(); fast.report"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("solver", ["auto", "newton", "sequential"])

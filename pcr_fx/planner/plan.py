@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -30,6 +31,10 @@ class Plan:
     options: Options
     newton: Newton
     kernel: ChainKernel | str
+
+    def __reduce__(self) -> Any:
+        # Made again from what it was made of: native code and caches stay with their process.
+        return make_plan, (self.program.chain, self.program.signature, self.options)
 
     def choice(self, state: Tensor) -> Choice:
         """The solvers for a flat state `[*batch, d]`."""
