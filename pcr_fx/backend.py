@@ -62,7 +62,7 @@ def rewrite_captured(graph_module: fx.GraphModule, options: Options) -> tuple[Re
     planned, rejected = plan_chains(graph, find_chains(graph, attributes, options.min_length), attributes, options)
     needs_gradient = torch.is_grad_enabled()
     active = [item for item in planned if not item.left_alone(needs_gradient)]
-    native = all(item.choice is not None and item.choice.kernel is not None for item in active)
+    native = all(item.choice is not None and item.choice.is_native for item in active)
     # What changes how ops run may not be cut off from those that it changes.
     native = native and bool(active) and not any(map(is_barrier, graph.nodes))
     nodes = [SolveNode(item.found.chain, options, item.plan, item.found.taps) for item in active]

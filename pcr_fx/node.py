@@ -327,9 +327,7 @@ class SolveNode(nn.Module):
         states: Any = tensors[: self.chain.num_states]
         initial = plan.program.layout.flatten(states)
         choice = plan.choice(initial)
-        return (
-            choice.kernel is not None and choice.forward == "sequential" and choice.kernel.is_ready("forward", initial)
-        )
+        return choice.is_native and choice.kernel is not None and choice.kernel.is_ready("forward", initial)
 
     def _by_kernel(
         self, plan: Plan, states: Sequence[Tensor], operands: Sequence[Tensor | PointerTable], shared: Sequence[Tensor]

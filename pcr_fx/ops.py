@@ -98,10 +98,10 @@ def _solve(
         trajectory, stats = solve_sequential(program, initial, every, shared, choice.kernel)
         record.forward(solver, stats)
         return trajectory
-    trajectory, stats = solve_newton(program, initial, every, shared, plan.newton)
+    trajectory, stats = solve_newton(program, initial, every, shared, plan.newton, choice.kernel)
     if not stats.outcome.success:
         stats = _failed(stats, plan, record)
-        trajectory, _ = solve_sequential(program, initial, every, shared)
+        trajectory, _ = solve_sequential(program, initial, every, shared, choice.kernel)
     record.forward(solver, stats)
     return _owned([trajectory], [initial, *operands, *shared])[0]
 

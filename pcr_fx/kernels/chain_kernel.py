@@ -28,8 +28,8 @@ _OPERATIONS_A_THREAD = 2_000_000
 _VECTOR_SAMPLES = {torch.float32: 6, torch.float64: 4}
 # Numbers of per-block gradients up to which the sums over samples, a whole vector each, stay in the nearest cache.
 _VECTOR_GRADIENTS = 512
-# How far a kernel may be from PyTorch's ops on one block, in epsilons of the largest value.
-_CHECK_EPS = 2.0**10
+# In the order of newton.h.
+_OUTCOMES = ("CONVERGED", "ROUNDING", "STAGNATED", "NON_FINITE", "ITERATION_LIMIT")
 
 Run = Callable[[bytes], None]
 
@@ -44,7 +44,7 @@ class Column(Protocol):
 
 @dataclass(eq=False)
 class ChainKernel:
-    """The native code of one program. Libraries are compiled at the first call that needs them, and then checked.
+    """The native code of one program. Libraries are compiled at the first call that needs them.
 
     Attributes:
         program: the chain.
@@ -87,8 +87,10 @@ class ChainKernel:
         """Whether the kernel for states like `initial` can be called; it is compiled now, if it is not yet.
 
         Args:
-            direction: "forward" or "adjoint".
+            direction: "forward" or "adjoint", block by block; or "newton", forward.
         """
+        if direction == "newton" and self.body.batch_dims != self.program.layout.batch_dims:
+            return False  # its d is that of several samples, which do not depend on each other
         return self._run(direction, self._samples(initial)) is not None
 
     def solve(self, initial: Tensor, operands: Sequence[Tensor | Column], shared: Sequence[Tensor]) -> Tensor:
@@ -105,14 +107,49 @@ class ChainKernel:
         words = [
             self.program.length,
             samples,
-            self._threads(samples, 0),
+            self._threads(samples, self.operations[0]),
             initial.data_ptr(),
             trajectory.data_ptr(),
-            *(0, 0, 0, 0),
+            *(0, 0, 0, 0, 0),
         ]
         columns, _kept = self._columns(operands, shared)
         self._call("forward", samples, [*words, *columns])
         return trajectory
+
+    def solve_newton(
+        self,
+        initial: Tensor,
+        operands: Sequence[Tensor | Column],
+        shared: Sequence[Tensor],
+        tolerance: float,
+        max_iterations: int,
+    ) -> tuple[Tensor, str, int, float]:
+        """The trajectory `[L, *batch, d]` by Newton's method, each sample on its own.
+
+        Args:
+            initial, operands, shared: as for `solve`; at least one sample.
+            tolerance, max_iterations: as the solver has them.
+
+        Returns:
+            The trajectory; the name of the outcome, the iterations and the relative residual: the worst of all samples,
+            or those of the first that failed, after which others may not have been solved.
+        """
+        initial = initial.contiguous()
+        samples = self._samples(initial)
+        trajectory = initial.new_empty((self.program.length, *initial.shape))
+        iteration = (ctypes.c_double * 5)(tolerance, max_iterations)
+        words = [
+            self.program.length,
+            samples,
+            self._threads(samples, self.operations[1] * self.program.dimension),
+            initial.data_ptr(),
+            trajectory.data_ptr(),
+            *(0, 0, 0, 0, ctypes.addressof(iteration)),
+        ]
+        columns, _kept = self._columns(operands, shared)
+        self._call("newton", samples, [*words, *columns])
+        _, _, iterations, residual, outcome = iteration
+        return trajectory, _OUTCOMES[int(outcome)], int(iterations), residual
 
     def solve_adjoint(
         self,
@@ -137,11 +174,12 @@ class ChainKernel:
         words = [
             self.program.length,
             samples,
-            self._threads(samples, 1),
+            self._threads(samples, self.operations[1]),
             initial.data_ptr(),
             trajectory.data_ptr(),
             *given.words,
             d_initial.data_ptr(),
+            0,
         ]
         columns, _kept = self._columns(operands, shared)
         addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
@@ -204,9 +242,9 @@ class ChainKernel:
     def _samples(self, state: Tensor) -> int:
         return state.numel() // self.body.dimension
 
-    def _threads(self, samples: int, direction: int) -> int:
-        """As many as PyTorch may use, and as the work feeds."""
-        work = self.operations[direction] * samples * self.program.length
+    def _threads(self, samples: int, operations: int) -> int:
+        """As many as PyTorch may use, and as the work feeds: so many operations a block and sample."""
+        work = operations * samples * self.program.length
         return max(1, min(torch.get_num_threads(), work // _OPERATIONS_A_THREAD))
 
     def _call(self, direction: str, samples: int, words: list[int]) -> None:
@@ -216,7 +254,7 @@ class ChainKernel:
 
     def _run(self, direction: str, samples: int) -> Run | None:
         """The compiled function for this many samples; `None` where it cannot be had."""
-        vectors = samples >= _VECTOR_SAMPLES[self.program.dtype]
+        vectors = samples >= _VECTOR_SAMPLES[self.program.dtype] and direction != "newton"
         if direction == "adjoint":
             sizes = [math.prod(spec.shape) for spec in self.program.signature.operands]
             vectors = vectors and sum(sizes) <= _VECTOR_GRADIENTS

@@ -1,4 +1,4 @@
-"""The C++ source of a chain's kernels: what is printed of its body, between two headers that never change."""
+"""The C++ source of a chain's kernels: what is printed of its body, between headers that never change."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import fx
 
 from pcr_fx.body import Program
 from pcr_fx.body.sample import SampleBody
@@ -13,21 +14,31 @@ from pcr_fx.codegen import Function, lower, print_function
 
 _NATIVE = Path(__file__).parent / "native"
 REALS = {torch.float32: "float", torch.float64: "double"}
+_DRIVERS = {"forward": "sequential.h", "adjoint": "sequential.h", "newton": "newton.h"}
+_ENTRY = """
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) void run(const Call* call) { k_run(*call); }
+"""
 
 
 def chain_source(program: Program, body: SampleBody, direction: str, vectors_of_samples: bool) -> str:
     """The source of one shared library with one function `run`.
 
     Args:
-        direction: "forward" or "adjoint".
-        vectors_of_samples: a sample in each lane of a vector, instead of vectors of one sample's features.
+        direction: "forward" or "adjoint", block by block; or "newton", forward.
+        vectors_of_samples: a sample in each lane of a vector, instead of vectors of one sample's features; not for
+            Newton, which puts a row of a Jacobian in each.
 
     Raises:
         Unprintable: the body has an op that cannot be printed.
     """
-    functions = {"step": lower_step(program, body)}
-    if direction == "adjoint":
-        functions = {"pullback": lower_pullback(program, body)}
+    lowered = {
+        "forward": {"step": lower_step},
+        "adjoint": {"pullback": lower_pullback},
+        "newton": {"step": lower_step, "pull": lower_pull},
+    }
+    functions = {name: lower_one(program, body) for name, lower_one in lowered[direction].items()}
     return "\n".join(
         [
             f"#define REAL {REALS[program.dtype]}",
@@ -36,7 +47,9 @@ def chain_source(program: Program, body: SampleBody, direction: str, vectors_of_
             (_NATIVE / "numbers.h").read_text(),
             *(print_function(name, function) for name, function in functions.items()),
             _body_struct(program, body, functions),
-            (_NATIVE / "chain.h").read_text(),
+            (_NATIVE / "call.h").read_text(),
+            (_NATIVE / _DRIVERS[direction]).read_text(),
+            _ENTRY,
         ]
     )
 
@@ -48,6 +61,15 @@ def lower_step(program: Program, body: SampleBody) -> Function:
 def lower_pullback(program: Program, body: SampleBody) -> Function:
     sums = [not own for own, needs in zip(body.own, differentiable(program), strict=True) if needs]
     return lower(body.pullback.graph, body.pullback, [True, *body.own, True], [False, *sums])
+
+
+def lower_pull(program: Program, body: SampleBody) -> Function:
+    """The pullback to the state alone."""
+    graph = fx.Graph()
+    before, *_ = graph.graph_copy(body.pullback.graph, {})  # type: ignore[misc]
+    graph.output([before])
+    graph.eliminate_dead_code()
+    return lower(graph, body.pullback, [True, *body.own, True], [False])
 
 
 def differentiable(program: Program) -> list[bool]:
@@ -75,9 +97,14 @@ def _body_struct(program: Program, body: SampleBody, functions: dict[str, Functi
             "pullback(const V* z, const void* const* in, const V* adjoint, V* before, V* const* out) "
             f"{{ ::pullback<V>({', '.join(['z', *arguments, 'adjoint', 'before', *outputs])}); }}"
         ),
+        "pull": (
+            "pull(const V* z, const void* const* in, const V* adjoint, V* before) "
+            f"{{ ::pull<V>({', '.join(['z', *arguments, 'adjoint', 'before'])}); }}"
+        ),
     }
     numbers = {
         "dimension": body.dimension,
+        "carried": len(program.layout.counts),
         "inputs": len(sizes),
         "own_numbers": sum(size for size, own in zip(sizes, body.own, strict=True) if own),
         "summed_numbers": _total(sizes, [s and not every for s, every in zip(summed, shared, strict=True)]),
@@ -89,6 +116,7 @@ def _body_struct(program: Program, body: SampleBody, functions: dict[str, Functi
             "struct Body {",
             *(f"  static constexpr int {name} = {value};" for name, value in numbers.items()),
             f"  static constexpr int sizes[] = {{{', '.join(map(str, [*sizes, 0]))}}};",
+            f"  static constexpr int counts[] = {{{', '.join(map(str, program.layout.counts))}}};",
             *(f"  static constexpr bool {name}[] = {{{_flags(values)}}};" for name, values in tables.items()),
             *(f"  template <class V> static INLINE_MEMBER void {calls[name]}" for name in functions),
             "};",

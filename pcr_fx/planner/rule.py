@@ -35,7 +35,7 @@ JACOBIAN_BYTES = 256 * 2**20
 class Choice:
     """The solver of each direction (`"newton"` or `"sequential"`), and why.
 
-    `kernel` runs what is sequential, where there is one.
+    `kernel` runs what is sequential, and Newton's loop forward, where there is one.
     """
 
     forward: str
@@ -43,6 +43,11 @@ class Choice:
     reason: str
     asked_for: bool = False
     kernel: ChainKernel | None = None
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the chain runs block by block in one native kernel."""
+        return self.kernel is not None and self.forward == self.backward == "sequential"
 
     def leaves_alone(self, needs_gradient: bool) -> bool:
         """Whether a solve node has nothing to add: nobody asked for it, and all that runs is block by block."""
@@ -53,9 +58,9 @@ class Choice:
 def choose(solver: str, program: Program, samples: int, kernel: ChainKernel | str) -> Choice:
     """The solvers for `samples` independent samples of a chain with `kernel`, or with none for the reason given."""
     asked = f'asked for with solver="{solver}"'
-    if solver == "newton":
-        return Choice(solver, solver, asked, asked_for=True)
     native, why = _native(kernel, samples)
+    if solver == "newton":
+        return Choice(solver, solver, asked, asked_for=True, kernel=None if isinstance(kernel, str) else kernel)
     if solver == "sequential":
         return Choice(solver, solver, f"{asked}; {why}", asked_for=True, kernel=native)
     if native is not None:

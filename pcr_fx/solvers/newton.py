@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pcr_fx.body import Program
+from pcr_fx.kernels import ChainKernel
 from pcr_fx.linear import solve_recurrence
 from pcr_fx.solvers.outcome import Outcome, SolveStats
 
@@ -88,9 +89,17 @@ class _Iterate:
 
 
 def solve_newton(
-    program: Program, initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor], settings: Newton
+    program: Program,
+    initial: Tensor,
+    operands: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    settings: Newton,
+    kernel: ChainKernel | None = None,
 ) -> tuple[Tensor, SolveStats]:
     """The trajectory `[L, *batch, d]` from `initial` `[*batch, d]`, started from `initial` repeated.
+
+    By `kernel` if given, where the linear solver is left to it: there each sample iterates until it has converged
+    itself, and linear systems are solved in as many parts as there are threads.
 
     The residual in the stats is that of the trajectory returned, measured after the last correction. Whether it
     succeeded is `stats.outcome.success`; the trajectory of a failed solve is not to be used.
@@ -98,6 +107,10 @@ def solve_newton(
     iterate = _Iterate.repeat(initial, program)
     if initial.numel() == 0:
         return iterate.current, SolveStats(Outcome.CONVERGED)
+    if kernel is not None and settings.linear_solver == "auto" and kernel.is_ready("newton", initial):
+        solved = kernel.solve_newton(initial, operands, shared, settings.tolerance, settings.max_iterations)
+        trajectory, outcome, iterations, last = solved
+        return trajectory, SolveStats(Outcome[outcome], iterations, last)
     residual, best, best_at, iteration = math.inf, math.inf, 0, 0
     while True:
         last, jacobians = residual, None

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 #ifdef _OPENMP
@@ -14,7 +15,7 @@
 #define RESTRICT __restrict__
 #define UNROLL _Pragma("GCC unroll 8")
 
-// Closed in chain.h. Many chains are loaded into one process, with a `Body` each: a linker that took two of them for the
+// Closed behind the drivers. Many chains are loaded into one process, with a `Body` each: a linker that took two of them for the
 // same, as it does for what templates and inline variables leave behind, would give one chain the sizes of another.
 namespace {
 
