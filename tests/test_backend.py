@@ -14,7 +14,7 @@ from torch import nn
 
 import pcr_fx
 
-EAGER = {"solver": "newton", "inner_backend": "eager"}
+EAGER = {"solver": "newton", "kernels": False, "inner_backend": "eager"}
 
 
 @pytest.fixture(autouse=True)
