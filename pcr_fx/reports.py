@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from tabulate import tabulate
 from torch import fx
 
@@ -41,13 +42,40 @@ class ChainEntry:
         return outcome if isinstance(outcome, Plan) else self.planned
 
     @property
+    def present_choice(self) -> Choice | None:
+        return (self.node.choice if self.node is not None else None) or self.choice
+
+    @property
     def reason(self) -> str:
         """Why these solvers."""
         outcome = self.node.outcome if self.node is not None else None
         if isinstance(outcome, BodyError):
             return f"block by block: {outcome}"
-        choice = (self.node.choice if self.node is not None else None) or self.choice
+        choice = self.present_choice
         return choice.reason if choice is not None else "chosen at the first call"
+
+    def _memory(self, plan: Plan, forward: str, backward: str) -> int:
+        """Bytes of the Jacobians `[L, *batch, d, d]`, which a reduction in PyTorch's ops holds about twice over.
+
+        Native code holds those of one sample a thread.
+        """
+        one = plan.program.length * plan.program.dimension**2 * plan.program.dtype.itemsize
+        in_ops = [
+            solver == "newton" and not self._is_native(solver, direction)
+            for direction, solver in (("forward", forward), ("backward", backward))
+        ]
+        if any(in_ops):
+            return 2 * _samples(plan) * one
+        return min(_samples(plan), torch.get_num_threads()) * one if forward == "newton" else 0
+
+    def _is_native(self, solver: str, direction: str) -> bool:
+        """Whether `solver` runs as native code in this direction."""
+        choice = self.present_choice
+        if choice is None or choice.kernel is None:
+            return False
+        if solver == "newton":
+            return direction == "forward" and self.options.linear_solver == "auto"
+        return solver == "sequential"
 
     def to_dict(self) -> dict[str, Any]:
         plan, record = self.plan, self.node.record if self.node is not None else None
@@ -59,7 +87,13 @@ class ChainEntry:
         iterations = last.iterations if last else None
         steps = None
         if iterations is not None and forward == "newton" and last is not None and last.fallback is None:
-            steps = iterations * sequential_depth(self.chain.length, self.options.linear_solver)
+            native = self._is_native(forward, "forward")
+            depth = (
+                _native_depth(plan)
+                if native and plan
+                else sequential_depth(self.chain.length, self.options.linear_solver)
+            )
+            steps = iterations * depth
         return {
             "modules": self.chain.origin.modules,
             "source": self.chain.origin.source,
@@ -72,6 +106,8 @@ class ChainEntry:
             "rewritten": self.node is not None,
             "solver_forward": forward,
             "solver_backward": backward,
+            "native_forward": self._is_native(forward, "forward"),
+            "native_backward": self._is_native(backward, "backward"),
             "reason": self.reason,
             "calls": record.forward_calls if record else 0,
             "iterations": iterations,
@@ -82,7 +118,7 @@ class ChainEntry:
             "fallback_reason": str(last.fallback) if last and last.fallback else None,
             "sequential_depth_before": self.chain.length,
             "sequential_depth_after": steps if steps is not None else (self.chain.length if last else None),
-            "extra_memory_bytes": _memory(plan) if plan and "newton" in (forward, backward) else 0,
+            "extra_memory_bytes": self._memory(plan, forward, backward) if plan else 0,
             "samples": samples,
         }
 
@@ -189,11 +225,10 @@ def _samples(plan: Plan) -> int:
     return math.prod(state.shape[dim] for dim in plan.program.layout.batch_dims)
 
 
-def _memory(plan: Plan) -> int:
-    """Bytes of the Jacobians `[L, *batch, d, d]`, which the reduction holds about twice over."""
-    program = plan.program
-    itemsize = program.signature.states[0].dtype.itemsize
-    return 2 * program.length * _samples(plan) * program.dimension**2 * itemsize
+def _native_depth(plan: Plan) -> int:
+    """Steps one after another in an iteration of native Newton: threads that samples leave idle share the blocks."""
+    parts = max(1, torch.get_num_threads() // max(_samples(plan), 1))
+    return math.ceil(plan.program.length / parts)
 
 
 def _shapes(plan: Plan | None) -> Any:
@@ -224,7 +259,7 @@ def _chain_table(number: int, entry: dict[str, Any]) -> str:
         ("blocks", f"{entry['length']} of {' > '.join(entry['body_ops'])}"),
         ("source", entry["source"] or "unknown"),
         ("state", state),
-        ("solver", f"forward {entry['solver_forward']}, backward {entry['solver_backward']}"),
+        ("solver", ", ".join(_solver(entry, direction) for direction in ("forward", "backward"))),
         ("because", textwrap.fill(entry["reason"], 90)),
         ("iterations", "-" if entry["iterations"] is None else entry["iterations"]),
         ("residual", residual),
@@ -236,6 +271,11 @@ def _chain_table(number: int, entry: dict[str, Any]) -> str:
         rows.append((f"dim {dim} is coupled", reason))
     title = f"Chain {number}: {entry['modules']}" + ("" if entry["rewritten"] else " (found and left alone)")
     return f"{title}\n" + tabulate(rows, tablefmt="presto", disable_numparse=True)
+
+
+def _solver(entry: dict[str, Any], direction: str) -> str:
+    native = " (native kernel)" if entry[f"native_{direction}"] else ""
+    return f"{direction} {entry[f'solver_{direction}']}{native}"
 
 
 def _fallbacks(entry: dict[str, Any]) -> str:

@@ -50,11 +50,13 @@ class ChainKernel:
         program: the chain.
         body: one block on one sample.
         operations: scalar operations of a block and sample, forward and backward.
+        failure: why one of its libraries could not be compiled.
     """
 
     program: Program
     body: SampleBody
     operations: tuple[int, int]
+    failure: str | None = None
     _shapes: dict[torch.Size, list[tuple[int, ...] | None]] = field(default_factory=dict)
     _runs: dict[tuple[str, bool], Run | None] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -269,7 +271,9 @@ class ChainKernel:
         try:
             return load(chain_source(self.program, self.body, direction, vectors)).run
         except CompilerError as error:
-            log.warning("%s; the chain runs in PyTorch's ops instead", error)
+            if self.failure is None:
+                log.warning("%s; the chain runs in PyTorch's ops instead", error)
+            self.failure = str(error)
             return None
 
 

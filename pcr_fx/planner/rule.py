@@ -60,7 +60,8 @@ def choose(solver: str, program: Program, samples: int, kernel: ChainKernel | st
     asked = f'asked for with solver="{solver}"'
     native, why = _native(kernel, samples)
     if solver == "newton":
-        return Choice(solver, solver, asked, asked_for=True, kernel=None if isinstance(kernel, str) else kernel)
+        usable = None if isinstance(kernel, str) or kernel.failure is not None else kernel
+        return Choice(solver, solver, asked, asked_for=True, kernel=usable)
     if solver == "sequential":
         return Choice(solver, solver, f"{asked}; {why}", asked_for=True, kernel=native)
     if native is not None:
@@ -71,8 +72,9 @@ def choose(solver: str, program: Program, samples: int, kernel: ChainKernel | st
 
 def _native(kernel: ChainKernel | str, samples: int) -> tuple[ChainKernel | None, str]:
     """The kernel if it pays, and why it does or does not."""
-    if isinstance(kernel, str):
-        return None, f"no native kernel: {kernel}"
+    failure = kernel if isinstance(kernel, str) else kernel.failure
+    if isinstance(kernel, str) or failure is not None:
+        return None, f"no native kernel: {failure}"
     operations = max(samples, 1) * kernel.operations[0]
     if operations > KERNEL_OPERATIONS:
         return None, f"no native kernel: a block has {operations} scalar operations, more than {KERNEL_OPERATIONS}"
