@@ -11,6 +11,8 @@ import numpy as np
 # `_WINDOW` ops before its period is missed.
 _LOOK_AHEAD = 8
 _WINDOWS = (1, 4, 16)
+# Windows by which a recurrence is told from an accident.
+_TELLING = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -38,34 +40,62 @@ def find_runs(sequence: Sequence[Hashable], min_length: int) -> Iterator[Run]:
 
 
 def _candidate_periods(numbers: np.ndarray, min_length: int) -> list[int]:
+    codes = _window_codes(numbers)
     periods: set[int] = set()
     for window in _WINDOWS:
-        if len(numbers) >= window:
-            periods |= _recurring_distances(_window_codes(numbers, window), min_length)
+        if window in codes:
+            periods |= _recurring_distances(codes, window, min_length)
     return sorted(periods)
 
 
-def _window_codes(numbers: np.ndarray, window: int) -> np.ndarray:
-    """One code for each window of the sequence; equal windows have equal codes."""
-    codes, width = numbers, 1
-    while width < window:
-        pairs = codes[:-width] * (int(codes.max(initial=0)) + 1) + codes[width:]
-        codes = np.unique(pairs, return_inverse=True)[1].astype(np.int64)
-        width *= 2
-    return codes
+def _window_codes(numbers: np.ndarray) -> dict[int, np.ndarray]:
+    """By width, one code for each window of the sequence; equal windows have equal codes."""
+    found = {1: numbers}
+    for width in _TELLING[1:]:
+        codes, half = found[width // 2], width // 2
+        if len(numbers) < width:
+            break
+        pairs = codes[:-half] * (int(codes.max(initial=0)) + 1) + codes[half:]
+        found[width] = np.unique(pairs, return_inverse=True)[1].astype(np.int64)
+    return found
 
 
-def _recurring_distances(codes: np.ndarray, min_length: int) -> set[int]:
+def _recurring_distances(every: dict[int, np.ndarray], window: int, min_length: int) -> set[int]:
+    codes = every[window]
     order = np.argsort(codes, kind="stable")
     grouped = codes[order]
     found: set[int] = set()
     for ahead in range(1, _LOOK_AHEAD + 1):
         same = grouped[ahead:] == grouped[:-ahead]
-        distances = (order[ahead:] - order[:-ahead])[same]
+        first = order[:-ahead][same]
+        distances = order[ahead:][same] - first
+        distances = distances[_is_no_accident(every, first, distances, min_length)]
         values, counts = np.unique(distances, return_counts=True)
         longest = len(codes) // min_length + 1
         found.update(int(v) for v in values[(counts >= min_length - 1) & (values <= longest)])
     return found
+
+
+def _is_no_accident(
+    codes: dict[int, np.ndarray], first: np.ndarray, distances: np.ndarray, min_length: int
+) -> np.ndarray:
+    """Whether what recurs at some distance does so before or after `first` as long as it would in a run.
+
+    In a run, `(min_length - 1) * distance` elements in a row equal the ones at that distance: half of them before `first`
+    or half of them from it on. In random ops nearly nothing else recurs that long.
+    """
+    kept = np.zeros(len(first), dtype=bool)
+    widths = np.array(list(codes))
+    half = ((min_length - 1) * distances + 1) // 2
+    chosen = np.searchsorted(widths, half, side="right") - 1
+    for index, width in enumerate(widths.tolist()):
+        among = np.flatnonzero(chosen == index)
+        for start in (first[among], first[among] - width + 1):
+            stop = start + distances[among]
+            inside = (start >= 0) & (stop < len(codes[width]))
+            equal = codes[width][start[inside]] == codes[width][stop[inside]]
+            kept[among[inside][equal]] = True
+    return kept
 
 
 def _true_stretches(flags: np.ndarray) -> list[tuple[int, int]]:

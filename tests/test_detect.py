@@ -1,9 +1,11 @@
 """Which chains are found in which models, in both dialects, and why the others are not."""
 
+import random
 import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from models import ResidualBlock, ResidualNet, plain_mlp
 from torch import Tensor, nn
 
 import pcr_fx
+from pcr_fx.passes.periods import _candidate_periods, find_runs
 
 # In PyTorch's ops; test_kernels.py has native code.
 NEWTON = {"solver": "newton", "kernels": False}
@@ -395,3 +398,14 @@ def test_random_chains_with_one_thing_changed(seed: int) -> None:
     assert_same(fast, model, x, 1e-9)
     # A write to a state may be seen by the blocks after it, so that none of them is taken.
     assert fast.report.chains or length - odd - 1 < 8 or change == 7
+
+
+def test_a_run_is_found_among_many_that_are_accidents() -> None:
+    draw = random.Random(0)
+    noise = [draw.randrange(8) for _ in range(60_000)]
+    block = [draw.randrange(8) for _ in range(37)]
+    sequence = [*noise[:20_000], *(block * 9), *noise[20_000:]]
+    runs = [run for run in find_runs(sequence, 8) if run.period == 37]
+    assert any(run.start <= 20_000 and run.stop >= 20_000 + 9 * 37 for run in runs)
+    # Each candidate costs a pass over the sequence: they must stay few, whatever its length.
+    assert len(_candidate_periods(np.array(sequence), 8)) < 200
