@@ -434,6 +434,7 @@ def _is_plain_call() -> bool:
     """Whether nothing looks on that wants to see operators: no compiler, function transform, mode or autocast."""
     return not (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch.is_autocast_enabled("cpu")

@@ -436,3 +436,16 @@ def test_recurrences_whose_inputs_follow_the_batch(kind: Any, batch: int) -> Non
     for ours in results[1:]:
         for got, true in zip(ours, results[0], strict=True):
             assert relative_error(got, true) <= 1e-11
+
+
+@pytest.mark.parametrize("calls_before", [0, 2])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_jit_trace_records_the_chain(calls_before: int) -> None:
+    model, x = Deep("residual", 9 + calls_before), states("residual", 3)
+    fast = pcr_fx.transform(model)
+    for _ in range(calls_before):
+        fast(x)
+    traced = torch.jit.trace(fast, x)
+    for other in (x, 2 * x):
+        torch.testing.assert_close(traced(other), model(other))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pcr_fx.body import Program
+from pcr_fx.body.isolation import isolated
 from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.codegen import Unprintable
 from pcr_fx.kernels.build import CompilerError, check_compiler, load
@@ -267,6 +268,7 @@ class ChainKernel:
                     self._runs[key] = self._built(direction, vectors)
         return self._runs[key]
 
+    @isolated
     def _built(self, direction: str, vectors: bool) -> Run | None:
         try:
             return load(chain_source(self.program, self.body, direction, vectors)).run

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pcr_fx.body import Program, Signature, build_program
+from pcr_fx.body.isolation import isolated
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.kernels import ChainKernel
@@ -38,7 +39,7 @@ class Plan:
 
     def choice(self, state: Tensor) -> Choice:
         """The solvers for a flat state `[*batch, d]`."""
-        samples = math.prod(state.shape[:-1])
+        samples = int(math.prod(state.shape[:-1]))  # `torch.jit.trace` makes tensors of sizes
         return choose(self.options.solver, self.program, samples, self.kernel)
 
 
@@ -50,6 +51,7 @@ def plan_by_key(key: str) -> Plan:
     return _plans[key]
 
 
+@isolated
 def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
     """The plan of `chain` for tensors of `signature`; equal content gives one plan.
 
