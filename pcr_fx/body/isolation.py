@@ -20,7 +20,8 @@ def isolated(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
     """`function`, run in a thread of its own, one such thread at a time.
 
     A new thread starts without the caller's `torch.func` transforms, saved-tensor hooks, inference mode, autocast and
-    `torch.jit.trace`, under which tracing fails or crashes. And FX's tracer patches global state, so that two traces at once break both.
+    `torch.jit.trace`, under which tracing fails or crashes. And FX's tracer patches global state, so that two traces at
+    once break both.
     """
 
     @functools.wraps(function)
