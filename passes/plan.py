@@ -17,7 +17,7 @@ from pcr_fx.node import solved_dtype
 from pcr_fx.options import Options
 from pcr_fx.passes.detect import Detection, FoundChain, Rejected
 from pcr_fx.passes.rewrite import explain_unsortable, sortable_chains
-from pcr_fx.planner import Choice, Plan, choose, make_plan
+from pcr_fx.planner import Choice, Plan, Tensors, make_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,39 @@ def _plan_chain(found: FoundChain, attributes: dict[str, Any], options: Options)
     _fix_other_sizes(groups, plan)
     layout = plan.program.layout
     samples = math.prod(signature.states[0].shape[dim] for dim in layout.batch_dims)
-    return PlannedChain(found, plan, choose(options.solver, plan.program, samples, plan.kernel))
+    return PlannedChain(found, plan, plan.choice(samples))
+
+
+def measure_chains(planned: Sequence[PlannedChain], values: dict[fx.Node, torch.Tensor]) -> list[PlannedChain]:
+    """Choose by measurement where that is wanted: on the tensors there are, and others of their shapes.
+
+    Args:
+        values: the real inputs of the graph.
+    """
+    return [item if item.plan is None else _measured(item, item.plan, values) for item in planned]
+
+
+def _measured(item: PlannedChain, plan: Plan, values: dict[fx.Node, torch.Tensor]) -> PlannedChain:
+    found, signature, needs_gradient = item.found, plan.program.signature, torch.is_grad_enabled()
+    states = [_stand_in(n, s, values) for n, s in zip(found.initial, signature.states, strict=True)]
+    initial = plan.program.layout.flatten(states)
+    if not plan.wants_measuring(plan.samples(initial), needs_gradient):
+        return item
+    columns = zip(found.operands, signature.operands, strict=True)
+    operands = [torch.stack([_stand_in(node, spec, values) for node in column]) for column, spec in columns]
+    shared = [_stand_in(n, s, values) for n, s in zip(found.shared, signature.shared, strict=True)]
+    tensors = Tensors(initial, [*operands, *plan.program.literals], shared, are_stacked=bool(operands))
+    return replace(item, choice=plan.measure(tensors, needs_gradient))
+
+
+def _stand_in(node: fx.Node, spec: TensorSpec, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
+    """The node's value where it is an input, else random numbers, or zeros, of its shape."""
+    if node in values:
+        return values[node].detach().to(spec.dtype)
+    if not spec.dtype.is_floating_point:
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device)
+    generator = torch.Generator(spec.device).manual_seed(0)
+    return torch.randn(spec.shape, dtype=spec.dtype, device=spec.device, generator=generator)
 
 
 def _value(node: fx.Node, attributes: dict[str, Any]) -> Any:

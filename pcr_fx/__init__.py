@@ -16,6 +16,7 @@ from pcr_fx.errors import (
 from pcr_fx.explicit import TransformedModule, transform
 from pcr_fx.introspect import explain, report
 from pcr_fx.options import Options
+from pcr_fx.planner import cached_plans, clear_plans
 from pcr_fx.reports import RewriteReport
 from pcr_fx.solve import ChainSolution, solve_chain
 from pcr_fx.solvers import Outcome, SolveStats
@@ -33,6 +34,8 @@ __all__ = [
     "SolveStats",
     "TransformedModule",
     "UnsupportedError",
+    "cached_plans",
+    "clear_plans",
     "explain",
     "report",
     "solve_chain",

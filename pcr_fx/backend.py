@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.passes.split_module import split_module
 
 from pcr_fx.errors import OptionError
-from pcr_fx.node import InputColumn, SolveNode, stack_operands
+from pcr_fx.node import SolveNode
+from pcr_fx.operands import InputColumn, stack_operands
 from pcr_fx.options import Options
 from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.inline import holds_regions, inline_regions
 from pcr_fx.passes.normalise import normalise_graph
-from pcr_fx.passes.plan import plan_chains
+from pcr_fx.passes.plan import measure_chains, plan_chains
 from pcr_fx.passes.rewrite import is_barrier, rewrite_chains
 from pcr_fx.reports import RewriteReport, build_report, merge_reports
 
@@ -37,32 +39,36 @@ def deeppcr(
 
     Args:
         graph_module: the captured graph.
-        example_inputs: as Dynamo passes them; only handed on.
+        example_inputs: as Dynamo passes them. Chains are measured on those that are real tensors.
         mode: `torch.compile`'s `mode`, handed on to the inner backend.
         options: the fields of `pcr_fx.Options`.
     """
     settings = Options.of(options)
     compile_rest = _inner_backend(settings, mode)
-    report, native = rewrite_captured(graph_module, settings)
+    report, native = rewrite_captured(graph_module, example_inputs, settings)
     _remember(report)
     if native:
         return compile_around(graph_module, compile_rest)
     return compile_rest(graph_module, example_inputs)
 
 
-def rewrite_captured(graph_module: fx.GraphModule, options: Options) -> tuple[RewriteReport, bool]:
+def rewrite_captured(
+    graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[RewriteReport, bool]:
     """Rewrite a graph captured by Dynamo in place. One without a chain keeps its marked regions.
 
     Returns:
         The report, and whether all chains run as native kernels that can be called apart from the rest.
     """
     graph = inline_regions(graph_module) if holds_regions(graph_module.graph) else graph_module.graph
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     normalise_graph(graph)
     attributes = _attributes(graph_module, graph)
     planned, rejected = plan_chains(graph, find_chains(graph, attributes, options.min_length), attributes, options)
     needs_gradient = torch.is_grad_enabled()
+    planned = measure_chains(planned, _real_inputs(placeholders, example_inputs))
     active = [item for item in planned if not item.left_alone(needs_gradient)]
-    native = all(item.choice is not None and item.choice.is_native for item in active)
+    native = all(item.choice is not None and item.choice.is_native(needs_gradient) for item in active)
     # What changes how ops run may not be cut off from those that it changes.
     native = native and bool(active) and not any(map(is_barrier, graph.nodes))
     nodes = [SolveNode(item.found.chain, options, item.plan, item.found.taps) for item in active]
@@ -81,6 +87,12 @@ def rewrite_captured(graph_module: fx.GraphModule, options: Options) -> tuple[Re
             "torch._dynamo.config.optimize_ddp = False keeps it whole"
         )
     return report, native
+
+
+def _real_inputs(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> dict[fx.Node, torch.Tensor]:
+    """The inputs that hold numbers: some callers only give shapes."""
+    pairs = zip(placeholders, example_inputs, strict=False)
+    return {node: value for node, value in pairs if isinstance(value, torch.Tensor) and not is_fake(value)}
 
 
 class _Columns:

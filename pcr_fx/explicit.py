@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import fx, nn
 
 from pcr_fx.errors import UnsupportedError
-from pcr_fx.node import Attributes, SolveNode, Source, StackedAttributes, Watched, stack_operands
+from pcr_fx.node import SolveNode
+from pcr_fx.operands import Attributes, Source, StackedAttributes, Watched, stack_operands
 from pcr_fx.options import Options
-from pcr_fx.packing import Pack, pack_columns
+from pcr_fx.packing import CONTAINER, Pack, pack_columns
 from pcr_fx.passes.capture import Captured, bind_to, capture_model
 from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.normalise import normalise_graph
@@ -144,16 +146,29 @@ class TransformedModule(nn.Module):
                 source.sources = list(map(packed, source.sources))
 
     def _rewrite(self, example_inputs: Any) -> _Variant:
-        for pack in self._pcr_packs:
-            pack.put_back()
-        try:
+        with self._unpacked():
             captured, run, report = rewrite_model(self._model(), example_inputs, self._pcr_options, self._pcr_changes)
-        finally:
-            for pack in self._pcr_packs:
-                pack.take_out()
         self._use_packs(run)
         modes = [(self.get_submodule(name), mode) for name, mode in captured.modes.items()]
         return _Variant(captured, run, report, modes)
+
+    @contextlib.contextmanager
+    def _unpacked(self) -> Iterator[None]:
+        """The model as it was, with the blocks' own parameters, and no others: a Sequential calls whatever it holds."""
+        container = self._modules.pop(CONTAINER, None) if self._pcr_packs else None
+        for pack in self._pcr_packs:
+            pack.put_back()
+        try:
+            yield
+        finally:
+            for pack in self._pcr_packs:
+                pack.take_out()
+            if container is not None:
+                self._modules[CONTAINER] = container
+
+    def __repr__(self) -> str:
+        with self._unpacked():  # modules look at their parameters to say what they are
+            return super().__repr__()
 
     def _model(self) -> nn.Module:
         """The model again, in this module's state."""

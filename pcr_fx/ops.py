@@ -1,90 +1,41 @@
 """The operators that a solve node calls: tensors in, tensors out, opaque to every compiler.
 
-They have no autograd formula of their own (`node.py` holds it): an operator with `register_autograd` returns zero
+They have no autograd formula of their own (`derivatives.py` holds it): an operator with `register_autograd` returns zero
 tangents under forward-mode differentiation without a word.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pcr_fx.errors import SolveError, UnsupportedError
-from pcr_fx.planner import Plan, plan_by_key
+from pcr_fx.kernels import GpuKernel
+from pcr_fx.planner import Plan, Tensors, Way, plan_by_key
+from pcr_fx.record import SolveRecord, place_of, record_of
 from pcr_fx.solvers import (
     Outcome,
     SolveStats,
     adjoint_sequential,
     adjoint_transposed,
-    solve_newton,
+    solve_iteratively,
     solve_sequential,
 )
 
 log = logging.getLogger(__name__)
 
-_records: weakref.WeakValueDictionary[int, SolveRecord] = weakref.WeakValueDictionary()
-_record_ids = itertools.count()
 
-
-@dataclass(eq=False)
-class SolveRecord:
-    """What happened at one solve node so far. `name` is how the log calls it."""
-
-    name: str
-    forward_calls: int = 0
-    backward_calls: int = 0
-    solver_forward: str | None = None
-    solver_backward: str | None = None
-    last: SolveStats | None = None
-    fallbacks: int = 0
-    fallbacks_backward: int = 0
-    id: int = field(default_factory=lambda: next(_record_ids))
-
-    def __post_init__(self) -> None:
-        _records[self.id] = self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy is another record, perhaps in another process.
-        self.__dict__.update(state, id=next(_record_ids))
-        self.__post_init__()
-
-    def forward(self, solver: str, stats: SolveStats) -> None:
-        self.forward_calls += 1
-        self.solver_forward, self.last = solver, stats
-        if stats.fallback is not None:
-            self.fallbacks += 1
-        log.debug(
-            "%s: forward by %s, %d iterations, residual %.2e", self.name, solver, stats.iterations, stats.residual
-        )
-
-    def backward(self, solver: str, fallback: bool) -> None:
-        self.backward_calls += 1
-        self.solver_backward = solver
-        self.fallbacks_backward += fallback
-        log.debug("%s: backward by %s", self.name, solver)
-
-
-def _record(record: int) -> SolveRecord:
-    """The node's record; a throw-away one when the node is gone but its compiled code still runs."""
-    return _records.get(record) or SolveRecord("a chain whose module is gone")
-
-
-# It reads its residual on the host, which a CUDA graph cannot record.
-_HOST_SYNC = (torch.Tag.cudagraph_unsafe,)
-
-
-@torch.library.custom_op("pcr_fx::solve", mutates_args=(), tags=_HOST_SYNC)
-def solve(initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor], plan: str, record: int) -> Tensor:
+def solve_here(
+    initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor], plan: str, record: int
+) -> Tensor:
     """The trajectory `[L, *batch, d]` of the chain that `plan` names, from `initial` `[*batch, d]`."""
-    with torch.autocast(initial.device.type, enabled=False):
-        return _solve(initial, operands, shared, plan_by_key(plan), _record(record))
+    with torch.autocast(initial.device.type, enabled=False), torch.cuda.device_of(initial):
+        return _solve(initial, operands, shared, plan_by_key(plan), record_of(record))
 
 
 def _solve(
@@ -92,24 +43,73 @@ def _solve(
 ) -> Tensor:
     program = plan.program
     every = [*operands, *program.literals]
-    choice = plan.choice(initial)
-    solver = choice.forward
-    if solver == "sequential":
-        trajectory, stats = solve_sequential(program, initial, every, shared, choice.kernel)
-        record.forward(solver, stats)
+    samples = plan.samples(initial)
+    if plan.wants_another_look(samples):
+        plan.measure(Tensors(initial, every, shared), needs_gradient=False, with_eager=False)
+    choice = plan.choice(samples)
+    way = choice.forward
+    if isinstance(way.kernel, GpuKernel):
+        return _solve_on_gpu(way.kernel, way.solver, initial, every, shared, plan, record)
+    if way.solver == "sequential":
+        trajectory, stats = solve_sequential(program, initial, every, shared, way.kernel)
+        record.forward(way.solver, stats)
         return trajectory
-    trajectory, stats = solve_newton(program, initial, every, shared, plan.newton, choice.kernel)
-    if not stats.outcome.success:
-        stats = _failed(stats, plan, record)
-        trajectory, _ = solve_sequential(program, initial, every, shared, choice.kernel)
-    record.forward(solver, stats)
+    if plan.options.on_failure == "fallback" and not record.rest.passes():
+        trajectory, stats = solve_sequential(program, initial, every, shared, plan.fallback_kernel(samples))
+        record.forward("sequential", stats)
+        return trajectory
+    settings = replace(plan.settings, window=way.window)
+    start = _start(initial, plan, record)
+    trajectory, stats = solve_iteratively(program, initial, every, shared, way.solver, settings, way.kernel, start)
+    if stats.outcome.success:
+        record.rest.succeeded()
+        if plan.options.start == "previous":
+            record.remember(trajectory.clone())
+    else:
+        stats = _failed(stats, way, plan, record)
+        record.rest.failed()
+        trajectory, _ = solve_sequential(program, initial, every, shared, plan.fallback_kernel(samples))
+    plan.learn(samples, stats)
+    record.forward(way.solver, stats)
     return _owned([trajectory], [initial, *operands, *shared])[0]
 
 
-def _failed(stats: SolveStats, plan: Plan, record: SolveRecord) -> SolveStats:
+def _start(initial: Tensor, plan: Plan, record: SolveRecord) -> Tensor | None:
+    """The trajectory to start from, if there is one better than the initial state repeated."""
+    if plan.options.start != "previous":
+        return None
+    return record.trajectories.get(place_of(initial))
+
+
+def _solve_on_gpu(
+    kernel: GpuKernel,
+    solver: str,
+    initial: Tensor,
+    operands: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    plan: Plan,
+    record: SolveRecord,
+) -> Tensor:
+    """Nothing here waits for the GPU, unless a failure is to raise."""
+    if solver == "sequential":
+        record.forward(solver, SolveStats(Outcome.SEQUENTIAL))
+        return kernel.solve(initial, operands, shared)
+    raises = plan.options.on_failure == "raise"
+    settings, length = plan.settings, plan.program.length
+    trajectory, stats = kernel.solve_newton(
+        initial, operands, shared, settings.tolerance, settings.limit(solver, length), fall_back=not raises
+    )
+    record.queued(solver, stats)
+    if raises and (last := record.last) is not None and not last.outcome.success:
+        _failed(last, Way(solver, kernel), plan, record)
+    return trajectory
+
+
+def _failed(stats: SolveStats, way: Way, plan: Plan, record: SolveRecord) -> SolveStats:
+    solver = "Newton" if way.solver == "newton" else way.solver
     message = (
-        f"{record.name}: Newton did not solve the chain of {plan.program.length} blocks: {stats.outcome} "
-        f"(residual {stats.residual:.2e}, tolerance {plan.newton.tolerance:.2e}, {stats.iterations} iterations)"
+        f"{record.name}: {solver} did not solve the chain of {plan.program.length} blocks: {stats.outcome} "
+        f"(residual {stats.residual:.2e}, tolerance {plan.settings.tolerance:.2e}, {stats.iterations} iterations)"
     )
     if plan.options.on_failure == "raise":
         raise SolveError(message)
@@ -118,13 +118,13 @@ def _failed(stats: SolveStats, plan: Plan, record: SolveRecord) -> SolveStats:
     return SolveStats(Outcome.SEQUENTIAL, stats.iterations, 0.0, fallback=stats.outcome)
 
 
-@solve.register_fake
-def _(initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor], plan: str, record: int) -> Tensor:
+def _fake_solve(
+    initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor], plan: str, record: int
+) -> Tensor:
     return initial.new_empty((plan_by_key(plan).program.length, *initial.shape))
 
 
-@torch.library.custom_op("pcr_fx::adjoint", mutates_args=(), tags=_HOST_SYNC)
-def adjoint(
+def adjoint_here(
     initial: Tensor,
     trajectory: Tensor,
     operands: Sequence[Tensor],
@@ -134,8 +134,8 @@ def adjoint(
     record: int,
 ) -> list[Tensor]:
     """Cotangents `[d_initial, *d_operands, *d_shared]`, of floating and complex operands only, in this order."""
-    with torch.autocast(initial.device.type, enabled=False):
-        return _adjoint(initial, trajectory, operands, shared, cotangents, plan_by_key(plan), _record(record))
+    with torch.autocast(initial.device.type, enabled=False), torch.cuda.device_of(initial):
+        return _adjoint(initial, trajectory, operands, shared, cotangents, plan_by_key(plan), record_of(record))
 
 
 def _adjoint(
@@ -149,17 +149,30 @@ def _adjoint(
 ) -> list[Tensor]:
     program = plan.program
     every = [*operands, *program.literals]
-    choice = plan.choice(initial)
-    solver, fallback = choice.backward, False
-    result: tuple[Tensor, ...]
+    samples = plan.samples(initial)
+    way, fallback = plan.choice(samples).backward, False
+    result: Sequence[Tensor]
+    if isinstance(way.kernel, GpuKernel):
+        # Where the reduction is not accurate, the kernels go block by block on their own.
+        result, _ = way.kernel.solve_adjoint(initial, trajectory, every, shared, cotangents, way.solver)
+        record.backward(way.solver, False)
+        return _owned(result, [initial, trajectory, *operands, *shared, cotangents])
+    solver = way.solver
+    if solver != "sequential" and plan.options.on_failure == "fallback" and not record.rest_backward.passes():
+        solver = "sequential"
     if solver == "newton":
         previous = torch.cat([initial.unsqueeze(0), trajectory[:-1]])
-        result, accurate = adjoint_transposed(program, previous, every, shared, cotangents, plan.options.linear_solver)
+        method = plan.options.linear_solver
+        result, accurate = adjoint_transposed(program, previous, every, shared, cotangents, method, way.window)
         fallback = not accurate
         if fallback:
             _failed_adjoint(plan, record)
+            record.rest_backward.failed()
+        else:
+            record.rest_backward.succeeded()
     if solver == "sequential" or fallback:
-        result = adjoint_sequential(program, initial, trajectory, every, shared, cotangents, choice.kernel)
+        kernel = plan.fallback_kernel(samples) if way.solver == "newton" else way.kernel
+        result = adjoint_sequential(program, initial, trajectory, every, shared, cotangents, kernel)
     record.backward(solver, fallback)
     return _owned(result, [initial, trajectory, *operands, *shared, cotangents])
 
@@ -189,8 +202,7 @@ def _failed_adjoint(plan: Plan, record: SolveRecord) -> None:
     log.log(level, "%s; its backward ran sequentially instead", message)
 
 
-@adjoint.register_fake
-def _(
+def _fake_adjoint(
     initial: Tensor,
     trajectory: Tensor,
     operands: Sequence[Tensor],
@@ -210,17 +222,6 @@ def _(
         if need
     ]
     return [tensor.new_empty(tensor.shape) for tensor in (initial, *wanted)]
-
-
-@torch.library.custom_op("pcr_fx::stack", mutates_args=())
-def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.stack(tensors)`. As one opaque operator, since a compiler would emit code for each of thousands."""
-    return torch.stack(list(tensors)).contiguous()  # stacked, channels-last weights keep their order in memory
-
-
-@stack.register_fake
-def _(tensors: Sequence[Tensor]) -> Tensor:
-    return tensors[0].new_empty((len(tensors), *tensors[0].shape))
 
 
 def _register_vmap(op: Any) -> None:
@@ -244,5 +245,40 @@ def _register_vmap(op: Any) -> None:
         return [torch.stack(parts) for parts in zip(*results, strict=True)], [0] * len(results[0])
 
 
-for _op in (solve, adjoint, stack):
-    _register_vmap(_op)
+def _operator(name: str, run: Callable[..., Any], fake: Callable[..., Any], *tags: torch.Tag) -> Any:
+    op = torch.library.custom_op(f"pcr_fx::{name}", run, mutates_args=(), tags=tags)
+    op.register_fake(fake)
+    _register_vmap(op)
+    return op
+
+
+def stack_here(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack(tensors)`. As one opaque operator, since a compiler would emit code for each of thousands."""
+    return torch.stack(list(tensors)).contiguous()  # stacked, channels-last weights keep their order in memory
+
+
+def _fake_stack(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0].new_empty((len(tensors), *tensors[0].shape))
+
+
+# Where the residual is read on the host, which a CUDA graph cannot record; and where nothing waits.
+solve = _operator("solve", solve_here, _fake_solve, torch.Tag.cudagraph_unsafe)
+adjoint = _operator("adjoint", adjoint_here, _fake_adjoint, torch.Tag.cudagraph_unsafe)
+solve_queued = _operator("solve_queued", solve_here, _fake_solve)
+adjoint_queued = _operator("adjoint_queued", adjoint_here, _fake_adjoint)
+stack = _operator("stack", stack_here, _fake_stack)
+
+
+def waits(plan: Plan) -> bool:
+    """Whether solves by this plan may read on the host how they went."""
+    if not isinstance(plan.kernel, GpuKernel):
+        return plan.options.solver != "sequential"
+    choice = plan.choice(plan.expected_samples)
+    iterates = [way for way in (choice.forward, choice.backward) if way.solver != "sequential"]
+    raises = plan.options.on_failure == "raise"
+    return any(raises or not isinstance(way.kernel, GpuKernel) for way in iterates)
+
+
+def operators_for(plan: Plan) -> tuple[Any, Any]:
+    """The operators that solve the chain of `plan` and its adjoint; which decides what CUDA graphs may hold."""
+    return (solve, adjoint) if waits(plan) else (solve_queued, adjoint_queued)

@@ -10,10 +10,47 @@ from typing import Any
 from pcr_fx.errors import OptionError
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "solver": ("auto", "newton", "sequential"),
+    "solver": ("auto", "newton", "quasi-newton", "picard", "jacobi", "sequential"),
     "linear_solver": ("auto", "cyclic_reduction", "parallel_cyclic_reduction", "sequential"),
+    "start": ("repeat", "previous", "picard"),
+    "planning": ("measured", "estimated"),
     "on_failure": ("fallback", "raise"),
 }
+
+
+@dataclass(frozen=True)
+class Number:
+    """What an option that is a number may be.
+
+    Attributes:
+        types: its own; a bool is none of them.
+        accept: whether a number of these types is allowed.
+        allowed: the same in words.
+        optional: whether it may be `None`.
+    """
+
+    name: str
+    types: tuple[type, ...]
+    accept: Callable[[Any], bool]
+    allowed: str
+    optional: bool = True
+
+    def accepts(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        return isinstance(value, self.types) and not isinstance(value, bool) and self.accept(value)
+
+
+NUMBERS = (
+    Number("tolerance", (int, float), lambda value: 0 < value < math.inf, "a positive number or None"),
+    Number("max_iterations", (int,), lambda value: value >= 1, "a whole number >= 1 or None"),
+    Number("damping", (int, float), lambda value: 0 < value <= 1, "a number above 0 and up to 1", optional=False),
+    Number("window", (int,), lambda value: value >= 2, "a whole number >= 2 or None"),
+    Number("memory_limit", (int,), lambda value: value >= 0, "a whole number of bytes or None"),
+    Number("diagonal_probes", (int,), lambda value: value >= 1, "a whole number >= 1 or None"),
+    Number("planning_budget", (int, float), lambda value: 0 < value < math.inf, "a positive number", optional=False),
+    Number("min_length", (int,), lambda value: value >= 2, "a whole number >= 2", optional=False),
+)
 
 
 @dataclass(frozen=True)
@@ -21,14 +58,29 @@ class Options:
     """How chains are found and solved.
 
     Attributes:
-        solver: `"newton"` (Newton + cyclic reduction, forward and backward), `"sequential"`, or `"auto"`, which
-            picks one for the forward and one for the backward by a stated rule (see `pcr_fx.planner`).
+        solver: how chains are evaluated. Iterations on all blocks at once, which differ in what stands in for the
+            blocks' Jacobians in the linear system for the next correction: `"newton"` (the Jacobians),
+            `"quasi-newton"` (their diagonals), `"picard"` (the identity), `"jacobi"` (zero). `"sequential"`: block by
+            block. `"auto"`: what is fastest, forward and backward each. Gradients are exact with every solver.
         linear_solver: how a linearised chain is solved: `"cyclic_reduction"` (O(L) work in 2 log2 L steps),
             `"parallel_cyclic_reduction"` (O(L log L) work in log2 L steps), `"sequential"` (L steps), or `"auto"`.
         tolerance: the largest accepted `|z_l - f_l(z_{l-1})|`, relative to the size of what block l computes: that of
             `|z_l|`, plus `|J_l| |z_{l-1}|` where terms cancel in it; per sample and carried tensor. `None`: a few
             ulps of the dtype.
-        max_iterations: Newton iterations before a solve is given up. `None`: `min(L, 32)`.
+        max_iterations: iterations before a solve is given up; in windows, for each length of one. `None`: at most as
+            many as blocks, and 32 (newton), 64 (quasi-newton) or 256; more where they are damped.
+        damping: the share of each correction that is made, above 0 and up to 1.
+        window: blocks that are solved at a time. The window moves on to the first block that is not solved yet.
+            `None`: all blocks, or as many as fit into `memory_limit`.
+        memory_limit: bytes that the linear systems of a chain may take. `None`: a quarter of what is free.
+        start: the trajectory that an iteration starts from: `"repeat"` (the initial state), `"previous"` (the last
+            trajectory of the same shape at this place in the model) or `"picard"` (two sweeps of Picard's iteration).
+        diagonal_probes: `"quasi-newton"` estimates diagonals from so many random vectors (Hutchinson). `None`: they are
+            exact, at the cost of a Jacobian.
+        planning: how `solver="auto"` decides: `"measured"` tries what an estimate cannot rule out, on the shapes and
+            the device at hand; `"estimated"` follows a fixed rule, the same in every run.
+        planning_budget: seconds that measuring may take for each chain and batch size, compilation apart.
+        plan_cache: whether measurements are kept on disk, in `PCR_FX_CACHE_DIR`, and taken from there.
         kernels: whether a chain may run as one generated native kernel: where its ops can be printed, and the body is
             small enough to gain by it. A compiler is needed; without one chains run in PyTorch's ops.
         min_length: the fewest blocks that are worth a chain, at least 2.
@@ -45,6 +97,14 @@ class Options:
     linear_solver: str = "auto"
     tolerance: float | None = None
     max_iterations: int | None = None
+    damping: float = 1.0
+    window: int | None = None
+    memory_limit: int | None = None
+    start: str = "repeat"
+    diagonal_probes: int | None = None
+    planning: str = "measured"
+    planning_budget: float = 2.0
+    plan_cache: bool = True
     kernels: bool = True
     min_length: int = 8
     on_failure: str = "fallback"
@@ -54,21 +114,26 @@ class Options:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 _refuse(name, getattr(self, name), "one of " + ", ".join(map(repr, allowed)))
-        _check_number(
-            "tolerance", self.tolerance, (int, float), lambda value: 0 < value < math.inf, "a positive number or None"
-        )
-        _check_number(
-            "max_iterations", self.max_iterations, (int,), lambda value: value >= 1, "a whole number >= 1 or None"
-        )
-        if not isinstance(self.kernels, bool):
-            _refuse("kernels", self.kernels, "True or False")
-        if self.min_length is None:
-            _refuse("min_length", None, "a whole number >= 2")
-        _check_number("min_length", self.min_length, (int,), lambda value: value >= 2, "a whole number >= 2")
+        for number in NUMBERS:
+            value = getattr(self, number.name)
+            if not number.accepts(value):
+                _refuse(number.name, value, number.allowed)
+        for name in ("kernels", "plan_cache"):
+            if not isinstance(getattr(self, name), bool):
+                _refuse(name, getattr(self, name), "True or False")
+        self._check_solver()
         if not (callable(self.inner_backend) or isinstance(self.inner_backend, str)):
             _refuse("inner_backend", self.inner_backend, "the name of a torch.compile backend, or a callable")
         if self.inner_backend == "deeppcr":
             _refuse("inner_backend", self.inner_backend, "a torch.compile backend other than 'deeppcr' itself")
+
+    def _check_solver(self) -> None:
+        """No option may be given that the solver does not have."""
+        if self.diagonal_probes is not None and self.solver != "quasi-newton":
+            _refuse("diagonal_probes", self.diagonal_probes, f'None with solver="{self.solver}": only "quasi-newton" has them')
+        for name, default in {"damping": 1.0, "window": None, "start": "repeat"}.items():
+            if self.solver == "sequential" and getattr(self, name) != default:
+                _refuse(name, getattr(self, name), f'{default!r} with solver="sequential", which does not iterate')
 
     @classmethod
     def of(cls, options: Options | Mapping[str, Any] | None) -> Options:
@@ -84,13 +149,6 @@ class Options:
         if unknown:
             raise OptionError(f"unknown option {', '.join(map(repr, unknown))}; valid options are {', '.join(valid)}")
         return cls(**options)
-
-
-def _check_number(name: str, value: Any, types: tuple[type, ...], accept: Callable[[Any], bool], allowed: str) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, types) or not accept(value):
-        _refuse(name, value, allowed)
 
 
 def _refuse(name: str, value: Any, allowed: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcr_fx.node import Source, StackedAttributes
+from pcr_fx.operands import Source, StackedAttributes
 
 # The submodule that holds the packed parameters.
 CONTAINER = "packed"

@@ -6,7 +6,7 @@ import logging
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ from torch import fx
 
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError
-from pcr_fx.linear import sequential_depth
+from pcr_fx.kernels import ChainKernel, GpuKernel
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
 from pcr_fx.passes.detect import Rejected
 from pcr_fx.passes.plan import PlannedChain
 from pcr_fx.passes.rewrite import depth
-from pcr_fx.planner import Choice, Plan
+from pcr_fx.planner import Choice, Plan, Timing, Way, block_bytes
+from pcr_fx.solvers import SolveStats, linearisation
 
 log = logging.getLogger(__name__)
 
@@ -54,72 +55,94 @@ class ChainEntry:
         choice = self.present_choice
         return choice.reason if choice is not None else "chosen at the first call"
 
-    def _memory(self, plan: Plan, forward: str, backward: str) -> int:
-        """Bytes of the Jacobians `[L, *batch, d, d]`, which a reduction in PyTorch's ops holds about twice over.
-
-        Native code holds those of one sample a thread.
-        """
-        one = plan.program.length * plan.program.dimension**2 * plan.program.dtype.itemsize
-        in_ops = [
-            solver == "newton" and not self._is_native(solver, direction)
-            for direction, solver in (("forward", forward), ("backward", backward))
-        ]
-        if any(in_ops):
-            return 2 * _samples(plan) * one
-        return min(_samples(plan), torch.get_num_threads()) * one if forward == "newton" else 0
-
-    def _is_native(self, solver: str, direction: str) -> bool:
-        """Whether `solver` runs as native code in this direction."""
+    def _way(self, direction: str) -> Way | None:
         choice = self.present_choice
-        if choice is None or choice.kernel is None:
+        return getattr(choice, direction) if choice is not None else None
+
+    def _solver(self, direction: str) -> str:
+        """What ran last, or else what is going to run."""
+        record, way = self.node.record if self.node is not None else None, self._way(direction)
+        ran = getattr(record, f"solver_{direction}", None)
+        return ran or (way.solver if way is not None else "not yet known")
+
+    def _is_native(self, direction: str) -> bool:
+        """Whether generated code runs in this direction."""
+        way, choice, plan = self._way(direction), self.present_choice, self.plan
+        if way is None or choice is None or plan is None or self.is_left_alone:
             return False
-        if solver == "newton":
-            return direction == "forward" and self.options.linear_solver == "auto"
-        return solver == "sequential"
+        if self._solver(direction) == way.solver:
+            return way.kernel is not None
+        return plan.fallback_kernel(plan.expected_samples) is not None
+
+    @property
+    def is_left_alone(self) -> bool:
+        """Whether the chain runs, or is going to run, in the model's own ops."""
+        if self.node is None:
+            return True
+        if self.node.record.forward_calls:
+            return self.node.record.left_alone
+        choice = self.present_choice
+        return choice is not None and choice.leaves_alone(torch.is_grad_enabled())
+
+    def _memory(self, plan: Plan) -> int:
+        """Bytes that the linear systems take at a time. Native code holds those of one sample a thread."""
+        needed, samples = 0, plan.expected_samples
+        for direction in () if self.is_left_alone else ("forward", "backward"):
+            way = self._way(direction)
+            if way is None or self._solver(direction) == "sequential":
+                continue
+            if isinstance(way.kernel, GpuKernel):
+                needed = max(needed, way.kernel.scratch_bytes(samples))
+            else:
+                held = samples if way.kernel is None else min(samples, torch.get_num_threads())
+                window = way.window or plan.program.length
+                needed = max(needed, window * block_bytes(way.solver, plan.program, held))
+        return needed
+
+    def _depth(self, plan: Plan, last: SolveStats) -> int:
+        """Steps one after another of the latest solve."""
+        way = self._way("forward")
+        if way is None or self._solver("forward") == "sequential" or last.fallback is not None:
+            return self.chain.length
+        if isinstance(way.kernel, ChainKernel):
+            return last.iterations * _native_depth(plan)
+        kind = linearisation(way.solver, self.options.diagonal_probes)
+        return last.iterations * kind.depth(way.window or self.chain.length, self.options.linear_solver)
 
     def to_dict(self) -> dict[str, Any]:
         plan, record = self.plan, self.node.record if self.node is not None else None
         last = record.last if record is not None else None
-        dimension = plan.program.dimension if plan else None
-        samples = _samples(plan) if plan else None
-        forward = (record and record.solver_forward) or (self.choice.forward if self.choice else "not yet known")
-        backward = (record and record.solver_backward) or (self.choice.backward if self.choice else "not yet known")
-        iterations = last.iterations if last else None
-        steps = None
-        if iterations is not None and forward == "newton" and last is not None and last.fallback is None:
-            native = self._is_native(forward, "forward")
-            depth = (
-                _native_depth(plan)
-                if native and plan
-                else sequential_depth(self.chain.length, self.options.linear_solver)
-            )
-            steps = iterations * depth
+        choice, way = self.present_choice, self._way("forward")
         return {
             "modules": self.chain.origin.modules,
             "source": self.chain.origin.source,
             "length": self.chain.length,
             "body_ops": list(self.chain.origin.ops),
             "state_shape": _shapes(plan),
-            "dimension": dimension,
+            "dimension": plan.program.dimension if plan else None,
             "batch_dims": list(plan.program.layout.batch_dims) if plan else None,
             "coupled_dims": dict(plan.program.batch.reasons) if plan else {},
             "rewritten": self.node is not None,
-            "solver_forward": forward,
-            "solver_backward": backward,
-            "native_forward": self._is_native(forward, "forward"),
-            "native_backward": self._is_native(backward, "backward"),
+            "left_alone": self.is_left_alone,
+            "solver_forward": self._solver("forward"),
+            "solver_backward": self._solver("backward"),
+            "native_forward": self._is_native("forward"),
+            "native_backward": self._is_native("backward"),
+            "window": way.window if way else None,
             "reason": self.reason,
+            "timings": [asdict(timing) for timing in choice.timings] if choice else [],
             "calls": record.forward_calls if record else 0,
-            "iterations": iterations,
+            "iterations": last.iterations if last else None,
             "residual": last.residual if last else None,
-            "tolerance": plan.newton.tolerance if plan else self.options.tolerance,
+            "tolerance": plan.settings.tolerance if plan else self.options.tolerance,
             "outcome": str(last.outcome) if last else None,
             "fallbacks": record.fallbacks + record.fallbacks_backward if record else 0,
             "fallback_reason": str(last.fallback) if last and last.fallback else None,
+            "calls_until_next_try": record.rest.calls if record else 0,
             "sequential_depth_before": self.chain.length,
-            "sequential_depth_after": steps if steps is not None else (self.chain.length if last else None),
-            "extra_memory_bytes": self._memory(plan, forward, backward) if plan else 0,
-            "samples": samples,
+            "sequential_depth_after": self._depth(plan, last) if plan and last else None,
+            "extra_memory_bytes": self._memory(plan) if plan else 0,
+            "samples": plan.expected_samples if plan else None,
         }
 
 
@@ -220,14 +243,9 @@ def _first_reason(rejected: Sequence[Rejected]) -> str:
     return f" ({rejected[0].modules}: {rejected[0].reason})"
 
 
-def _samples(plan: Plan) -> int:
-    state = plan.program.signature.states[0]
-    return math.prod(state.shape[dim] for dim in plan.program.layout.batch_dims)
-
-
 def _native_depth(plan: Plan) -> int:
     """Steps one after another in an iteration of native Newton: threads that samples leave idle share the blocks."""
-    parts = max(1, torch.get_num_threads() // max(_samples(plan), 1))
+    parts = max(1, torch.get_num_threads() // max(plan.expected_samples, 1))
     return math.ceil(plan.program.length / parts)
 
 
@@ -261,12 +279,15 @@ def _chain_table(number: int, entry: dict[str, Any]) -> str:
         ("state", state),
         ("solver", ", ".join(_solver(entry, direction) for direction in ("forward", "backward"))),
         ("because", textwrap.fill(entry["reason"], 90)),
+        *_measured(entry),
         ("iterations", "-" if entry["iterations"] is None else entry["iterations"]),
         ("residual", residual),
         ("fallbacks", _fallbacks(entry)),
         ("sequential depth", f"{entry['length']} -> {'?' if after is None else after}"),
         ("extra memory", _bytes(entry["extra_memory_bytes"])),
     ]
+    if entry["window"]:
+        rows.insert(4, ("window", f"{entry['window']} of {entry['length']} blocks at a time"))
     for dim, reason in entry["coupled_dims"].items():
         rows.append((f"dim {dim} is coupled", reason))
     title = f"Chain {number}: {entry['modules']}" + ("" if entry["rewritten"] else " (found and left alone)")
@@ -274,13 +295,29 @@ def _chain_table(number: int, entry: dict[str, Any]) -> str:
 
 
 def _solver(entry: dict[str, Any], direction: str) -> str:
+    if entry["left_alone"]:
+        return f"{direction} the model's own ops"
     native = " (native kernel)" if entry[f"native_{direction}"] else ""
     return f"{direction} {entry[f'solver_{direction}']}{native}"
+
+
+def _measured(entry: dict[str, Any]) -> list[tuple[str, str]]:
+    """What each way would cost, a row for each direction."""
+    rows = []
+    for direction in ("forward", "backward"):
+        timings = [Timing(**timing) for timing in entry["timings"] if timing["direction"] == direction]
+        timings.sort(key=lambda timing: math.inf if timing.seconds is None else timing.seconds)
+        if timings:
+            rows.append((f"{direction} by", "\n".join(textwrap.fill(str(timing), 90) for timing in timings)))
+    return rows
 
 
 def _fallbacks(entry: dict[str, Any]) -> str:
     if not entry["fallbacks"]:
         return "0"
-    return f"{entry['fallbacks']} in {entry['calls']} calls" + (
-        f": {entry['fallback_reason']}" if entry["fallback_reason"] else ""
-    )
+    text = f"{entry['fallbacks']} in {entry['calls']} calls"
+    if entry["fallback_reason"]:
+        text += f": {entry['fallback_reason']}"
+    if entry["calls_until_next_try"]:
+        text += f"; tried again in {entry['calls_until_next_try']} calls"
+    return text

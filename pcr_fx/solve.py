@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from pcr_fx.chain import Chain, Origin
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
+from pcr_fx.planner import Plan
+from pcr_fx.record import SolveRecord
 from pcr_fx.solvers import SolveStats
 
 
@@ -27,11 +30,17 @@ class ChainSolution:
 
     Attributes:
         trajectory: all states, `[L, *state]`; of the structure of `x0`.
-        stats: how the solve went.
     """
 
     trajectory: Any
-    stats: SolveStats
+    _record: SolveRecord
+
+    @cached_property
+    def stats(self) -> SolveStats:
+        """How the solve went; a solve on a GPU is waited for."""
+        stats = self._record.last
+        assert stats is not None
+        return stats
 
     @property
     def final(self) -> Any:
@@ -47,6 +56,7 @@ def solve_chain(
     shared: Any = (),
     length: int | None = None,
     options: Any = None,
+    start: Any = None,
 ) -> ChainSolution:
     """Evaluate z_l = step(z_{l-1}, operands_l, shared) for l = 1..L from z_0 = x0, as one system.
 
@@ -59,6 +69,8 @@ def solve_chain(
         shared: a pytree of tensors that all blocks get whole.
         length: L; needed when there are no operands.
         options: an `Options`, or a dict of its fields.
+        start: a trajectory for an iteration to start from, in the form that `ChainSolution.trajectory` has. With
+            `solver="auto"` it is for the case that an iteration is the fastest; `"sequential"` refuses it.
 
     Raises:
         UnsupportedError: arguments that are no tensors, disagree about L, or have a dtype that is not supported.
@@ -77,14 +89,28 @@ def solve_chain(
         )
     common = [*common, *closed_over]
     chain = Chain(body, length, len(states), len(columns), len(common), (), Origin(getattr(step, "__name__", "step")))
-    node = SolveNode(chain, Options.of(options))
+    settings = Options.of(options)
+    if start is not None:
+        settings = replace(settings, start="previous")
+    node = SolveNode(chain, settings)
     plan = node.plan_for(states, columns, common)
     if isinstance(plan, BodyError):
         raise plan
+    if start is not None:
+        node.record.remember(_start(start, states, state_spec, length, plan))
     trajectories = [part if isinstance(part, Tensor) else torch.stack(part) for part in node(states, columns, common)]
-    stats = node.record.last
-    assert stats is not None
-    return ChainSolution(pytree.tree_unflatten(trajectories, state_spec), stats)
+    return ChainSolution(pytree.tree_unflatten(trajectories, state_spec), node.record)
+
+
+def _start(start: Any, states: list[Tensor], state_spec: Any, length: int, plan: Plan) -> Tensor:
+    """A trajectory given by the user as `[L, *batch, d]`."""
+    parts, spec = pytree.tree_flatten(start)
+    expected = [(length, *state.shape) for state in states]
+    got = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+    if spec != state_spec or got != expected:
+        raise UnsupportedError(f"start must be a trajectory with the shapes {expected}, in the form of x0, got {got}")
+    layout, dtype = plan.program.layout, plan.program.dtype
+    return torch.stack([layout.flatten([part[index].detach().to(dtype) for part in parts]) for index in range(length)])
 
 
 def _check(states: list[Any], columns: list[Any], common: list[Any]) -> None:

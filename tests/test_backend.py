@@ -179,7 +179,7 @@ def test_nan_in_the_input_gives_what_the_model_gives() -> None:
     ("options", "message"),
     [
         ({"solvr": "newton"}, "unknown option 'solvr'; valid options are solver,"),
-        ({"solver": "newtn"}, "solver='newtn' is not allowed; it must be one of 'auto', 'newton', 'sequential'"),
+        ({"solver": "newtn"}, "solver='newtn' is not allowed; it must be one of 'auto', 'newton', 'quasi-newton',"),
         ({"inner_backend": "nothing"}, "inner_backend='nothing' is not allowed; it must be one of"),
         ({"inner_backend": "deeppcr"}, "other than 'deeppcr' itself"),
     ],

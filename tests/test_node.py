@@ -19,7 +19,8 @@ import pcr_fx
 from pcr_fx import Options, ops
 from pcr_fx.body import program
 from pcr_fx.chain import Chain
-from pcr_fx.node import SolveNode, stack_operands
+from pcr_fx.node import SolveNode
+from pcr_fx.operands import stack_operands
 
 D = 3
 Shape = tuple[int, ...]

@@ -12,7 +12,7 @@ from models import ResidualNet, plain_mlp
 from torch import Tensor, nn
 
 import pcr_fx
-from pcr_fx.node import StackedAttributes
+from pcr_fx.operands import StackedAttributes
 
 TOLERANCE = 1e-11
 

@@ -10,7 +10,7 @@ import pcr_fx
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "fast"}, "solver='fast' is not allowed; it must be one of 'auto', 'newton', 'sequential'"),
+        ({"solver": "fast"}, "solver='fast' is not allowed; it must be one of 'auto', 'newton', 'quasi-newton', "),
         ({"linear_solver": "lu"}, "linear_solver='lu' is not allowed"),
         ({"on_failure": "ignore"}, "must be one of 'fallback', 'raise'"),
         ({"tolerance": 0}, "tolerance=0 is not allowed; it must be a positive number or None"),

@@ -214,7 +214,7 @@ def test_by_dynamo(seed: int, caplog: pytest.LogCaptureFixture) -> None:
         return
 
     def backend(graph_module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        rewrite_captured(graph_module, Options(solver="sequential", min_length=min_length))
+        rewrite_captured(graph_module, example_inputs, Options(solver="sequential", min_length=min_length))
         return graph_module.forward
 
     torch._dynamo.reset()

@@ -42,11 +42,16 @@ def test_depth_1024(solver: str) -> None:
 
 
 def test_float32_is_as_accurate_as_eager() -> None:
-    model = ResidualNet(512)
-    x = torch.randn(4, 3)
-    exact = copy.deepcopy(model).double()(x.double())
-    fast = pcr_fx.transform(model, options=NEWTON)
-    assert (fast(x) - exact).abs().max() <= 2 * (model(x) - exact).abs().max()
+    """Over several models: of one, which rounds the worse is chance."""
+    errors = torch.zeros(2, dtype=torch.float64)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model, x = ResidualNet(512), torch.randn(4, 3)
+        exact = copy.deepcopy(model).double()(x.double())
+        fast = pcr_fx.transform(model, options=NEWTON)
+        with torch.no_grad():
+            errors += torch.stack([(run(x) - exact).abs().max() for run in (fast, model)])
+    assert errors[0] <= 2 * errors[1]
 
 
 def test_the_model_is_left_untouched_and_its_state_is_shared() -> None:
@@ -266,3 +271,21 @@ def test_a_tensor_has_only_a_tensors_attributes_while_traced() -> None:
     fast = pcr_fx.transform(Asking(), x)
     assert fast.report.chains[0].chain.length == 9
     torch.testing.assert_close(fast(x), Asking()(x))
+
+
+def test_a_packed_sequential_is_read_again() -> None:
+    """A Sequential calls every module that it holds, and must not find the packed parameters among them."""
+    model, x = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(9))), torch.randn(2, 3)
+    packed = pcr_fx.transform(model, x, pack_parameters=True)
+    copied = copy.deepcopy(packed)
+    with torch.no_grad():
+        next(packed.parameters()).zero_()
+    torch.testing.assert_close(copied(x), model(x))
+    assert copied.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_packed_module_can_be_printed() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Tanh()) for _ in range(9)))
+    fast = pcr_fx.transform(model, torch.randn(2, 3), pack_parameters=True)
+    assert "Linear(in_features=3, out_features=3, bias=True)" in repr(fast)
+    assert torch.equal(fast(torch.ones(2, 3)), fast(torch.ones(2, 3)))

@@ -9,11 +9,18 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import ParamSpec, TypeVar
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _lock = threading.Lock()
 _here = threading.local()
+
+# PyTorch 2.11 as built for CUDA crashes, where there is no GPU, if threads alone make fake tensors.
+with FakeTensorMode():
+    pass
 
 
 def isolated(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
@@ -44,3 +51,27 @@ def isolated(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
         return result.result()
 
     return run
+
+
+def is_undisturbed() -> bool:
+    """Whether the calling thread has nothing on that `isolated` keeps away."""
+    return not (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or torch.is_inference_mode_enabled()
+        or torch._C._is_any_autocast_enabled()
+        or torch.jit.is_tracing()
+    )
+
+
+def is_plain_call() -> bool:
+    """Whether nothing looks on that wants to see operators: no compiler, function transform, mode or autocast."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch.is_autocast_enabled("cpu")
+    )

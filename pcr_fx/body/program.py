@@ -11,7 +11,7 @@ import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -62,6 +62,7 @@ class Program:
         evaluate: `(Z, *operands, *shared) -> Z`, all blocks at once, each on its own state.
         linearise: `(Z, *operands, *shared) -> (Z, J)`, J `[L, *batch, d, d]`.
         pullback: `(Z, *operands, *shared, cotangents) -> (dZ, *d_operands, *d_shared)`.
+        pull: the first of these alone, `(Z, *operands, *shared, cotangents) -> dZ`.
         literals: the chain's literals as tensors `[L]`; they follow the operands in every call.
         generality: for which other sizes it is right as well.
     """
@@ -79,6 +80,18 @@ class Program:
     evaluate: Run
     linearise: Run
     pullback: Run
+    pull: Run
+    _shorter: dict[int, Program] = field(default_factory=dict, repr=False)
+
+    def of_length(self, length: int) -> Program:
+        """The program of so many of the chain's blocks in a row: whichever these are, given their operands."""
+        if length == self.length:
+            return self
+        if length not in self._shorter:
+            literals = tuple(values[:length] for values in self.chain.literals)
+            chain = replace(self.chain, length=length, literals=literals)
+            self._shorter[length] = build_program(chain, self.signature)
+        return self._shorter[length]
 
     @property
     def length(self) -> int:
@@ -168,6 +181,7 @@ def _program_for(chain: Chain, signature: Signature, block: fx.GraphModule) -> P
     graphs, generality = _trace_graphs(chain, signature, layout)
     key = _content_key(chain, signature, layout.batch_dims, graphs)
     if key not in _programs:
+        runs: dict[str, Any] = {name: graph.forward for name, graph in graphs.items()}
         _programs[key] = Program(
             key,
             chain,
@@ -177,7 +191,7 @@ def _program_for(chain: Chain, signature: Signature, block: fx.GraphModule) -> P
             _op_names(block),
             literals,
             generality,
-            **{name: graph.forward for name, graph in graphs.items()},
+            **runs,
         )
     _of_chain[chain].append(_programs[key])
     return _programs[key]
@@ -341,6 +355,7 @@ class Tracer:
                 "linearise": trace(self._linearise, every),
                 "pullback": trace(self.pullback_of(self._evaluate), [*every, torch.empty_like(stacked[0])]),
             }
+        graphs["pull"] = _first_output(graphs["pullback"])
         self._check_any_batch()
         return graphs
 
@@ -406,6 +421,15 @@ class Tracer:
         for guard in self.environment.guards:
             if not isinstance(guard.expr, sympy.Equality):
                 raise BodyError(f"the block is only right for batch sizes with {guard.expr}")
+
+
+def _first_output(graph: fx.GraphModule) -> fx.GraphModule:
+    """What computes the first result of `graph` by itself."""
+    alone = fx.Graph()
+    outputs: Any = alone.graph_copy(graph.graph, {})
+    alone.output(outputs[0])
+    alone.eliminate_dead_code()
+    return fx.GraphModule(graph, alone)
 
 
 def _with_sizes(spec: TensorSpec, dims: tuple[int, ...], stand_ins: dict[int, int]) -> TensorSpec:

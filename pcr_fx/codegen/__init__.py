@@ -3,5 +3,18 @@
 from pcr_fx.codegen.cpp import print_function
 from pcr_fx.codegen.ir import Buffer, Function, Unprintable
 from pcr_fx.codegen.lower import lower
+from pcr_fx.codegen.scalars import Known, Scalar, Scalars
+from pcr_fx.codegen.triton import print_assignments, print_scalar
 
-__all__ = ["Buffer", "Function", "Unprintable", "lower", "print_function"]
+__all__ = [
+    "Buffer",
+    "Function",
+    "Known",
+    "Scalar",
+    "Scalars",
+    "Unprintable",
+    "lower",
+    "print_assignments",
+    "print_function",
+    "print_scalar",
+]

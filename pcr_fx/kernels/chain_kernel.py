@@ -8,7 +8,7 @@ import math
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -51,12 +51,14 @@ class ChainKernel:
         program: the chain.
         body: one block on one sample.
         operations: scalar operations of a block and sample, forward and backward.
+        length: blocks; the code is the same for any number of them.
         failure: why one of its libraries could not be compiled.
     """
 
     program: Program
     body: SampleBody
     operations: tuple[int, int]
+    length: int
     failure: str | None = None
     _shapes: dict[torch.Size, list[tuple[int, ...] | None]] = field(default_factory=dict)
     _runs: dict[tuple[str, bool], Run | None] = field(default_factory=dict)
@@ -84,7 +86,11 @@ class ChainKernel:
         check_compiler()
         body = trace_sample(program)
         operations = lower_step(program, body).operations, lower_pullback(program, body).operations
-        return cls(program, body, operations)
+        return cls(program, body, operations, program.length)
+
+    def of_length(self, length: int) -> ChainKernel:
+        """The kernel of so many blocks in a row."""
+        return replace(self, length=length, _shapes={})
 
     def is_ready(self, direction: str, initial: Tensor) -> bool:
         """Whether the kernel for states like `initial` can be called; it is compiled now, if it is not yet.
@@ -106,9 +112,9 @@ class ChainKernel:
         """
         initial = initial.contiguous()
         samples = self._samples(initial)
-        trajectory = initial.new_empty((self.program.length, *initial.shape))
+        trajectory = initial.new_empty((self.length, *initial.shape))
         words = [
-            self.program.length,
+            self.length,
             samples,
             self._threads(samples, self.operations[0]),
             initial.data_ptr(),
@@ -139,10 +145,10 @@ class ChainKernel:
         """
         initial = initial.contiguous()
         samples = self._samples(initial)
-        trajectory = initial.new_empty((self.program.length, *initial.shape))
+        trajectory = initial.new_empty((self.length, *initial.shape))
         iteration = (ctypes.c_double * 5)(tolerance, max_iterations)
         words = [
-            self.program.length,
+            self.length,
             samples,
             self._threads(samples, self.operations[1] * self.program.dimension),
             initial.data_ptr(),
@@ -175,7 +181,7 @@ class ChainKernel:
         d_initial = torch.empty_like(initial)
         gradients = self._empty_gradients(initial)
         words = [
-            self.program.length,
+            self.length,
             samples,
             self._threads(samples, self.operations[1]),
             initial.data_ptr(),
@@ -193,7 +199,7 @@ class ChainKernel:
         if isinstance(cotangents, Tensor):
             dense = cotangents.contiguous()
             return _Given(_column(dense), [dense])
-        table = (ctypes.c_void_p * self.program.length)()
+        table = (ctypes.c_void_p * self.length)()
         kept: list[Any] = [table]
         for block, cotangent in cotangents.items():
             cotangent = cotangent.contiguous()
@@ -230,7 +236,7 @@ class ChainKernel:
             return self._shapes[batch]
         program, rank = self.program, len(self.body.batch_dims)
         shapes: list[tuple[int, ...] | None] = []
-        blocks = [*((program.length,) for _ in program.signature.operands), *(() for _ in program.signature.shared)]
+        blocks = [*((self.length,) for _ in program.signature.operands), *(() for _ in program.signature.shared)]
         specs = [*program.signature.operands, *program.signature.shared]
         needs = [*program.differentiable_operands, *program.differentiable_shared]
         operands = len(program.signature.operands)
@@ -247,7 +253,7 @@ class ChainKernel:
 
     def _threads(self, samples: int, operations: int) -> int:
         """As many as PyTorch may use, and as the work feeds: so many operations a block and sample."""
-        work = operations * samples * self.program.length
+        work = operations * samples * self.length
         return max(1, min(torch.get_num_threads(), work // _OPERATIONS_A_THREAD))
 
     def _call(self, direction: str, samples: int, words: list[int]) -> None:

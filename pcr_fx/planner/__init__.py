@@ -1,6 +1,20 @@
-"""What to run: which solver, forward and backward, for a chain of known sizes."""
+"""What to run: which way through a chain, forward and backward, by measurement or by rule."""
 
+from pcr_fx.planner.cache import cached_plans, clear_plans
+from pcr_fx.planner.choice import Choice, Timing, Way
+from pcr_fx.planner.measure import Tensors
+from pcr_fx.planner.memory import block_bytes
 from pcr_fx.planner.plan import Plan, make_plan, plan_by_key
-from pcr_fx.planner.rule import Choice, choose
 
-__all__ = ["Choice", "Plan", "choose", "make_plan", "plan_by_key"]
+__all__ = [
+    "Choice",
+    "Plan",
+    "Tensors",
+    "Timing",
+    "Way",
+    "block_bytes",
+    "cached_plans",
+    "clear_plans",
+    "make_plan",
+    "plan_by_key",
+]

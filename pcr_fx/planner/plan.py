@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pcr_fx.body import Program, Signature, build_program
-from pcr_fx.body.isolation import isolated
+from pcr_fx.body.isolation import is_undisturbed, isolated
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError, UnsupportedError
-from pcr_fx.kernels import ChainKernel
+from pcr_fx.kernels import ChainKernel, GpuKernel
 from pcr_fx.options import Options
-from pcr_fx.planner.rule import Choice, choose
-from pcr_fx.solvers import Newton
+from pcr_fx.planner.cache import load_timings, measurement_key, store_timings
+from pcr_fx.planner.choice import EAGER, HANDING, STACKING, Choice, Timing, Way
+from pcr_fx.planner.measure import Tensors, measure
+from pcr_fx.planner.rule import Case, candidates, estimated_choice
+from pcr_fx.solvers import Settings, SolveStats, default_tolerance
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What runs a chain: `key` names equal content, in every process (compiled graphs on disk name their plan).
+
+    What was chosen for one number of samples is chosen for all up to the next power of two.
 
     Attributes:
         kernel: the chain's native kernel, or why it has none.
@@ -30,17 +41,156 @@ class Plan:
     key: str
     program: Program
     options: Options
-    newton: Newton
-    kernel: ChainKernel | str
+    settings: Settings
+    kernel: ChainKernel | GpuKernel | str
+    _choices: dict[int, Choice] = field(default_factory=dict, repr=False)
+    _drifted: set[int] = field(default_factory=set, repr=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def __reduce__(self) -> Any:
         # Made again from what it was made of: native code and caches stay with their process.
         return make_plan, (self.program.chain, self.program.signature, self.options)
 
-    def choice(self, state: Tensor) -> Choice:
-        """The solvers for a flat state `[*batch, d]`."""
-        samples = int(math.prod(state.shape[:-1]))  # `torch.jit.trace` makes tensors of sizes
-        return choose(self.options.solver, self.program, samples, self.kernel)
+    def samples(self, state: Tensor) -> int:
+        """Independent samples in a flat state `[*batch, d]`."""
+        return int(math.prod(state.shape[:-1]))  # `torch.jit.trace` makes tensors of sizes
+
+    @property
+    def expected_samples(self) -> int:
+        """Those of the tensors that the plan was made for."""
+        states = self.program.signature.states[0]
+        return math.prod(states.shape[dim] for dim in self.program.layout.batch_dims)
+
+    def choice(self, samples: int) -> Choice:
+        """What runs so many samples: what was measured, or else what the rule says."""
+        size = samples.bit_length()
+        known = self._choices.get(size)
+        # A kernel that turned out not to compile is chosen no more.
+        if known is None or any(_has_failed(way) for way in (known.forward, known.backward)):
+            known = self._choices[size] = estimated_choice(self._case(samples))
+        return known
+
+    def wants_measuring(self, samples: int, needs_gradient: bool) -> bool:
+        """Whether `choice` would be a guess, or is out of date."""
+        if self.options.solver != "auto" or self.options.planning != "measured":
+            return False
+        if not samples or not self.program.dimension:  # nothing to time
+            return False
+        return self.wants_another_look(samples) or needs_gradient not in dict(self.choice(samples).alone)
+
+    def measure(self, tensors: Tensors, needs_gradient: bool, with_eager: bool = True) -> Choice:
+        """Choose by measurement: one made before, in this process or another, or one made now on `tensors`.
+
+        Args:
+            with_eager: whether the chain could be left as the model has it.
+        """
+        samples = self.samples(tensors.initial)
+        size, device = samples.bit_length(), tensors.initial.device
+        with self._lock:
+            if not self.wants_measuring(samples, needs_gradient):
+                return self.choice(samples)
+            case = self._case(samples)
+            key = measurement_key(self.key, size, device) + ("_gradient" if needs_gradient else "")
+            kept = load_timings(key) if self.options.plan_cache and size not in self._drifted else None
+            timings = kept or self._measured(case, tensors, needs_gradient, with_eager)
+            if kept is None and with_eager and self.options.plan_cache:
+                store_timings(key, self._description(samples), timings)
+            found = _fastest(case, timings, needs_gradient)
+            self._choices[size] = _joined(self._choices.get(size), found, needs_gradient, size in self._drifted)
+            self._drifted.discard(size)
+            return self._choices[size]
+
+    def _measured(
+        self, case: Case, tensors: Tensors, needs_gradient: bool, with_eager: bool
+    ) -> tuple[Timing, ...]:
+        # In the thread that is going to call, if it may be: another has memory and a team of threads of its own, and
+        # what is wide took four times as long there.
+        run = measure if is_undisturbed() else isolated(measure)
+        return run(case, self.settings, tensors, needs_gradient, with_eager)
+
+    def wants_another_look(self, samples: int) -> bool:
+        """Whether solves go otherwise than when they were chosen."""
+        return samples.bit_length() in self._drifted
+
+    def fallback_kernel(self, samples: int) -> ChainKernel | None:
+        """What goes block by block where an iteration failed, if that is a kernel."""
+        return self._case(samples).fallback_kernel
+
+    def learn(self, samples: int, stats: SolveStats) -> None:
+        """Take note of how a solve went: where it needs far more iterations than it was chosen for, look again."""
+        choice = self._choices.get(samples.bit_length())
+        if choice is None or not choice.timings or choice.forward.solver == "sequential":
+            return
+        expected = next((t.iterations for t in choice.timings if t.way == choice.forward.name and t.iterations), 0)
+        if stats.fallback is not None or stats.iterations > 1.5 * expected + 1:
+            log.info("%d iterations where %d were measured: measured anew at the next call", stats.iterations, expected)
+            self._drifted.add(samples.bit_length())
+
+    def _case(self, samples: int) -> Case:
+        return Case(self.program, samples, self.kernel, self.options)
+
+    def _description(self, samples: int) -> dict[str, Any]:
+        origin, program = self.program.chain.origin, self.program
+        return {
+            "modules": origin.modules,
+            "source": origin.source,
+            "length": program.length,
+            "dimension": program.dimension,
+            "samples": samples,
+            "dtype": str(program.dtype),
+            "device": str(program.signature.states[0].device),
+            "torch": torch.__version__,
+        }
+
+
+def _has_failed(way: Way) -> bool:
+    return way.kernel is not None and way.kernel.failure is not None
+
+
+# What is rewritten has to gain 5 %: what is closer to eager is decided by noise.
+_WORTHWHILE = 0.95
+
+
+def _fastest(case: Case, timings: Iterable[Timing], needs_gradient: bool) -> Choice:
+    """The fastest way of each direction; and whether the model's own ops are about as fast as these."""
+    seconds = {(t.direction, t.way): t.seconds for t in timings if t.seconds is not None}
+    rule = estimated_choice(case)
+    guesses = {"forward": rule.forward, "backward": rule.backward}
+    directions = ("forward", "backward") if needs_gradient else ("forward",)
+
+    def cost(direction: str, way: Way | None) -> float:
+        return math.inf if way is None else seconds.get((direction, way.name), math.inf)
+
+    chosen: dict[str, Way] = {}
+    native: dict[str, Way | None] = {}
+    for direction in directions:
+        ways = [way for way in candidates(case, direction)[0] if (direction, way.name) in seconds]
+        chosen[direction] = min(ways, key=lambda way: cost(direction, way), default=guesses[direction])
+        native[direction] = next((way for way in ways if way.is_native), None)
+    # Only native code both ways reads the blocks' tensors where they lie.
+    total = sum(cost(d, way) for d, way in chosen.items()) + seconds.get(("forward", STACKING), 0.0)
+    in_place = sum(cost(d, way) for d, way in native.items())
+    if in_place <= total:
+        chosen, total = {d: way or chosen[d] for d, way in native.items()}, in_place
+    total += seconds.get(("backward", HANDING), 0.0)
+    alone = _WORTHWHILE * sum(seconds.get((direction, EAGER), math.inf) for direction in directions) <= total
+    reason = "the model's own ops are fastest of what was measured" if alone else "fastest of what was measured"
+    backward = chosen.get("backward", rule.backward)
+    return Choice(chosen["forward"], backward, reason, timings=tuple(timings), alone=((needs_gradient, alone),))
+
+
+def _joined(before: Choice | None, found: Choice, needs_gradient: bool, drifted: bool) -> Choice:
+    """What was found, with what another measurement knows beside it."""
+    if before is None or not before.timings:
+        return found
+    alone = {**dict(before.alone), **dict(found.alone)}
+    if needs_gradient or True not in dict(before.alone):
+        return replace(found, alone=tuple(alone.items()))
+    # Ways are those of training; without gradients it only differs whether the chain is left alone.
+    if not drifted:
+        return replace(before, alone=tuple(alone.items()))
+    timings = (*found.timings, *(t for t in before.timings if t.direction == "backward"))
+    return replace(before, forward=found.forward, timings=timings)
 
 
 _plans: dict[str, Plan] = {}
@@ -60,19 +210,34 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
     """
     program = build_program(chain, signature)
     # What finds the chain and what compiles the rest does not matter to how it is solved.
-    settings = replace(options, inner_backend="eager", min_length=2)
-    key = hashlib.sha256(f"{program.key} {settings!r}".encode()).hexdigest()[:32]
+    content = replace(options, inner_backend="eager", min_length=2)
+    key = hashlib.sha256(f"{program.key} {content!r}".encode()).hexdigest()[:32]
     if key not in _plans:
-        dtype = signature.states[0].dtype
-        newton = Newton.of(dtype, chain.length, options.tolerance, options.max_iterations, options.linear_solver)
-        _plans[key] = Plan(key, program, options, newton, _kernel(program, options))
+        tolerance = options.tolerance or default_tolerance(signature.states[0].dtype)
+        settings = Settings(
+            tolerance,
+            options.max_iterations,
+            options.linear_solver,
+            options.damping,
+            options.window,
+            options.start,
+            options.diagonal_probes,
+        )
+        _plans[key] = Plan(key, program, options, settings, _kernel(program, options))
     return _plans[key]
 
 
-def _kernel(program: Program, options: Options) -> ChainKernel | str:
+# Whose kernels run a chain on a device.
+KERNELS: dict[str, type[ChainKernel] | type[GpuKernel]] = {"cpu": ChainKernel, "cuda": GpuKernel}
+
+
+def _kernel(program: Program, options: Options) -> ChainKernel | GpuKernel | str:
     if not options.kernels:
         return "kernels=False asks for none"
+    device = program.signature.states[0].device
+    if device.type not in KERNELS:
+        return f"kernels are generated for {' and '.join(KERNELS)}, and the chain is on {device}"
     try:
-        return ChainKernel.of(program)
+        return KERNELS[device.type].of(program)
     except (BodyError, UnsupportedError) as reason:
         return str(reason)

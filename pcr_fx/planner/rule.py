@@ -1,9 +1,9 @@
-"""The rule that `solver="auto"` follows.
+"""The ways that a chain can be gone through, and the rule that `planning="estimated"` picks among them by.
 
 Where the chain has a native kernel and its blocks are small, block by block in that kernel: there a block costs some
 tens of nanoseconds. A reduction does d^2 times the work of a block, so that on a CPU it cannot be faster.
 
-Otherwise Newton + cyclic reduction where the Jacobians are small and affordable, else block by block. What both cost was measured
+Otherwise Newton + cyclic reduction where the Jacobians are small, else block by block. What both cost was measured
 on two CPU cores with PyTorch ops (blocks x + 0.1 W2 tanh(W1 x), float32, `benchmarks/solvers.py`):
 
 - A block on its own costs some 20 us forward and 60 us backward, nearly all of it calling ops, whatever its size.
@@ -17,7 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pcr_fx.body import Program
-from pcr_fx.kernels import ChainKernel
+from pcr_fx.kernels import ChainKernel, GpuKernel
+from pcr_fx.options import Options
+from pcr_fx.planner.choice import Choice, Way
+from pcr_fx.planner.memory import fitting_window, memory_limit
+from pcr_fx.solvers import ITERATIVE_SOLVERS
 
 # Jacobian entries of one block (samples x d x d) up to which a reduction beats the calls of the block's ops.
 FORWARD_ENTRIES = 512
@@ -30,76 +34,202 @@ BACKWARD_LENGTH = 32
 # 0.53 (w = 128, 8 samples), equal at 1.05 (w = 512, one sample), 0.8 at 2.1 (w = 128, 32 samples), 0.4 at 8.4. The
 # forward alone is faster in all of these, by 1.2 at the least.
 KERNEL_OPERATIONS = 1_000_000
-# Memory for the Jacobians of a whole chain; a reduction needs about as much again.
-JACOBIAN_BYTES = 256 * 2**20
+# And from which on it is not worth compiling one to see.
+KERNEL_OPERATIONS_MEASURED = 8_000_000
+# On a GPU, estimated and not yet measured: a fused block costs 0.1 to 0.3 us, an iteration of Newton over a thousand
+# blocks some 3 us, and a program for each sample fills a large GPU at about this many.
+GPU_NEWTON_LENGTH = 128
+GPU_NEWTON_SAMPLES = 256
+# Jacobian entries of one block up to which an iteration is worth what it saves: as many samples as above at d = 4, and
+# one at d = 64. Products of matrices cost d times that, block by block nothing of the kind. Likewise estimated.
+GPU_NEWTON_ENTRIES = 4096
+# Memory that is taken without asking how much is free, which takes a while.
+BYTES_UNASKED = 2**26
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The solver of each direction (`"newton"` or `"sequential"`), and why.
+class Case:
+    """What is to be planned: a chain's program for so many independent samples.
 
-    `kernel` runs what is sequential, and Newton's loop forward, where there is one.
+    Attributes:
+        kernel: the chain's kernel, or why it has none.
     """
 
-    forward: str
-    backward: str
-    reason: str
-    asked_for: bool = False
-    kernel: ChainKernel | None = None
+    program: Program
+    samples: int
+    kernel: ChainKernel | GpuKernel | str
+    options: Options
 
     @property
-    def is_native(self) -> bool:
-        """Whether the chain runs block by block in one native kernel."""
-        return self.kernel is not None and self.forward == self.backward == "sequential"
+    def usable_kernel(self) -> ChainKernel | GpuKernel | None:
+        """The kernel, if there is one, it could be compiled, and memory has room for it."""
+        return None if isinstance(self.kernel, str) or self.why_no_kernel else self.kernel
 
-    def leaves_alone(self, needs_gradient: bool) -> bool:
-        """Whether a solve node has nothing to add: nobody asked for it, and all that runs is block by block."""
-        solvers = {self.forward, self.backward} if needs_gradient else {self.forward}
-        return not self.asked_for and self.kernel is None and solvers == {"sequential"}
+    @property
+    def why_no_kernel(self) -> str:
+        """Why there is no kernel to use, or nothing."""
+        if isinstance(self.kernel, str):
+            return self.kernel
+        if self.kernel.failure is not None:
+            return self.kernel.failure
+        needed = self.kernel.scratch_bytes(self.samples) if isinstance(self.kernel, GpuKernel) else 0
+        if needed > BYTES_UNASKED and needed > self.limit:
+            return f"fused kernels need {_mebibytes(needed)}, and the memory limit is {_mebibytes(self.limit)}"
+        return ""
+
+    @property
+    def limit(self) -> int:
+        """Bytes that linear systems may take."""
+        return memory_limit(self.options.memory_limit, self.program.signature.states[0].device)
+
+    def iterative(self, solver: str) -> Way | str:
+        """The way forward by an iterative solver, or why there is none."""
+        kernel = self.usable_kernel
+        if isinstance(kernel, GpuKernel) and solver == "newton" and self._is_plain:
+            needed = kernel.scratch_bytes(self.samples, solver)
+            if needed <= BYTES_UNASKED or needed <= self.limit:
+                return Way(solver, kernel)
+        window = fitting_window(solver, self.program, self.samples, self.limit, self.options.window)
+        if window is None:
+            return f"a window would not fit into the memory limit, {_mebibytes(self.limit)}"
+        native = kernel if isinstance(kernel, ChainKernel) and solver == "newton" and self._is_plain else None
+        return Way(solver, native, None if window == self.program.length else window)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether nothing is asked of Newton's method that kernels do not do."""
+        options = self.options
+        return (options.damping, options.window, options.start, options.linear_solver) == (1.0, None, "repeat", "auto")
+
+    @property
+    def fallback_kernel(self) -> ChainKernel | None:
+        """The native kernel that goes block by block where an iteration failed, if it pays."""
+        kernel = self.usable_kernel
+        pays = isinstance(kernel, ChainKernel) and max(self.samples, 1) * kernel.operations[0] <= KERNEL_OPERATIONS
+        return kernel if isinstance(kernel, ChainKernel) and pays else None
+
+    def reduction(self) -> Way | str:
+        """The way back by transposed reductions, or why there is none."""
+        way = self.iterative("newton")
+        if isinstance(way, Way) and isinstance(way.kernel, ChainKernel):
+            return replace(way, kernel=None)  # it has no backward of its own
+        return way
 
 
-def choose(solver: str, program: Program, samples: int, kernel: ChainKernel | str) -> Choice:
-    """The solvers for `samples` independent samples of a chain with `kernel`, or with none for the reason given."""
-    asked = f'asked for with solver="{solver}"'
-    native, why = _native(kernel, samples)
-    if solver == "newton":
-        usable = None if isinstance(kernel, str) or kernel.failure is not None else kernel
-        return Choice(solver, solver, asked, asked_for=True, kernel=usable)
-    if solver == "sequential":
-        return Choice(solver, solver, f"{asked}; {why}", asked_for=True, kernel=native)
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.0f} MiB"
+
+
+def estimated_choice(case: Case) -> Choice:
+    """What the rule picks, or what the user asked for."""
+    solver = case.options.solver
+    if solver != "auto":
+        return asked_choice(case, solver)
+    if isinstance(case.usable_kernel, GpuKernel):
+        return _on_gpu(case, case.usable_kernel)
+    native, why = _native(case)
     if native is not None:
-        return Choice("sequential", "sequential", why, kernel=native)
-    choice = _in_torch_ops(program, samples)
+        way = Way("sequential", native)
+        return Choice(way, way, why)
+    choice = _in_torch_ops(case)
     return replace(choice, reason=f"{why}; {choice.reason}")
 
 
-def _native(kernel: ChainKernel | str, samples: int) -> tuple[ChainKernel | None, str]:
+def asked_choice(case: Case, solver: str) -> Choice:
+    """What the user named, forward; its adjoint by one reduction where that is affordable."""
+    asked, kernel, why = f'asked for with solver="{solver}"', case.usable_kernel, case.why_no_kernel
+    if not isinstance(kernel, GpuKernel):
+        kernel, why = _native(case)
+    sequential = Way("sequential", kernel)
+    if solver == "sequential":
+        return Choice(sequential, sequential, f"{asked}; {_kernel_words(kernel) or why}", asked_for=True)
+    forward, backward = case.iterative(solver), case.reduction()
+    reasons = [asked]
+    if isinstance(forward, str):
+        reasons.append(f"forward block by block: {forward}")
+    if isinstance(backward, str):
+        reasons.append(f"backward block by block: {backward}")
+    there, back = (sequential if isinstance(way, str) else way for way in (forward, backward))
+    fitted = [way.window for way in (there, back) if way.window not in (None, case.options.window)]
+    if fitted:
+        reasons.append(f"in windows of {fitted[0]}, which fit into the memory limit of {_mebibytes(case.limit)}")
+    return Choice(there, back, "; ".join(reasons), asked_for=True)
+
+
+def _kernel_words(kernel: ChainKernel | GpuKernel | None) -> str:
+    if kernel is None:
+        return ""
+    native = isinstance(kernel, ChainKernel)
+    return "the whole chain runs as one native kernel" if native else "in fused kernels"
+
+
+def _on_gpu(case: Case, kernel: GpuKernel) -> Choice:
+    """Fused Newton where the GPU has room for all samples at once and the chain is long; else block by block."""
+    length, samples, newton = case.program.length, case.samples, case.iterative("newton")
+    sequential, entries = Way("sequential", kernel), samples * case.program.dimension**2
+    if isinstance(newton, str) or newton.kernel is not kernel:
+        reason = "fused kernels, block by block: Newton's method takes more memory there, or not these options"
+        return Choice(sequential, sequential, reason)
+    pays = length >= GPU_NEWTON_LENGTH and samples <= GPU_NEWTON_SAMPLES and entries <= GPU_NEWTON_ENTRIES
+    reason = (
+        f"fused kernels; auto takes Newton from {GPU_NEWTON_LENGTH} blocks on, for up to {GPU_NEWTON_SAMPLES} samples and "
+        f"{GPU_NEWTON_ENTRIES} Jacobian entries a block ({length} blocks, {samples} samples, {entries} entries)"
+    )
+    way = newton if pays else sequential
+    return Choice(way, way, reason)
+
+
+def _native(case: Case) -> tuple[ChainKernel | None, str]:
     """The kernel if it pays, and why it does or does not."""
-    failure = kernel if isinstance(kernel, str) else kernel.failure
-    if isinstance(kernel, str) or failure is not None:
-        return None, f"no native kernel: {failure}"
-    operations = max(samples, 1) * kernel.operations[0]
-    if operations > KERNEL_OPERATIONS:
-        return None, f"no native kernel: a block has {operations} scalar operations, more than {KERNEL_OPERATIONS}"
-    return kernel, "the whole chain runs as one native kernel"
+    kernel = case.usable_kernel
+    if not isinstance(kernel, ChainKernel):
+        return None, f"no kernel: {case.why_no_kernel}"
+    if case.fallback_kernel is None:
+        operations = max(case.samples, 1) * kernel.operations[0]
+        return None, f"no kernel: a block has {operations} scalar operations, more than {KERNEL_OPERATIONS}"
+    return kernel, _kernel_words(kernel)
 
 
-def _in_torch_ops(program: Program, samples: int) -> Choice:
+def _in_torch_ops(case: Case) -> Choice:
+    program = case.program
     dimension, length = program.dimension, program.length
-    entries = samples * dimension**2
-    size = f"{entries} Jacobian entries a block ({samples} samples x {dimension} x {dimension})"
-    needed = length * entries * program.dtype.itemsize
-    if needed > JACOBIAN_BYTES:
-        reason = f"{size}, {needed / 2**20:.0f} MiB in all; auto takes Newton up to {JACOBIAN_BYTES >> 20} MiB"
-        return Choice("sequential", "sequential", reason)
+    entries = case.samples * dimension**2
+    size = f"{entries} Jacobian entries a block ({case.samples} samples x {dimension} x {dimension})"
+    sequential, newton = Way("sequential"), case.reduction()
+    if isinstance(newton, str):
+        return Choice(sequential, sequential, f"{size}; {newton}")
     forward = entries <= FORWARD_ENTRIES and length >= FORWARD_LENGTH
     backward = entries <= BACKWARD_ENTRIES and length >= BACKWARD_LENGTH
     reason = (
         f"{length} blocks, {size}; auto takes Newton forward up to {FORWARD_ENTRIES} entries from {FORWARD_LENGTH} "
         f"blocks on, backward up to {BACKWARD_ENTRIES} from {BACKWARD_LENGTH} on"
     )
-    return Choice(_name(forward), _name(backward), reason)
+    return Choice(newton if forward else sequential, newton if backward else sequential, reason)
 
 
-def _name(newton: bool) -> str:
-    return "newton" if newton else "sequential"
+def candidates(case: Case, direction: str) -> tuple[list[Way], dict[str, str]]:
+    """The ways that there are, and by name why others are none."""
+    ways, refused, kernel = [], {}, case.usable_kernel
+    operations = max(case.samples, 1) * kernel.operations[0] if isinstance(kernel, ChainKernel) else 0
+    if kernel is None:
+        refused[_in_kernel(case.kernel)] = case.why_no_kernel
+    elif operations > KERNEL_OPERATIONS_MEASURED:
+        refused[_in_kernel(kernel)] = f"a block has {operations} scalar operations, which suit products of matrices"
+    else:
+        ways.append(Way("sequential", kernel))
+    ways.append(Way("sequential"))
+    for solver in ITERATIVE_SOLVERS if direction == "forward" else ("newton",):
+        way = case.iterative(solver) if direction == "forward" else case.reduction()
+        if isinstance(way, str):
+            refused[solver] = way
+        elif isinstance(way.kernel, ChainKernel):
+            refused[way.name] = "many times the arithmetic of block by block, and a CPU has no idle lanes for it"
+        elif isinstance(kernel, GpuKernel) and way.kernel is None:
+            refused[way.name] = "it waits for the GPU at every iteration, which fused kernels do not"
+        else:
+            ways.append(way)
+    return ways, refused
+
+
+def _in_kernel(kernel: ChainKernel | GpuKernel | str) -> str:
+    return "sequential (fused kernel)" if isinstance(kernel, GpuKernel) else "sequential (native kernel)"

@@ -1,17 +1,22 @@
 """Solvers of a chain and of its adjoint, and what they say of how it went."""
 
 from pcr_fx.solvers.adjoint import adjoint_sequential, adjoint_transposed
-from pcr_fx.solvers.newton import Newton, solve_newton
+from pcr_fx.solvers.iteration import DEFAULT_MAX_ITERATIONS, Settings, default_tolerance, solve_iteratively
+from pcr_fx.solvers.linearisation import ITERATIVE_SOLVERS, linearisation
 from pcr_fx.solvers.outcome import Outcome, SolveStats
 from pcr_fx.solvers.sequential import blocks, solve_sequential
 
 __all__ = [
-    "Newton",
+    "DEFAULT_MAX_ITERATIONS",
+    "ITERATIVE_SOLVERS",
     "Outcome",
+    "Settings",
     "SolveStats",
     "adjoint_sequential",
     "adjoint_transposed",
     "blocks",
-    "solve_newton",
+    "default_tolerance",
+    "linearisation",
+    "solve_iteratively",
     "solve_sequential",
 ]

@@ -29,17 +29,52 @@ def adjoint_transposed(
     shared: Sequence[Tensor],
     cotangents: Tensor,
     linear_solver: str,
+    window: int | None = None,
 ) -> tuple[tuple[Tensor, ...], bool]:
-    """Cotangents `(d_initial, *d_operands, *d_shared)` by one transposed reduction.
+    """Cotangents `(d_initial, *d_operands, *d_shared)` by one transposed reduction, or one a window of blocks.
 
     Args:
         previous: the state each block starts from, `[L, *batch, d]`.
         cotangents: g, of every state of the trajectory, `[L, *batch, d]`.
+        window: blocks whose Jacobians are held at a time; `None` for all. Windows are solved from the last to the
+            first, each handing its first adjoint to the one before: the result is the same.
 
     Returns:
         The cotangents, and whether the adjoint's own residual, measured with the blocks' pullback, is at rounding
         level. A product of many expanding Jacobians can overflow where the adjoint itself does not.
     """
+    length = program.length
+    if window is None or window >= length:
+        return _transposed(program, previous, operands, shared, cotangents, linear_solver)
+    part, count = program.of_length(window), sum(program.differentiable_operands)
+    carried, accurate = torch.zeros_like(cotangents[0]), True
+    d_operands: list[tuple[Tensor, ...]] = []
+    d_shared: list[Tensor] = []
+    for end in range(length, 0, -window):
+        begin = max(end - window, 0)
+        # The first window may reach into the one behind it, where nothing is asked of it.
+        covered, asked = slice(begin, begin + window), end - begin
+        given = torch.zeros_like(cotangents[covered])
+        given[:asked] = cotangents[begin:end]
+        given[asked - 1] += carried
+        every = [operand[covered] for operand in operands]
+        (carried, *rest), good = _transposed(part, previous[covered], every, shared, given, linear_solver)
+        accurate = accurate and good
+        d_operands.append(tuple(gradient[:asked] for gradient in rest[:count]))
+        sums = rest[count:]
+        d_shared = [a + b for a, b in zip(d_shared, sums, strict=True)] if d_shared else sums
+    joined = (torch.cat(parts[::-1]) for parts in zip(*d_operands, strict=True))
+    return (carried, *joined, *d_shared), accurate
+
+
+def _transposed(
+    program: Program,
+    previous: Tensor,
+    operands: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    cotangents: Tensor,
+    linear_solver: str,
+) -> tuple[tuple[Tensor, ...], bool]:
     jacobians = program.linearise(previous, *operands, *shared)[1]
     adjoints = solve_transposed(jacobians, cotangents, linear_solver)
     d_previous, *rest = program.pullback(previous, *operands, *shared, adjoints)
@@ -77,17 +112,22 @@ def adjoint_sequential(
     shared: Sequence[Tensor],
     cotangents: Tensor,
     kernel: ChainKernel | None = None,
+    length: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Cotangents `(d_initial, *d_operands, *d_shared)`, from the last block to the first: by `kernel` if given."""
+    """Cotangents `(d_initial, *d_operands, *d_shared)`, from the last block to the first: by `kernel` if given.
+
+    With `length` only through the first so many blocks, whose tensors are given.
+    """
     if kernel is not None and kernel.is_ready("adjoint", initial):
         return tuple(kernel.solve_adjoint(initial, trajectory, operands, shared, cotangents))
     previous = torch.cat([initial.unsqueeze(0), trajectory[:-1]])
-    each = blocks(operands, program.length)
+    length = length or program.length
+    each = blocks(operands, length)
     adjoint = torch.zeros_like(cotangents[0])
     d_operands: list[tuple[Tensor, ...]] = []
     d_shared: list[Tensor] | None = None
     count = sum(program.differentiable_operands)
-    for index in range(program.length - 1, -1, -1):
+    for index in range(length - 1, -1, -1):
         adjoint, *rest = program.step_pullback(previous[index], *each[index], *shared, adjoint + cotangents[index])
         d_operands.append(tuple(rest[:count]))
         parts = rest[count:]

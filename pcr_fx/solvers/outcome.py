@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 
 class Outcome(enum.Enum):
-    """How a solve ended, as a sentence for people."""
+    """How a solve ended, as a sentence for people. Kernels know the first five, by number."""
 
     CONVERGED = "the residual is within the tolerance"
     ROUNDING = "the residual stopped falling at the rounding level of the block itself"
     STAGNATED = "the residual stopped falling above the tolerance"
     NON_FINITE = "a state or the residual became infinite or NaN"
     ITERATION_LIMIT = "the iteration limit was reached above the tolerance"
+    GROWING = "the linearised chain grows so fast that no digit of a correction is right"
     SEQUENTIAL = "evaluated block by block"
 
     @property

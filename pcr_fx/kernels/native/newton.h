@@ -1,4 +1,4 @@
-// Newton's method on one chain after another, each on its own: as pcr_fx/solvers/newton.py, which explains it, has it.
+// Newton's method on one chain after another, each on its own: as pcr_fx/solvers/iteration.py, which explains it, has it.
 //
 // The linear systems delta_l = J_l delta_{l-1} + r_l are solved in parts, one a thread: each part's blocks are composed
 // into one, delta is found at the ends of parts, and put in within each. That is the hybrid of reduction and forward

@@ -38,6 +38,14 @@ template <class V, class A> INLINE V k_fill(A a) {
 template <class V, class A> INLINE void k_set(V& place, A value) { place = k_fill<V>(value); }
 template <class V, class A> INLINE void k_add(V& place, A value) { place = place + k_fill<V>(value); }
 
+// All bits set in the first `count` lanes.
+INLINE ivec k_first_lanes(int64_t count) {
+  ivec lane;
+  for (int w = 0; w < k_lanes; ++w) lane[w] = w;
+  return lane < (ivec{} + integer(count));
+}
+INLINE vec k_select(ivec where, vec yes, vec no) { return (vec)(((ivec)yes & where) | ((ivec)no & ~where)); }
+
 template <class V> INLINE whole<V> k_to_whole(V x) {
   if constexpr (k_is_vector<V>) return __builtin_convertvector(x, ivec); else return integer(x);
 }

@@ -72,10 +72,10 @@ template <class V> static void k_adjoint(const Call& call, Samples<V> samples, r
       for (int i = 0; i < d; ++i) adjoint[i] = next[i];
       if constexpr (k_is_vector<V>) {
         if (partial) {
-          for (int w = count; w < k_lanes; ++w) {
-            for (int i = 0; i < Body::summed_numbers; ++i) sums[i][w] = 0;
-            for (int i = 0; i < Body::kept_numbers; ++i) kept[i][w] = before[i][w];
-          }
+          // As whole vectors: GCC 12 takes the address of a lane for that of a vector, and stores as if it were aligned.
+          const ivec wanted = k_first_lanes(count);
+          for (int i = 0; i < Body::summed_numbers; ++i) sums[i] = k_select(wanted, sums[i], V{});
+          for (int i = 0; i < Body::kept_numbers; ++i) kept[i] = k_select(wanted, kept[i], before[i]);
         }
       }
       for (int k = 0; k < Body::inputs; ++k) {

@@ -1,0 +1,245 @@
+"""The derivatives of a chain, as autograd functions around the operators and kernels that solve it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pcr_fx import ops
+from pcr_fx.body import Program, StateLayout
+from pcr_fx.body.isolation import is_plain_call
+from pcr_fx.kernels import ChainKernel, PointerTable
+from pcr_fx.planner import Plan, plan_by_key
+from pcr_fx.record import SolveRecord
+from pcr_fx.solvers import blocks
+
+# States that are wanted: (which of the chain's states, after which block).
+Taps: TypeAlias = Sequence[tuple[int, int]]
+
+
+class Solve(torch.autograd.Function):
+    """The trajectory as a differentiable function of the initial state and all operands."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(initial: Tensor, plan: str, record: int, num_operands: int, *tensors: Tensor) -> Tensor:
+        solve, _ = ops.operators_for(plan_by_key(plan))
+        return solve(initial, list(tensors[:num_operands]), list(tensors[num_operands:]), plan, record)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        initial, ctx.plan, ctx.record, ctx.num_operands, *tensors = inputs
+        ctx.save_for_backward(initial, output, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangents: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        initial, trajectory, *tensors = ctx.saved_tensors
+        program = plan_by_key(ctx.plan).program
+        needs = [*program.differentiable_operands, *program.differentiable_shared]
+        d_initial, *rest = _Adjoint.apply(
+            initial, trajectory, cotangents, ctx.plan, ctx.record, ctx.num_operands, *tensors
+        )
+        waiting = iter(rest)
+        return d_initial, None, None, None, *(next(waiting) if need else None for need in needs)
+
+
+class KernelSolve(torch.autograd.Function):
+    """`Solve` by the chain's kernel, for plain calls: less than half of what `Solve` and its operators cost.
+
+    Returns the states at `taps`, or without them the trajectory. Of operands read in place the blocks' own tensors are
+    inputs, and get their gradients as views of one: to stack thousands, and take the gradient apart again, in autograd
+    would double the cost.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        plan: Plan,
+        record: SolveRecord,
+        taps: Taps | None,
+        operands: Sequence[Tensor | PointerTable],
+        shared: Sequence[Tensor],
+        initial: Tensor,
+        *tensors: Tensor,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """`tensors`: the operands, tables as their tensors, then the shared operands."""
+        ctx.plan, ctx.record, ctx.taps = plan, record, taps
+        ctx.set_materialize_grads(False)
+        trajectory = native_kernel(plan).solve(initial, [*operands, *plan.program.literals], shared)
+        if any(ctx.needs_input_grad):
+            ctx.inputs = _SavedInputs(operands, len(shared))
+            ctx.save_for_backward(initial, trajectory, *(t for t in operands if isinstance(t, Tensor)), *shared)
+        return trajectory if taps is None else tapped(plan.program.layout, trajectory, taps)
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
+        if all(part is None for part in given):
+            return (None,) * len(ctx.needs_input_grad)
+        initial, trajectory, *saved = ctx.saved_tensors
+        plan: Plan = ctx.plan
+        program, kernel = plan.program, native_kernel(plan)
+        cotangents = {} if ctx.taps is None else _by_block(program.layout, initial, ctx.taps, given)
+        parts = given if ctx.taps is None else tuple(cotangents.values())
+        rest: Sequence[Tensor]
+        # Not where a gradient is differentiated in turn, or many are taken at once.
+        plain = not torch.is_grad_enabled() and is_plain_call() and all(type(part) is Tensor for part in parts)
+        if plain and kernel.is_ready("adjoint", initial):
+            operands, shared = ctx.inputs.in_place(saved)
+            among = cotangents if ctx.taps is not None else given[0]
+            every = [*operands, *program.literals]
+            d_initial, *rest = kernel.solve_adjoint(initial, trajectory, every, shared, among)  # type: ignore[arg-type]
+            ctx.record.backward("sequential", False)
+        else:
+            stacked = ctx.inputs.stacked(saved)
+            dense = given[0]
+            if ctx.taps is not None:
+                zero = torch.zeros_like(initial)
+                dense = torch.stack([cotangents.get(block, zero) for block in range(program.length)])
+            count = program.chain.num_operands
+            d_initial, *rest = _Adjoint.apply(initial, trajectory, dense, plan.key, ctx.record.id, count, *stacked)
+        waiting = iter(rest)
+        needs = [*program.differentiable_operands, *program.differentiable_shared]
+        gradients = [next(waiting) if need else None for need in needs]
+        return None, None, None, None, None, d_initial, *ctx.inputs.spread(gradients)
+
+
+class _SavedInputs:
+    """The operands of a call for its backward: as autograd saves them, but for those read in place.
+
+    Those are thousands; that none was written to in between is seen by their versions.
+    """
+
+    def __init__(self, operands: Sequence[Tensor | PointerTable], num_shared: int) -> None:
+        self.tables = [operand if isinstance(operand, PointerTable) else None for operand in operands]
+        self.num_shared = num_shared
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [tensor._version for table in self.tables if table is not None for tensor in table.tensors]
+
+    def _check(self) -> None:
+        if self._versions() != self.versions:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                "a parameter of a chain, between its forward and its backward"
+            )
+
+    def _merged(self, saved: Sequence[Tensor]) -> list[Tensor | PointerTable]:
+        self._check()
+        waiting = iter(saved)
+        return [next(waiting) if table is None else table for table in self.tables]
+
+    def in_place(self, saved: Sequence[Tensor]) -> tuple[list[Tensor | PointerTable], list[Tensor]]:
+        """Operands for a kernel, and the shared operands."""
+        operands = [
+            torch.stack(operand.tensors) if isinstance(operand, PointerTable) and not operand.holds() else operand
+            for operand in self._merged(saved)
+        ]
+        return operands, list(saved[len(saved) - self.num_shared :])
+
+    def stacked(self, saved: Sequence[Tensor]) -> list[Tensor]:
+        """Every operand as one tensor, then the shared operands."""
+        operands = [
+            torch.stack(operand.tensors) if isinstance(operand, PointerTable) else operand
+            for operand in self._merged(saved)
+        ]
+        return [*operands, *saved[len(saved) - self.num_shared :]]
+
+    def spread(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of all inputs, from those of operands and shared operands."""
+        spread: list[Tensor | None] = []
+        for index, gradient in enumerate(gradients):
+            table = self.tables[index] if index < len(self.tables) else None
+            if table is None:
+                spread.append(gradient)
+            else:
+                spread += [None] * len(table.tensors) if gradient is None else gradient.unbind(0)
+        return spread
+
+
+def native_kernel(plan: Plan) -> ChainKernel:
+    assert isinstance(plan.kernel, ChainKernel), plan.kernel
+    return plan.kernel
+
+
+def tapped(layout: StateLayout, trajectory: Tensor, taps: Taps) -> tuple[Tensor, ...]:
+    """The states at `taps`, copied: a view would keep the trajectory alive, and pass writes to it on to the backward."""
+    return tuple([layout.unflatten(trajectory[block])[index].clone() for index, block in taps])
+
+
+def _by_block(layout: StateLayout, initial: Tensor, taps: Taps, given: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    """The cotangents of the states at `taps`, of those blocks that have any, each `[*batch, d]`."""
+    if layout.is_flat:
+        return {block: part for (_, block), part in zip(taps, given, strict=True) if part is not None}
+    blocks: dict[int, dict[int, Tensor]] = {}
+    for (index, block), part in zip(taps, given, strict=True):
+        if part is not None:
+            blocks.setdefault(block, {})[index] = part
+    zeros = layout.unflatten(torch.zeros_like(initial))
+    return {
+        block: layout.flatten([parts.get(index, zero) for index, zero in enumerate(zeros)])
+        for block, parts in blocks.items()
+    }
+
+
+class _Adjoint(torch.autograd.Function):
+    """The gradients of a chain, as a differentiable function themselves.
+
+    Nobody differentiates a gradient twice for speed, so this second derivative runs block by block.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        initial: Tensor,
+        trajectory: Tensor,
+        cotangents: Tensor,
+        plan: str,
+        record: int,
+        num_operands: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        operands, shared = list(tensors[:num_operands]), list(tensors[num_operands:])
+        _, adjoint = ops.operators_for(plan_by_key(plan))
+        return tuple(adjoint(initial, trajectory, operands, shared, cotangents, plan, record))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        initial, _, cotangents, ctx.plan, _, ctx.num_operands, *tensors = inputs
+        ctx.save_for_backward(initial, cotangents, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *seconds: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        initial, cotangents, *tensors = ctx.saved_tensors
+        program = plan_by_key(ctx.plan).program
+        needs = [True, *program.differentiable_operands, *program.differentiable_shared]
+        primals = [initial, *tensors]
+        active = [primal for primal, need in zip(primals, needs, strict=True) if need]
+
+        def gradients(cotangents: Tensor, *active: Tensor) -> tuple[Tensor, ...]:
+            def trajectory(*active: Tensor) -> Tensor:
+                waiting = iter(active)
+                every = [next(waiting) if need else fixed for need, fixed in zip(needs, primals, strict=True)]
+                return unrolled(program, every[0], every[1 : 1 + ctx.num_operands], every[1 + ctx.num_operands :])
+
+            return torch.func.vjp(trajectory, *active)[1](cotangents)
+
+        d_cotangents, *d_active = torch.func.vjp(gradients, cotangents, *active)[1](tuple(seconds))
+        waiting = iter(d_active)
+        d_initial, *d_tensors = (next(waiting) if need else None for need in needs)
+        # The trajectory is a function of the other inputs, which `unrolled` computes again.
+        return d_initial, None, d_cotangents, None, None, None, *d_tensors
+
+
+def unrolled(program: Program, initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
+    """The trajectory `[L, *batch, d]` block by block, in the model's own ops, which any transform can differentiate."""
+    layout, states, trajectory = program.layout, program.layout.unflatten(initial), []
+    for block in blocks([*operands, *program.literals], program.length):
+        states = tuple(program.chain.body(*states, *block, *shared))
+        trajectory.append(layout.flatten(states))
+    return torch.stack(trajectory)

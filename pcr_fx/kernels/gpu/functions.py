@@ -1,0 +1,161 @@
+"""What Triton's language lacks, and what several kernels share.
+
+Functions of numbers are libdevice's on a GPU, and PyTorch's in Triton's interpreter, which has no libdevice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+from triton.runtime.interpreter import TensorHandle
+
+INTERPRETED = triton.knobs.runtime.interpret
+_UNARY = "sqrt rsqrt tanh expm1 log10 log1p round tan atan asin acos sinh cosh trunc erfc".split()
+_BINARY = "pow atan2 fmod".split()
+NAMES = (*_UNARY, *_BINARY)
+
+
+def _torch_function(name: str) -> Callable[..., Any]:
+    function = getattr(torch.special if name == "erfc" else torch, name)
+
+    def call(*arguments: Any) -> Any:
+        tensors = torch.broadcast_tensors(*(torch.from_numpy(np.asarray(a.handle.data)) for a in arguments))
+        first = max(arguments, key=lambda argument: np.size(argument.handle.data))
+        return tl.tensor(TensorHandle(function(*tensors).numpy(), first.handle.dtype), first.type)
+
+    return call
+
+
+if INTERPRETED:
+    globals().update({name: _torch_function(name) for name in NAMES})
+else:
+
+    @triton.jit
+    def sqrt(x):  # type: ignore[no-untyped-def]
+        return libdevice.sqrt(x)
+
+    @triton.jit
+    def rsqrt(x):  # type: ignore[no-untyped-def]
+        return libdevice.rsqrt(x)
+
+    @triton.jit
+    def tanh(x):  # type: ignore[no-untyped-def]
+        return libdevice.tanh(x)
+
+    @triton.jit
+    def expm1(x):  # type: ignore[no-untyped-def]
+        return libdevice.expm1(x)
+
+    @triton.jit
+    def log10(x):  # type: ignore[no-untyped-def]
+        return libdevice.log10(x)
+
+    @triton.jit
+    def log1p(x):  # type: ignore[no-untyped-def]
+        return libdevice.log1p(x)
+
+    @triton.jit
+    def round(x):  # type: ignore[no-untyped-def]
+        return libdevice.rint(x)
+
+    @triton.jit
+    def tan(x):  # type: ignore[no-untyped-def]
+        return libdevice.tan(x)
+
+    @triton.jit
+    def atan(x):  # type: ignore[no-untyped-def]
+        return libdevice.atan(x)
+
+    @triton.jit
+    def asin(x):  # type: ignore[no-untyped-def]
+        return libdevice.asin(x)
+
+    @triton.jit
+    def acos(x):  # type: ignore[no-untyped-def]
+        return libdevice.acos(x)
+
+    @triton.jit
+    def sinh(x):  # type: ignore[no-untyped-def]
+        return libdevice.sinh(x)
+
+    @triton.jit
+    def cosh(x):  # type: ignore[no-untyped-def]
+        return libdevice.cosh(x)
+
+    @triton.jit
+    def trunc(x):  # type: ignore[no-untyped-def]
+        return libdevice.trunc(x)
+
+    @triton.jit
+    def erfc(x):  # type: ignore[no-untyped-def]
+        return libdevice.erfc(x)
+
+    @triton.jit
+    def pow(x, y):  # type: ignore[no-untyped-def]
+        return libdevice.pow(x, y)
+
+    @triton.jit
+    def atan2(x, y):  # type: ignore[no-untyped-def]
+        return libdevice.atan2(x, y)
+
+    @triton.jit
+    def fmod(x, y):  # type: ignore[no-untyped-def]
+        return libdevice.fmod(x, y)
+
+
+@triton.jit
+def largest(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest number along an axis; NaN if there is one, which `tl.max` loses."""
+    is_nan = tl.max(tl.where(x == x, 0, 1), axis)
+    return tl.where(is_nan > 0, float("nan"), tl.max(x, axis))
+
+
+@triton.jit
+def relative(residual, scale, floor: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A residual relative to a scale; infinite if either is not finite."""
+    ratio = residual / tl.maximum(scale, floor)
+    # A comparison with NaN is false, and nothing is small because a product overflowed.
+    return tl.where((ratio < float("inf")) & (scale < float("inf")), ratio, float("inf"))
+
+
+@triton.jit
+def judge(  # type: ignore[no-untyped-def]
+    residual,
+    against,
+    last,
+    best,
+    best_at,
+    iteration,
+    limit,
+    tolerance,
+    rounding: tl.constexpr,
+    patience: tl.constexpr,
+):
+    """Whether Newton's method is done, by the rules of pcr_fx/solvers/iteration.py, which explains them.
+
+    Args:
+        residual, against: relative to the states, and to the terms that they are sums of.
+        last, best, best_at: the residual before, the smallest so far and the iteration it was found in.
+
+    Returns:
+        The outcome in the order of `Outcome`, -1 if there is none yet; the residual to report; best and best_at.
+    """
+    stalled = residual > 0.5 * last
+    converged = residual <= tolerance
+    by_terms = (stalled | (last < tl.sqrt(tolerance))) & (against <= tolerance)
+    improved = residual < best
+    best_at = tl.where(improved, iteration, best_at)
+    best = tl.where(improved, residual, best)
+    outcome = tl.where(iteration - best_at >= patience, 2, -1)
+    outcome = tl.where(iteration >= limit, 4, outcome)
+    outcome = tl.where(stalled & (against <= rounding), 1, outcome)
+    outcome = tl.where(by_terms | converged, 0, outcome)
+    outcome = tl.where(residual < float("inf"), outcome, 3)
+    residual = tl.where((outcome < 2) & (outcome >= 0) & (residual > tolerance), against, residual)
+    return outcome, residual, best, best_at

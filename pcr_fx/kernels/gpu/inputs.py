@@ -1,0 +1,85 @@
+"""What the GPU's kernels of a chain read and write, whichever way they are printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pcr_fx.body import Program
+from pcr_fx.body.sample import SampleBody
+from pcr_fx.kernels.source import input_sizes
+
+REALS = {torch.float32: "tl.float32", torch.float64: "tl.float64"}
+# Iterations without a new smallest residual before a solve is given up, and how many roundings a stalled residual may
+# be: as in pcr_fx/solvers/iteration.py, which explains them.
+PATIENCE = 8
+ROUNDING_EPS = 8.0
+HEADER = """
+import triton
+import triton.language as tl
+
+from pcr_fx.kernels.gpu.functions import *  # noqa: F403
+"""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One operand, literal or shared operand: so many numbers a block; of each sample its own, or not."""
+
+    name: str
+    size: int
+    own: bool
+    shared: bool
+
+
+def inputs_of(program: Program, body: SampleBody) -> list[Input]:
+    operands = len(program.signature.operands) + len(program.literals)
+    sizes = zip(input_sizes(program, body), body.own, strict=True)
+    return [Input(f"in{index}", size, own, index >= operands) for index, (size, own) in enumerate(sizes)]
+
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """Below this scale a relative residual would only measure denormal noise."""
+    return torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+
+
+class Call:
+    """The tensors of one solve, all contiguous.
+
+    Attributes:
+        initial: `[*batch, d]`.
+        operands: those of the chain, then its literals, each `[L, ...]`.
+        shared: shared operands.
+        trajectory: `[L, *batch, d]`; the adjoint's kernels read it.
+        cotangents: of every state, `[L, *batch, d]`; likewise.
+    """
+
+    def __init__(
+        self,
+        initial: Tensor,
+        operands: Sequence[Tensor],
+        shared: Sequence[Tensor],
+        trajectory: Tensor | None = None,
+        cotangents: Tensor | None = None,
+    ) -> None:
+        self.initial = initial.contiguous()
+        self.operands = [tensor.contiguous() for tensor in operands]
+        self.shared = [tensor.contiguous() for tensor in shared]
+        self.trajectory = None if trajectory is None else trajectory.contiguous()
+        self.cotangents = None if cotangents is None else cotangents.contiguous()
+
+    @property
+    def samples(self) -> int:
+        d = self.initial.shape[-1]
+        return self.initial.numel() // d
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """A row `[L]` for each number of the operands, of the trajectory and of the cotangents."""
+        states = [states for states in (self.trajectory, self.cotangents) if states is not None]
+        rows = [tensor.reshape(len(tensor), -1).mT for tensor in (*self.operands, *states)]
+        return torch.cat(rows) if rows else self.initial.new_empty(0)

@@ -1,0 +1,67 @@
+"""Kernels on their way from text to a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pcr_fx.body.isolation import isolated
+
+_WHOLE = ("length", "samples", "limit", "group", "run", "skip_solved", "columns", "chunk", "chunks", "iteration")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as it is compiled for a chain.
+
+    Attributes:
+        name: which kernel, and direction.
+        function: Triton's.
+        signature: the Triton type of each argument.
+        constants: arguments that are compiled in.
+        warps: of a program.
+        stages: of the loops that Triton pipelines; 1 where it is to leave loads where they are.
+    """
+
+    name: str
+    function: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int = 1
+
+    @classmethod
+    def of(
+        cls, name: str, function: Any, dtype: torch.dtype, constants: dict[str, Any], warps: int, stages: int = 1
+    ) -> Launch:
+        real = {torch.float32: "fp32", torch.float64: "fp64"}[dtype]
+        # A number of Python's is a float32 to Triton, whatever the tensors are.
+        kinds = {**dict.fromkeys(_WHOLE, "i32"), "tolerance": "fp32", **dict.fromkeys(constants, "constexpr")}
+        signature = {argument: kinds.get(argument, f"*{real}") for argument in function.arg_names}
+        return cls(name, function, signature, constants, warps, stages)
+
+
+@dataclass(eq=False)
+class Loader:
+    """The kernels of one source, each printed and loaded when first asked for.
+
+    Attributes:
+        text: prints the kernel of a name and a direction.
+    """
+
+    text: Callable[[str, str], str]
+    _loaded: dict[tuple[str, str], Any] = field(default_factory=dict)
+
+    def kernel(self, name: str, direction: str) -> Any:
+        if (name, direction) not in self._loaded:
+            self._loaded[name, direction] = self._load(name, direction)
+        return self._loaded[name, direction]
+
+    @isolated
+    def _load(self, name: str, direction: str) -> Any:
+        from pcr_fx.kernels.gpu.build import load_module
+
+        return getattr(load_module(self.text(name, direction)), name)

@@ -1,0 +1,136 @@
+"""Launches of the kernels that hold all numbers of a block in a thread's registers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from torch import Tensor
+
+from pcr_fx.kernels.gpu.inputs import Call, Input
+from pcr_fx.kernels.gpu.launches import Launch, Loader
+from pcr_fx.kernels.gpu.source_scalars import ScalarSource
+
+# The largest d with a block, its operands and its Jacobian in one thread's registers: at d = 8 and one column a thread
+# `newton` spills 1.9 kB, after 72 s of compiling.
+MAX_DIMENSION = 4
+# By d and direction the columns that a program of `newton` holds at once, and its warps: the most that does not spill
+# for sm_90 (`benchmarks.gpu_resources`).
+TILES = {
+    (1, "forward"): (1024, 8),
+    (1, "adjoint"): (1024, 8),
+    (2, "forward"): (1024, 8),
+    (2, "adjoint"): (1024, 8),
+    (3, "forward"): (256, 8),
+    (3, "adjoint"): (256, 8),
+    (4, "forward"): (256, 8),
+    (4, "adjoint"): (128, 4),
+}
+# Lanes of one warp: a sample in each, or a block.
+_LANES = 32
+_NAMES = [(name, direction) for name in ("newton", "sequential") for direction in ("forward", "adjoint")]
+_NAMES.append(("gradients", "adjoint"))
+
+
+class ScalarKernels:
+    """The kernels of a source. All are printed here, so that what cannot be printed is known at once."""
+
+    def __init__(self, source: ScalarSource) -> None:
+        self.source, self._loader = source, Loader(source.text)
+        for name, direction in _NAMES:
+            source.text(name, direction)
+
+    def solve_newton(
+        self, direction: str, call: Call, result: Tensor, tolerance: float, max_iterations: int
+    ) -> Tensor:
+        """All iterations of all samples in one launch, into `result` as from `solve`.
+
+        Returns:
+            The stats `[samples, 3]` that `GpuKernel.solve_newton` describes.
+        """
+        stats = call.initial.new_empty((call.samples, 3))
+        columns = self._columns(direction)
+        states = call.initial.new_empty((2, call.samples, self.source.dimension, columns + 1))
+        block, warps = self._tile(direction)
+        self._loader.kernel("newton", direction)[(call.samples,)](
+            call.packed,
+            *call.shared,
+            call.initial,
+            result,
+            states,
+            stats,
+            self.source.program.length,
+            call.samples,
+            tolerance,
+            max_iterations,
+            BLOCK=block,
+            num_warps=warps,
+        )
+        return stats
+
+    def solve(self, direction: str, call: Call, result: Tensor, stats: Tensor | None) -> None:
+        """All samples block by block, or those that `stats` says were not solved.
+
+        Args:
+            result: the trajectory `[L, *batch, d]`, or the adjoints `[L + 1, *batch, d]`.
+        """
+        self._loader.kernel("sequential", direction)[(-(-call.samples // _LANES),)](
+            *call.operands,
+            *call.shared,
+            call.initial,
+            call.trajectory,
+            call.cotangents,
+            result,
+            call.initial if stats is None else stats,  # not read, but Triton wants a pointer
+            self.source.program.length,
+            call.samples,
+            int(stats is not None),
+            BLOCK=_LANES,
+            num_warps=1,
+        )
+
+    def gradients(self, call: Call, adjoints: Tensor, parts: Sequence[Tensor], group: int) -> None:
+        """Those of what is differentiable, in parts that are to be summed."""
+        self._loader.kernel("gradients", "adjoint")[(self.tiles(), -(-call.samples // group))](
+            call.packed,
+            *call.shared,
+            call.initial,
+            adjoints,
+            *parts,
+            self.source.program.length,
+            call.samples,
+            group,
+            BLOCK=_LANES,
+            num_warps=1,
+        )
+
+    def tiles(self) -> int:
+        """Slices of blocks, each worked on by programs of its own for gradients."""
+        return -(-self.source.program.length // _LANES)
+
+    def scratch_numbers(self, samples: int, solver: str) -> int:
+        """Numbers beside results: operands and states packed, adjoints; for Newton's method two buffers of states."""
+        packed = sum(one.size * (samples if one.own else 1) for one in self._inputs if not one.shared)
+        return (packed + (5 if solver == "newton" else 3) * samples * self.source.dimension) * self._columns("adjoint")
+
+    def launches(self) -> list[Launch]:
+        """Every kernel, to be compiled without being run."""
+        found = []
+        for name, direction in _NAMES:
+            block, warps = self._tile(direction) if name == "newton" else (_LANES, 1)
+            function, dtype = self._loader.kernel(name, direction), self.source.program.dtype
+            found.append(Launch.of(f"{name}, {direction}", function, dtype, {"BLOCK": block}, warps))
+        return found
+
+    @cached_property
+    def _inputs(self) -> list[Input]:
+        return self.source.inputs
+
+    def _columns(self, direction: str) -> int:
+        return self.source.program.length + (direction == "adjoint")
+
+    def _tile(self, direction: str) -> tuple[int, int]:
+        """Columns that a program of `newton` holds at once, a power of two, and its warps."""
+        block, warps = TILES[self.source.dimension, direction]
+        block = min(block, max(16, 1 << (self._columns(direction) - 1).bit_length()))
+        return block, min(warps, max(1, block // 32))

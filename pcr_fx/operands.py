@@ -1,0 +1,188 @@
+"""The per-block operands of a chain: where they are kept, how they are stacked, or read where they lie."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from pcr_fx import ops
+from pcr_fx.body.isolation import is_plain_call
+from pcr_fx.kernels import PointerTable
+
+Operand: TypeAlias = "Tensor | StackedAttributes | PointerTable"
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(*tensors: Tensor) -> Tensor:
+        return ops.stack(list(tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return cotangent.unbind(0)
+
+
+def stack_operands(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack(tensors)` as one operator that no compiler takes apart."""
+    return _Stack.apply(*tensors)
+
+
+def parts_of(operand: Operand) -> Sequence[Tensor]:
+    """The tensor of each block."""
+    if isinstance(operand, StackedAttributes):
+        return operand.values()
+    return operand.tensors if isinstance(operand, PointerTable) else operand.unbind(0)
+
+
+def stacked(operand: Operand) -> Tensor:
+    if isinstance(operand, StackedAttributes):
+        return operand.stacked()
+    return torch.stack(operand.tensors) if isinstance(operand, PointerTable) else operand
+
+
+@dataclass
+class Source:
+    """Where a module keeps a tensor, to be looked up at each call: so `.to()`, `load_state_dict(assign=True)` and
+    optimisers that exchange parameters are seen.
+
+    Attributes:
+        path: the attribute's name in the model.
+        holder: `module._parameters`, `module._buffers`, or whatever else holds it by `name`.
+    """
+
+    path: str
+    holder: Any
+    name: Any
+
+
+class Attributes(nn.Module):
+    """The present values of some attributes, as a list; of per-block operands what can stack or read them.
+
+    One module for all of a graph: to call one costs a microsecond.
+    """
+
+    def __init__(self, sources: Sequence[Source | StackedAttributes]) -> None:
+        super().__init__()
+        self.sources = list(sources)
+
+    def forward(self) -> list[Any]:
+        return [
+            source if type(source) is StackedAttributes else source.holder[source.name]  # type: ignore[union-attr]
+            for source in self.sources
+        ]
+
+
+class Watched(dict[str, Any]):
+    """The parameters or buffers of a module; counts how often one has been exchanged for another.
+
+    So a chain with thousands of them need not look each up to know that they are the same objects still.
+    """
+
+    def __init__(self, values: Mapping[str, Any], changes: list[int]) -> None:
+        super().__init__(values)
+        self.changes = changes
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.changes[0] += 1
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self.changes[0] += 1
+        super().__delitem__(name)
+
+    def pop(self, *arguments: Any) -> Any:
+        self.changes[0] += 1
+        return super().pop(*arguments)
+
+    def update(self, *arguments: Any, **values: Any) -> None:
+        self.changes[0] += 1
+        super().update(*arguments, **values)
+
+    def clear(self) -> None:
+        self.changes[0] += 1
+        super().clear()
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        self.changes[0] += 1
+        return super().setdefault(name, default)
+
+    def popitem(self) -> tuple[str, Any]:
+        self.changes[0] += 1
+        return super().popitem()
+
+    def __ior__(self, values: Any) -> Watched:  # type: ignore[override,misc]
+        self.update(values)
+        return self
+
+    def __reduce__(self) -> Any:
+        return Watched, (dict(self), self.changes)
+
+
+class StackedAttributes:
+    """One per-block operand, of the parameters or buffers of the blocks.
+
+    It stacks them, `[L, ...]`, or tells a kernel where they lie.
+
+    Args:
+        sources: the attributes of the blocks.
+        changes: how often, so far, any attribute of the model was exchanged for another.
+    """
+
+    def __init__(self, sources: Sequence[Source], changes: list[int]) -> None:
+        self.sources = list(sources)
+        self.changes = changes
+        self.table: PointerTable | None = None
+        self._seen = -1
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(source.path for source in self.sources)
+
+    def values(self) -> list[Any]:
+        return [source.holder[source.name] for source in self.sources]
+
+    def stacked(self) -> Tensor:
+        return torch.stack(self.values())
+
+    def read(self) -> PointerTable | Tensor:
+        """For a kernel: where they lie, if they can be read there; else stacked."""
+        table = self._present_table()
+        return self.stacked() if table is None else table
+
+    def _present_table(self) -> PointerTable | None:
+        if self._seen != self.changes[0] or (self.table is not None and not self.table.holds()):
+            self._seen = self.changes[0]
+            # Parts of a packed parameter are views, made anew each time.
+            in_place = all(isinstance(source.holder, dict) for source in self.sources)
+            self.table = PointerTable.of(self.values()) if in_place else None
+        return self.table
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has tensors of its own, which lie elsewhere.
+        return {**self.__dict__, "table": None}
+
+
+class InputColumn(nn.Module):
+    """One per-block operand of tensors that each call is given, as a compiler gives parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: PointerTable | None = None
+
+    def forward(self, tensors: list[Tensor]) -> Tensor | PointerTable:
+        """For a kernel: where they lie, if they can be read there; else stacked."""
+        if not is_plain_call():
+            return stack_operands(tensors)
+        table = self.table
+        if table is None or not all(map(operator.is_, tensors, table.tensors)) or not table.holds():
+            table = self.table = PointerTable.of(tensors)
+        return stack_operands(tensors) if table is None else table

@@ -1,0 +1,413 @@
+"""What the ways through a chain cost, measured on the tensors at hand."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcr_fx.kernels import ChainKernel, GpuKernel
+from pcr_fx.planner.choice import EAGER, HANDING, STACKING, Timing, Way
+from pcr_fx.planner.estimate import bounds
+from pcr_fx.planner.rule import Case, candidates
+from pcr_fx.solvers import (
+    Outcome,
+    Settings,
+    adjoint_sequential,
+    adjoint_transposed,
+    blocks,
+    solve_iteratively,
+    solve_sequential,
+)
+
+log = logging.getLogger(__name__)
+
+# What a solve node costs beside its solver, in seconds a call: measured on a CPU, with an operator and autograd.
+NODE_SECONDS = {"forward": 4e-5, "backward": 1.2e-4}
+# Calls are timed until they took as long as this, or so many were made.
+_ENOUGH_SECONDS = 0.1
+_MOST_REPEATS = 7
+# A share of the budget that one call may take; what goes block by block is timed on fewer blocks otherwise.
+_CALL_SHARE = 0.05
+_FEWEST_BLOCKS = 16
+# Iterations that no solver does without, and numbers in all states of a chain that one is tried on unseen.
+_FEWEST_ITERATIONS = 2
+_NUMBERS_TRIED = 2**20
+# How many times slower than the best a solver may turn out before it is given up.
+_HOPELESS = 3.0
+# Timed because it comes on top, and not a way by itself.
+_BESIDE = (STACKING, HANDING)
+# How much slower than the best what is timed a second time may be, and the share of the budget that this may take.
+_CLOSE = 1.25
+_REMATCH_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How something was timed: the call, how many times more blocks there are, and what a node costs beside it."""
+
+    call: Callable[[], Any]
+    scale: float
+    fixed: float
+
+    def seconds(self, measured: float) -> float:
+        """Of all blocks."""
+        return self.scale * measured + self.fixed
+
+
+@dataclass
+class Tensors:
+    """What a chain is called with.
+
+    Attributes:
+        initial: flat, `[*batch, d]`.
+        operands: those of the blocks and the literals, stacked `[L, ...]`.
+        are_stacked: whether operands came from the blocks' own tensors, which each call has to stack again.
+    """
+
+    initial: Tensor
+    operands: Sequence[Tensor]
+    shared: Sequence[Tensor]
+    are_stacked: bool = False
+
+    def first(self, count: int) -> Tensors:
+        """Those of the first `count` blocks."""
+        return Tensors(self.initial, [operand[:count] for operand in self.operands], self.shared)
+
+
+def measure(
+    case: Case, settings: Settings, tensors: Tensors, needs_gradient: bool, with_eager: bool = True
+) -> tuple[Timing, ...]:
+    """The time of every way through the chain that an estimate cannot rule out, within the budget.
+
+    Args:
+        tensors: of the shapes and on the device that matter; how many iterations a solver needs depends on their values.
+        needs_gradient: whether the ways back are measured too.
+        with_eager: whether the model's own ops are among the ways.
+    """
+    return _Measurement(case, settings, tensors, needs_gradient, with_eager).run()
+
+
+class _Measurement:
+    def __init__(
+        self, case: Case, settings: Settings, tensors: Tensors, needs_gradient: bool, with_eager: bool
+    ) -> None:
+        self.case, self.settings = case, settings
+        self.tensors = replace(
+            tensors,
+            initial=tensors.initial.detach(),
+            operands=[t.detach() for t in tensors.operands],
+            shared=[t.detach() for t in tensors.shared],
+        )
+        self.needs_gradient, self.with_eager = needs_gradient, with_eager
+        self.budget = case.options.planning_budget
+        self.ends = time.perf_counter() + self.budget
+        self.timings: list[Timing] = []
+        self.runs: dict[tuple[str, str], _Run] = {}
+
+    def run(self) -> tuple[Timing, ...]:
+        # Where gradients are needed the model's own forward records them.
+        if self.with_eager:
+            self._eager()
+        if self.tensors.are_stacked:
+            self._stacking()
+        directions = ("forward", "backward") if self.needs_gradient else ("forward",)
+        ways = {direction: self._candidates(direction) for direction in directions}
+        # Block by block first: those are sure to end, and rule out others.
+        for iterates in (False, True):
+            for direction in directions:
+                self._measure([way for way in ways[direction] if (way.solver != "sequential") is iterates], direction)
+        self._rematch()
+        for timing in self.timings:
+            log.info("chain of %d blocks, %s: %s", self.case.program.length, timing.direction, timing)
+        return tuple(self.timings)
+
+    def _candidates(self, direction: str) -> list[Way]:
+        ways, refused = candidates(self.case, direction)
+        self.timings += [Timing(solver, direction, None, note=reason) for solver, reason in refused.items()]
+        return ways
+
+    def _measure(self, ways: Sequence[Way], direction: str) -> None:
+        estimates = {way: bounds(way, direction, self.case) for way in ways}
+        measured = [s for (way, of), s in self._seconds().items() if of == direction and way not in _BESIDE]
+        best = min([*measured, *(most for _, most in estimates.values())], default=math.inf)
+        # What is likely to be fast comes first.
+        for way in sorted(ways, key=lambda way: estimates[way][1]):
+            timing = self._way(way, direction, best, estimates[way][0])
+            best = best if timing.seconds is None else min(best, timing.seconds)
+            self.timings.append(timing)
+
+    def _seconds(self) -> dict[tuple[str, str], float]:
+        return {(t.way, t.direction): t.seconds for t in self.timings if t.seconds is not None}
+
+    def _way(self, way: Way, direction: str, best: float, least: float) -> Timing:
+        if least > best:
+            return Timing(way.name, direction, None, note=f"at least {1e3 * least:.2g} ms by estimate")
+        if time.perf_counter() > self.ends:
+            return Timing(way.name, direction, None, note=f"the budget of {self.budget:g} s was spent")
+        try:
+            if way.solver == "sequential":
+                return self._sequential(way, direction)
+            return self._iterative(way, best) if direction == "forward" else self._reduction(way, best)
+        except torch.OutOfMemoryError:
+            return Timing(way.name, direction, None, note="out of memory")
+
+    # --- block by block: the time of fewer blocks, in proportion ------------------------------------------
+
+    def _eager(self) -> None:
+        count = self._count(self._eager_forward, 4 if not self.needs_gradient else 16)
+        forward = self._eager_forward(count)
+        self.timings.append(self._timing(EAGER, "forward", forward, count))
+        if self.needs_gradient:
+            out, inputs = forward()
+            moved = [one for one in out if one.requires_grad]
+            if moved:
+                ones = [torch.ones_like(one) for one in moved]
+                backward = partial(
+                    torch.autograd.grad, moved, inputs, ones, retain_graph=True, allow_unused=True
+                )
+                self.timings.append(self._timing(EAGER, "backward", backward, count))
+
+    def _eager_forward(self, count: int) -> Callable[[], tuple[Any, list[Tensor]]]:
+        program, tensors = self.case.program, self.tensors.first(count)
+        each = [tuple(self._leaf(part) for part in block) for block in blocks(tensors.operands, count)]
+        states = [self._leaf(state) for state in program.layout.unflatten(tensors.initial)]
+        shared = [self._leaf(tensor) for tensor in tensors.shared]
+        inputs = [t for group in (states, shared, *each) for t in group if t.requires_grad]
+
+        def run() -> tuple[Any, list[Tensor]]:
+            present: Any = states
+            with torch.set_grad_enabled(self.needs_gradient):
+                for block in each:
+                    present = program.chain.body(*present, *block, *shared)
+            return present, inputs
+
+        return run
+
+    def _stacking(self) -> None:
+        """What it costs that operands are the blocks' own tensors, beside any solver."""
+        parts = [[self._leaf(part) for part in operand.unbind(0)] for operand in self.tensors.operands]
+
+        def stacked() -> list[Tensor]:
+            with torch.set_grad_enabled(self.needs_gradient):
+                return [torch.stack(part) for part in parts]
+
+        self.timings.append(self._timing(STACKING, "forward", stacked))
+        outputs = [column for column in stacked() if column.requires_grad]
+        if outputs:
+            leaves = [part for column in parts for part in column if part.requires_grad]
+            gradients = [torch.ones_like(column) for column in outputs]
+            handing = partial(torch.autograd.grad, outputs, leaves, gradients, retain_graph=True)
+            self.timings.append(self._timing(HANDING, "backward", handing))
+
+    def _leaf(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().requires_grad_(self.needs_gradient and tensor.is_floating_point())
+
+    def _sequential(self, way: Way, direction: str) -> Timing:
+        make = self._forward_by if direction == "forward" else self._backward_by
+        if isinstance(way.kernel, ChainKernel) and not self._compiles(way.kernel, direction):
+            return Timing(way.name, direction, None, note=way.kernel.failure or "it cannot be called")
+        self._compile(partial(make, way, min(2, self.case.program.length)))
+        fused = isinstance(way.kernel, GpuKernel)
+        # Native code makes one large result, whose memory is new at every call once it is large enough: it is timed at
+        # full length rather than in proportion, where that can be afforded.
+        times = 1 if way.is_native else 4
+        count = self.case.program.length if fused else self._count(partial(make, way), times)
+        return self._timing(way.name, direction, make(way, count), count)
+
+    def _compile(self, make: Callable[[], Callable[[], Any]]) -> None:
+        """A first call, which may compile a kernel: what that takes is no part of the budget."""
+        began = time.perf_counter()
+        make()()
+        self.ends += time.perf_counter() - began
+
+    def _compiles(self, kernel: ChainKernel, direction: str) -> bool:
+        began = time.perf_counter()
+        is_ready = kernel.is_ready("forward" if direction == "forward" else "adjoint", self.tensors.initial)
+        self.ends += time.perf_counter() - began
+        return is_ready
+
+    def _forward_by(self, way: Way, count: int) -> Callable[[], Any]:
+        tensors, kernel = self.tensors.first(count), _shortened(way.kernel, count)
+        if isinstance(kernel, GpuKernel):
+            return lambda: kernel.solve(tensors.initial, tensors.operands, tensors.shared)
+        program = self.case.program
+        return lambda: solve_sequential(program, tensors.initial, tensors.operands, tensors.shared, kernel, count)
+
+    def _backward_by(self, way: Way, count: int) -> Callable[[], Any]:
+        tensors, kernel = self.tensors.first(count), _shortened(way.kernel, count)
+        initial, operands, shared = tensors.initial, tensors.operands, tensors.shared
+        trajectory = initial.unsqueeze(0).repeat(count, *(1 for _ in initial.shape))
+        ones = torch.ones_like(trajectory)
+        if isinstance(kernel, GpuKernel):
+            return lambda: kernel.solve_adjoint(initial, trajectory, operands, shared, ones, way.solver)
+        program = self.case.program
+        return lambda: adjoint_sequential(program, initial, trajectory, operands, shared, ones, kernel, count)
+
+    def _count(self, make: Callable[[int], Callable[[], Any]], times: int) -> int:
+        """Blocks to time: all, or as many as take a share of the budget, of which there are so many `times`."""
+        length = self.case.program.length
+        count = min(length, _FEWEST_BLOCKS)
+        while count < length:
+            run = make(count)
+            run()
+            if times * _once(run, self.tensors.initial.device) > _CALL_SHARE * self.budget:
+                break
+            count = min(length, 4 * count)
+        return count
+
+    # --- all blocks at once ---------------------------------------------------------------------------------
+
+    def _iterative(self, way: Way, best: float) -> Timing:
+        program, settings = self.case.program, replace(self.settings, window=way.window)
+        if isinstance(way.kernel, GpuKernel):
+            return self._fused(way, way.kernel, settings, best)
+        solve = partial(
+            solve_iteratively, program, self.tensors.initial, self.tensors.operands, self.tensors.shared, way.solver
+        )
+        least = self._least_seconds(way, settings)
+        if least > _HOPELESS * best:
+            return Timing(way.name, "forward", None, note=f"at least {1e3 * least:.2g} ms, from a part of the blocks")
+        each = self._seconds_an_iteration(solve, settings)
+        # No more than a way could take that is not much slower than the best.
+        limit, affordable = settings.limit(way.solver, program.length), math.ceil(_HOPELESS * best / each)
+        if affordable < limit:
+            windows = math.ceil(program.length / (way.window or program.length))
+            settings = replace(settings, max_iterations=max(1, affordable // windows))
+        _, stats = solve(settings)
+        if stats.outcome is Outcome.ITERATION_LIMIT and affordable < limit:
+            note = f"not solved after {stats.iterations} iterations and {1e3 * each * stats.iterations:.2g} ms"
+            return Timing(way.name, "forward", None, note=note)
+        return self._converging(way, partial(solve, settings), stats.outcome, stats.iterations, best)
+
+    def _fused(self, way: Way, kernel: GpuKernel, settings: Settings, best: float) -> Timing:
+        limit = settings.limit(way.solver, self.case.program.length)
+        run = partial(
+            kernel.solve_newton,
+            self.tensors.initial,
+            self.tensors.operands,
+            self.tensors.shared,
+            settings.tolerance,
+            limit,
+        )
+        self._compile(lambda: run)
+        outcome, iterations = (int(value) for value in run()[1][:, :2].amax(0).tolist())
+        return self._converging(way, run, list(Outcome)[outcome], iterations, best)
+
+    def _converging(
+        self, way: Way, run: Callable[[], Any], outcome: Outcome, iterations: int, best: float
+    ) -> Timing:
+        """The time of an iteration that ended so, if it is any use."""
+        if not outcome.success:
+            return Timing(way.name, "forward", None, note=f"{outcome} ({iterations} iterations)")
+        return self._timing(way.name, "forward", run, best=best, iterations=iterations)
+
+    def _least_seconds(self, way: Way, settings: Settings) -> float:
+        """What a few iterations of a chain take that is too large to try one of: from so many blocks as can be tried."""
+        program, samples = self.case.program, max(self.case.samples, 1)
+        count = _NUMBERS_TRIED // (samples * program.dimension)
+        if not _FEWEST_BLOCKS <= count < (way.window or program.length):
+            return 0.0
+        tensors = self.tensors.first(count)
+        solve = partial(
+            solve_iteratively, program.of_length(count), tensors.initial, tensors.operands, tensors.shared, way.solver
+        )
+        each = self._seconds_an_iteration(solve, replace(settings, window=None))
+        return _FEWEST_ITERATIONS * each * program.length / count
+
+    def _seconds_an_iteration(self, solve: Callable[..., Any], settings: Settings) -> float:
+        run = partial(solve, replace(settings, max_iterations=2))
+        self._compile(lambda: run)
+        return _once(run, self.tensors.initial.device) / 2
+
+    def _reduction(self, way: Way, best: float) -> Timing:
+        program = self.case.program
+        initial, operands, shared = self.tensors.initial, self.tensors.operands, self.tensors.shared
+        trajectory = initial.unsqueeze(0).repeat(program.length, *(1 for _ in initial.shape))
+        ones = torch.ones_like(trajectory)
+        run: Callable[[], Any]
+        if isinstance(way.kernel, GpuKernel):
+            run = partial(way.kernel.solve_adjoint, initial, trajectory, operands, shared, ones, way.solver)
+        else:
+            method = self.settings.linear_solver
+            run = partial(adjoint_transposed, program, trajectory, operands, shared, ones, method, way.window)
+        return self._timing(way.name, "backward", run, best=best)
+
+    # --- the clock --------------------------------------------------------------------------------------------
+
+    def _timing(
+        self,
+        way: str,
+        direction: str,
+        run: Callable[[], Any],
+        count: int | None = None,
+        best: float = math.inf,
+        iterations: int = 0,
+    ) -> Timing:
+        """The time of all blocks, in proportion to `run`, which goes through `count` of them."""
+        length = self.case.program.length
+        count = count or length
+        self.runs[way, direction] = call = _Run(run, length / count, 0.0 if way in (EAGER, *_BESIDE) else NODE_SECONDS[direction])
+        note = f"from {count} blocks" if count < length else ""
+        return Timing(way, direction, call.seconds(self._timed(run, best)), iterations, note)
+
+    def _rematch(self) -> None:
+        """Time in turn what came out close: measured one after another, two differ by what else the machine did."""
+        close = self._close()
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in close}
+        until = time.perf_counter() + _REMATCH_SHARE * self.budget
+        for _ in range(_MOST_REPEATS if len(close) > 1 else 0):
+            for key in close:
+                times[key].append(_once(self.runs[key].call, self.tensors.initial.device))
+            if time.perf_counter() > until:
+                break
+        for index, timing in enumerate(self.timings):
+            if again := times.get((timing.way, timing.direction)):
+                seconds = self.runs[timing.way, timing.direction].seconds(statistics.median(again))
+                self.timings[index] = replace(timing, seconds=seconds)
+
+    def _close(self) -> list[tuple[str, str]]:
+        """What the choice hangs on: the ways near the best of a direction, and eager where the sums are near."""
+        seconds = self._seconds()
+        stacking = seconds.pop((STACKING, "forward"), 0.0)
+        handing = seconds.pop((HANDING, "backward"), 0.0)
+        eager = {key: seconds.pop(key) for key in list(seconds) if key[0] == EAGER}
+        best: dict[str, float] = {}
+        for (_, direction), each in seconds.items():
+            best[direction] = min(each, best.get(direction, math.inf))
+        close = [key for key, each in seconds.items() if each <= _CLOSE * best[key[1]]]
+        least, sums = sum(best.values()) + handing, sum(eager.values())
+        if eager and least <= _CLOSE * sums and sums <= _CLOSE * (least + stacking):
+            return [*eager, *close]
+        return close if len(close) > len(best) else []
+
+    def _timed(self, run: Callable[[], Any], best: float = float("inf")) -> float:
+        """The median time of a call, after one to warm up; one that is far from the best is not made again."""
+        run()
+        times = [_once(run, self.tensors.initial.device)]
+        while len(times) < _MOST_REPEATS and sum(times) < _ENOUGH_SECONDS and times[0] < _HOPELESS * best:
+            times.append(_once(run, self.tensors.initial.device))
+        return statistics.median(times)
+
+
+def _shortened(kernel: Any, count: int) -> Any:
+    """The kernel for the first `count` blocks."""
+    return kernel.of_length(count) if isinstance(kernel, ChainKernel) else kernel
+
+
+def _once(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,329 @@
+"""A whole chain, or a window of it, solved by iteration: Newton's method and its cheaper relatives.
+
+F(z)_l = z_l - f_l(z_{l-1}) = 0 for all l at once. Each iteration evaluates all blocks of the window on the states there
+are, and solves one linear system for the correction (see `linearisation.py`). Solving for the correction, and not for
+the new state, keeps the rounding of the reduction relative to the correction, which vanishes at the solution.
+
+A window is K blocks. Once the first blocks of it are solved they are left as they are, and the window moves on to the
+first that is not: at least one block an iteration, since the first block starts from a state that is right already. A
+whole chain is a window of L blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pcr_fx.body import Program
+from pcr_fx.kernels import ChainKernel
+from pcr_fx.solvers.linearisation import Full, Linearisation, linearisation
+from pcr_fx.solvers.outcome import Outcome, SolveStats
+
+# The default tolerance, in units of the dtype's epsilon: as accurate as evaluating the layer in floating point.
+DEFAULT_TOLERANCE_EPS = 4.0
+# Iterations of cheaper linearisations are cheaper, and there are more of them.
+DEFAULT_MAX_ITERATIONS = {"newton": 32, "quasi-newton": 64, "picard": 256, "jacobi": 256}
+# Iterations in which a solve has to halve its residual, or to be so far on its way block by block that it would end
+# within the limit. Residuals may rise for a while before the quadratic phase, while solved blocks go on one by one.
+PATIENCE = 5
+# A stalled residual of this many roundings of the block's input and output is the best the dtype can do.
+_ROUNDING_EPS = 8.0
+# Sweeps of Picard's iteration before any other where `start="picard"`.
+PICARD_SWEEPS = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to iterate: as in `pcr_fx.Options`, with the defaults filled in.
+
+    Attributes:
+        tolerance: relative (see `Options.tolerance`).
+        max_iterations: for a window's length of blocks; `None` for the solver's own.
+        window: K, or `None` for the whole chain at once.
+    """
+
+    tolerance: float
+    max_iterations: int | None = None
+    linear_solver: str = "auto"
+    damping: float = 1.0
+    window: int | None = None
+    start: str = "repeat"
+    probes: int | None = None
+
+    def limit(self, solver: str, length: int) -> int:
+        """Iterations before a solve of `length` blocks is given up."""
+        window = min(self.window or length, length)
+        each = self.max_iterations
+        if each is None:
+            # State l is right after l iterations at the latest. A window that moves on by less than two blocks an
+            # iteration is of no use.
+            enough = window if window == length else max(4, window // 2)
+            each = math.ceil(min(DEFAULT_MAX_ITERATIONS[solver], enough) / self.damping)
+        return each * math.ceil(length / window)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a kernel's own loop does the same."""
+        return (self.linear_solver, self.damping, self.window, self.start) == ("auto", 1.0, None, "repeat")
+
+
+def default_tolerance(dtype: torch.dtype) -> float:
+    """A few roundings of `dtype`."""
+    return DEFAULT_TOLERANCE_EPS * torch.finfo(dtype).eps
+
+
+def solve_iteratively(
+    program: Program,
+    initial: Tensor,
+    operands: Sequence[Tensor],
+    shared: Sequence[Tensor],
+    solver: str,
+    settings: Settings,
+    kernel: ChainKernel | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, SolveStats]:
+    """The trajectory `[L, *batch, d]` from `initial` `[*batch, d]`.
+
+    By `kernel` if given, where all is as kernels have it: there each sample iterates until it has converged itself,
+    and linear systems are solved in as many parts as there are threads.
+
+    Args:
+        solver: one of `ITERATIVE_SOLVERS`.
+        start: a trajectory to start from; without one the initial state is repeated.
+
+    Returns:
+        The trajectory, and how it went. The residual is that of the trajectory returned, measured after the last
+        correction. Whether it succeeded is `stats.outcome.success`; the trajectory of a failed solve is not to be used.
+    """
+    if initial.numel() == 0:
+        return _repeated(initial, program.length)[1:], SolveStats(Outcome.CONVERGED)
+    plain = kernel is not None and solver == Full.solver and settings.is_plain and start is None
+    if plain and kernel is not None and kernel.is_ready("newton", initial):
+        limit = settings.limit(solver, program.length)
+        trajectory, outcome, iterations, last = kernel.solve_newton(initial, operands, shared, settings.tolerance, limit)
+        return trajectory, SolveStats(Outcome[outcome], iterations, last)
+    states = _repeated(initial, program.length)
+    if start is not None:
+        states[1:] = start
+    solve = _Solve(program, states, operands, shared, linearisation(solver, settings.probes), settings)
+    solve.filled = start is not None
+    return solve.run()
+
+
+def _repeated(initial: Tensor, length: int) -> Tensor:
+    return initial.unsqueeze(0).repeat(length + 1, *(1 for _ in initial.shape))
+
+
+@dataclass
+class _Look:
+    """What one evaluation of a window showed, of its blocks that were not solved before.
+
+    Attributes:
+        solved: leading blocks of the window that are solved.
+        residual: the largest relative residual; of the solved ones apart.
+        growth: how many times larger than the residual the correction before this was.
+    """
+
+    solved: int
+    residual: float
+    residual_solved: float
+    growth: float
+
+
+class _Solve:
+    """One solve under way.
+
+    Attributes:
+        states: `[L+1, *batch, d]`, which starts with the initial state.
+        first: blocks that are solved for good, all before the rest; without a window those are none, or all.
+        reached: leading blocks within the tolerance.
+        filled: whether states that no window has reached yet are worth starting from.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        states: Tensor,
+        operands: Sequence[Tensor],
+        shared: Sequence[Tensor],
+        kind: Linearisation,
+        settings: Settings,
+    ) -> None:
+        self.length = program.length
+        self.window = min(settings.window or self.length, self.length)
+        self.program = program.of_length(self.window)
+        self.states, self.operands, self.shared = states, operands, shared
+        self.kind, self.settings = kind, settings
+        self.limit = settings.limit(kind.solver, self.length)
+        self.first, self.reached, self.iteration = 0, 0, 0
+        self.filled, self.was_reset = False, False
+        self.residual, self.worst_solved = math.inf, 0.0
+        self.rounding = False
+        # What the residual has to be halved of, and when it last was.
+        self.mark, self.marked_at = math.inf, 0
+        self.growth: Tensor | None = None
+        self.grown = 0
+
+    def run(self) -> tuple[Tensor, SolveStats]:
+        if self.settings.start == "picard" and self.kind.solver != "picard" and not self.filled:
+            self._sweep()
+        while True:
+            outcome = self._iterate()
+            if outcome is not None:
+                residual = self.worst_solved if outcome.success else self.residual
+                return self.states[1:], SolveStats(outcome, self.iteration, residual)
+
+    def _sweep(self) -> None:
+        """Picard's iteration, a few times on the first window."""
+        picard = linearisation("picard")
+        for _ in range(PICARD_SWEEPS):
+            previous, current, operands = self._windowed(0)
+            values, _ = picard.linearise(self.program, previous, operands, self.shared)
+            current.add_(picard.correct(None, values - current, self.settings.linear_solver))
+            self.iteration += 1
+
+    def _windowed(self, begin: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The states that the window's blocks start from, those that they should compute, and their operands."""
+        end = begin + self.window
+        operands = [operand[begin:end] for operand in self.operands]
+        return self.states[begin:end], self.states[begin + 1 : end + 1], operands
+
+    def _iterate(self) -> Outcome | None:
+        """Evaluate the window and correct it; or how the solve has ended."""
+        begin = min(self.first, self.length - self.window)
+        previous, current, operands = self._windowed(begin)
+        # Newton squares its error: this is most likely the solution, so look before building Jacobians.
+        expected = self.kind.solver == Full.solver and self.residual * self.residual < self.settings.tolerance
+        matrices: Tensor | None = None
+        if expected:
+            values = self.program.evaluate(previous, *operands, *self.shared)
+        else:
+            values, matrices = self.kind.linearise(self.program, previous, operands, self.shared)
+        residuals = values - current
+        look = self._look(residuals, current.abs())
+        if expected and look.solved < self.window:
+            _, matrices = self.kind.linearise(self.program, previous, operands, self.shared)
+        if look.solved < self.window and math.isfinite(look.residual):
+            look = self._look_at_terms(look, residuals, previous, current, matrices, expected)
+        self.reached = begin + look.solved
+        if self.window < self.length or self.reached == self.length:
+            self.first, self.worst_solved = self.reached, max(self.worst_solved, look.residual_solved)
+        if self.first == self.length:
+            return Outcome.ROUNDING if self.rounding else Outcome.CONVERGED
+        failure = self._failure(look)
+        self.residual = look.residual
+        if failure is None and math.isfinite(look.residual):
+            self._correct(matrices, residuals, values, begin)
+        self.iteration += 1
+        return failure
+
+    def _look(self, residuals: Tensor, scale: Tensor, factor: float = 1.0) -> _Look:
+        """Which leading blocks of the window are within `factor` tolerances, relative to `scale`."""
+        ratios = relative_residuals(residuals, scale, self.program.layout.counts)
+        ratios[: self.first - min(self.first, self.length - self.window)] = 0  # solved before
+        within = (ratios <= factor * self.settings.tolerance).cumprod(0)
+        solved_ratios = torch.where(within > 0, ratios, 0)
+        growth = ratios.new_zeros(()) if self.growth is None else self.growth
+        numbers = torch.stack([within.sum().to(ratios.dtype), ratios.max(), solved_ratios.max(), growth])
+        solved, *others = numbers.tolist()
+        return _Look(int(solved), *others)
+
+    def _look_at_terms(
+        self,
+        look: _Look,
+        residuals: Tensor,
+        previous: Tensor,
+        current: Tensor,
+        matrices: Tensor | None,
+        expected: bool,
+    ) -> _Look:
+        """Where no more is to be gained: relative to the terms that may have cancelled in a state as well.
+
+        That is |J| |z_{l-1}|, which rounding the block's input multiplies; or |z_{l-1}| where no J is at hand.
+        """
+        stalled = look.residual > 0.5 * self.residual
+        rounding = _ROUNDING_EPS * torch.finfo(residuals.dtype).eps
+        if self.kind.solver == Full.solver and matrices is not None and (expected or stalled):
+            scale = current.abs() + (matrices.abs() @ previous.abs().unsqueeze(-1)).squeeze(-1)
+            scale.masked_fill_(scale.isinf(), math.nan)  # nothing is small because a product overflowed
+        elif stalled and look.residual <= 8 * rounding:
+            scale = current.abs() + previous.abs()
+        else:
+            return look
+        nearer = self._look(residuals, scale)
+        if stalled and nearer.solved < self.window:
+            rounded = self._look(residuals, scale, rounding / self.settings.tolerance)
+            if rounded.solved == self.window:
+                self.rounding = True
+                return rounded
+        nearer.residual = look.residual if nearer.solved < self.window else nearer.residual
+        return nearer
+
+    def _failure(self, look: _Look) -> Outcome | None:
+        """Why to give up now, if there is a reason."""
+        if not math.isfinite(look.residual):
+            return None if self._reset() else Outcome.NON_FINITE
+        self.was_reset = False
+        if self.iteration >= self.limit:
+            return Outcome.ITERATION_LIMIT
+        # A correction this much larger than the residual has no digit that is right.
+        grows = look.growth * torch.finfo(self.states.dtype).eps > 1 and look.residual > 0.5 * self.residual
+        self.grown = self.grown + 1 if grows else 0
+        # Until a first window is solved there is nothing to tell from where it has got to.
+        lag = 0 if self.window == self.length else self.limit * self.window / self.length
+        on_its_way = self.iteration > 0 and self.reached * self.limit >= self.length * (self.iteration - lag)
+        if look.residual <= 0.5 * self.mark or on_its_way:
+            self.mark, self.marked_at = min(self.mark, look.residual), self.iteration
+        elif self.grown >= 2:
+            return Outcome.GROWING
+        if self.iteration - self.marked_at >= PATIENCE / self.settings.damping:
+            return Outcome.STAGNATED
+        return None
+
+    def _reset(self) -> bool:
+        """Start a window anew from its last solved state; whether that gains anything."""
+        if self.window == self.length or self.was_reset:
+            return False
+        self.states[self.first + 1 :] = self.states[self.first]
+        self.was_reset = True
+        return True
+
+    def _correct(self, matrices: Tensor | None, residuals: Tensor, values: Tensor, begin: int) -> None:
+        end, solved = begin + self.window, self.first - begin
+        if solved == self.window:  # it moves on as a whole
+            self.growth = None
+            self._fill(end)
+            return
+        # What is solved stays as it is, and asks for no correction of what is behind it.
+        residuals[:solved] = 0
+        delta = self.kind.correct(matrices, residuals, self.settings.linear_solver)
+        self.growth = delta.abs().amax() / residuals.abs().amax()
+        self.states[begin + 1 : end + 1].add_(delta, alpha=self.settings.damping)
+        # Its input is right, and so is this: however far off the state was, and whatever the damping.
+        self.states[self.first + 1] = values[solved]
+        self._fill(end)
+
+    def _fill(self, end: int) -> None:
+        """Start the blocks that the next window adds, all behind state `end`, from that state."""
+        if not self.filled:
+            self.states[end + 1 : self.first + self.window + 1] = self.states[end]
+
+
+def relative_residuals(residuals: Tensor, scale: Tensor, counts: Sequence[int]) -> Tensor:
+    """The largest residual of each block, relative to the size of what it computes, `[L]`.
+
+    Args:
+        residuals: r, `[L, *batch, d]`.
+        scale: the size that each is relative to, of the same shape.
+        counts: how d is made up, the numbers of each carried tensor: each has its own scale, as has each sample.
+    """
+    # Below this scale a relative residual would only measure denormal noise.
+    floor = torch.finfo(scale.dtype).tiny / torch.finfo(scale.dtype).eps
+    parts = zip(residuals.abs().split(list(counts), -1), scale.split(list(counts), -1), strict=True)
+    ratios = [(r.amax(-1) / s.amax(-1).clamp_min(floor)) for r, s in parts if s.shape[-1]]
+    worst = ratios[0] if len(ratios) == 1 else torch.stack(ratios).amax(0)
+    return worst.flatten(1).amax(1) if worst.ndim > 1 else worst

@@ -1,0 +1,102 @@
+"""Chains that several tests of the GPU's kernels share, and how they are checked against the model in float64."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from comparison import relative_error
+from torch import Tensor, nn
+
+import pcr_fx
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEWTON = {"solver": "newton", "min_length": 2, "on_failure": "raise"}
+
+
+def coupled(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x + 0.3 * torch.tanh(F.linear(x, w, b))
+
+
+def gated(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.sigmoid(F.linear(x, w)) * x + F.softplus(b)
+
+
+def normed(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x + 0.3 * F.gelu(F.linear(F.layer_norm(x, x.shape[-1:], b, b), w))
+
+
+def piecewise(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return x - 0.2 * F.relu(F.linear(x, w, b)).clamp(max=1.0) + torch.where(x > 0, 0.1 * x, torch.expm1(0.1 * x))
+
+
+def attention(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """Two tokens of half the features."""
+    tokens = x.unflatten(-1, (2, -1))
+    weights = torch.softmax(tokens @ tokens.transpose(-1, -2), -1)
+    return x + 0.1 * (weights @ tokens).flatten(-2) * b
+
+
+BODIES = {body.__name__: body for body in (coupled, gated, normed, piecewise, attention)}
+
+
+class Block(nn.Module):
+    def __init__(self, body: Callable[..., Tensor], width: int) -> None:
+        super().__init__()
+        self.body = body
+        self.weight = nn.Parameter(torch.randn(width, width) / math.sqrt(width))
+        self.bias = nn.Parameter(0.5 * torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x, self.weight, self.bias)
+
+
+def net(body: Callable[..., Tensor], width: int, length: int) -> nn.Sequential:
+    torch.manual_seed(width * length)
+    return nn.Sequential(*(Block(body, width) for _ in range(length))).to(DEVICE)
+
+
+def chain_of(model: Any) -> dict[str, Any]:
+    (chain,) = model.report.to_dict()["chains"]
+    return chain
+
+
+def value_and_gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    out = model(x)
+    cotangent = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).reshape(out.shape)
+    inputs = [x, *model.parameters()]
+    return [out.detach(), *torch.autograd.grad(out, inputs, cotangent, materialize_grads=True)]
+
+
+def check(model: nn.Module, x: Tensor, options: Any, tolerance: float) -> Any:
+    """The transformed model against the model itself in float64."""
+    transformed = pcr_fx.transform(model, (x,), options=options)
+    got = value_and_gradients(transformed, x)
+    dtype = x.dtype
+    expected = value_and_gradients(model.double(), x.double())
+    model.to(dtype)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.shape == theirs.shape
+        assert relative_error(ours.double(), theirs) < tolerance
+    return transformed
+
+
+class Recurrence(nn.Module):
+    """A cell unrolled over time: shared weights, and an input for each step and sample."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(3, width)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        state = inputs.new_zeros(inputs.shape[1], self.cell.hidden_size)
+        for step in inputs.unbind(0):
+            state = self.cell(step, state)
+        return state
+
+
+def logistic(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """Chaotic where `x` starts between 0 and 1, at rest where it starts at 0."""
+    return 3.9 * x * (1 - x) + 0 * b

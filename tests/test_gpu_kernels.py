@@ -1,0 +1,241 @@
+"""The GPU's kernels against the model in float64: on a GPU if there is one, else in Triton's interpreter."""
+
+import gc
+import math
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gpu_chains import (
+    BODIES,
+    DEVICE,
+    NEWTON,
+    Recurrence,
+    chain_of,
+    check,
+    coupled,
+    logistic,
+    net,
+    value_and_gradients,
+)
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+
+import pcr_fx
+from pcr_fx.kernels import GpuKernel
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("gpu_kernels")
+
+
+@pytest.mark.parametrize("solver", ["newton", "sequential"])
+@pytest.mark.parametrize("width, length, samples", [(2, 13, 1), (4, 7, 3), (2, 70, 2)])
+@pytest.mark.parametrize("name", BODIES)
+def test_a_chain_agrees_with_the_model(name: str, width: int, length: int, samples: int, solver: str) -> None:
+    model = net(BODIES[name], width, length).double()
+    x = torch.randn(samples, width, dtype=torch.float64, device=DEVICE)
+    transformed = check(model, x, {**NEWTON, "solver": solver}, 1e-12)
+    assert chain_of(transformed)["solver_forward"] == chain_of(transformed)["solver_backward"] == solver
+
+
+@pytest.mark.parametrize("width, length, samples", [(1, 2, 1), (1, 33, 35), (3, 40, 2)])
+def test_float32(width: int, length: int, samples: int) -> None:
+    check(net(coupled, width, length), torch.randn(samples, width, device=DEVICE), NEWTON, 2e-5)
+
+
+def test_a_chain_longer_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices follow one another, each starting from the correction of the one before."""
+    from pcr_fx.kernels.gpu import scalar_kernels
+
+    monkeypatch.setattr(scalar_kernels, "TILES", dict.fromkeys([(2, "forward"), (2, "adjoint")], (16, 1)))
+    for length in (15, 16, 17, 47, 48, 49):
+        model = net(coupled, 2, length).double()
+        check(model, torch.randn(3, 2, dtype=torch.float64, device=DEVICE), NEWTON, 1e-12)
+
+
+def test_no_samples() -> None:
+    model = net(coupled, 2, 9)
+    check(model, torch.randn(0, 2, device=DEVICE), {**NEWTON, "solver": "sequential"}, 1e-6)
+
+
+def test_inputs_that_are_not_contiguous() -> None:
+    model = net(coupled, 3, 9).double()
+    check(model, torch.randn(3, 4, dtype=torch.float64, device=DEVICE).mT, NEWTON, 1e-12)
+
+
+@pytest.mark.parametrize("solver", ["newton", "sequential"])
+def test_shared_weights_and_operands_of_each_sample(solver: str) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(37, 5, 3, dtype=torch.float64, device=DEVICE)
+    check(Recurrence(2).double().to(DEVICE), inputs, {**NEWTON, "solver": solver}, 1e-12)
+
+
+def test_samples_that_newton_does_not_solve_are_evaluated_block_by_block() -> None:
+    model = net(logistic, 1, 100).double()
+    x = torch.tensor([[0.0], [0.3], [0.7]], dtype=torch.float64, device=DEVICE)
+    transformed = pcr_fx.transform(model, (x,), options={"solver": "newton"})
+    assert (transformed(x)[0] == 0).all()
+    # Chaos makes one of any other rounding: the kernel's own loop is what it is compared with.
+    in_sequence = pcr_fx.transform(model, (x,), options={"solver": "sequential"})
+    assert torch.equal(transformed(x), in_sequence(x))
+    assert chain_of(transformed)["fallbacks"] == 1
+
+
+def test_a_solve_that_fails_raises_where_that_is_asked_for() -> None:
+    model, x = net(coupled, 2, 30), torch.randn(2, 2, device=DEVICE)
+    raising = pcr_fx.transform(model, (x,), options={**NEWTON, "max_iterations": 1})
+    with pytest.raises(pcr_fx.SolveError, match="iteration limit"):
+        raising(x)
+
+
+def test_states_that_become_infinite_are_returned_as_they_are() -> None:
+    model = net(lambda x, w, b: x * x + 0 * b, 1, 20)
+    x = torch.tensor([[0.5], [3.0], [math.nan]], device=DEVICE)
+    transformed = pcr_fx.transform(model, (x,), options={"solver": "newton"})
+    torch.testing.assert_close(transformed(x), model(x), equal_nan=True)
+
+
+def test_gradients_of_a_growing_adjoint() -> None:
+    """A product of many expanding Jacobians is not accurate: what is not is computed block by block."""
+    model = net(lambda x, w, b: 1.5 * x + F.linear(torch.sin(x), w), 2, 60).double()
+    check(model, torch.randn(2, 2, dtype=torch.float64, device=DEVICE), {"solver": "newton"}, 1e-9)
+
+
+def test_auto_goes_by_length_and_samples() -> None:
+    model = net(coupled, 1, 130)
+    for samples, expected in ((1, "newton"), (300, "sequential")):
+        x = torch.randn(samples, 1, device=DEVICE)
+        transformed = pcr_fx.transform(model, (x,), options={"planning": "estimated"})
+        assert chain_of(transformed)["solver_forward"] == expected
+
+
+def test_memory_that_is_not_there_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pcr_fx.planner import rule
+
+    monkeypatch.setattr(rule, "BYTES_UNASKED", 10)
+    model, x = net(coupled, 2, 20), torch.randn(3, 2, device=DEVICE)
+    transformed = pcr_fx.transform(model, (x,), options={"solver": "sequential", "memory_limit": 1000})
+    torch.testing.assert_close(transformed(x), model(x))
+    assert "fused kernels need 0 MiB" in str(transformed.report)
+
+
+def test_a_node_waits_for_nothing_until_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = net(coupled, 2, 20), torch.randn(3, 2, device=DEVICE)
+    transformed = pcr_fx.transform(model, (x,), options={"solver": "newton"})
+    with monkeypatch.context() as patch:
+        patch.setattr(pcr_fx.record.Pending, "take", lambda pending: pytest.fail("read on the host"))
+        value_and_gradients(transformed, x)
+    assert chain_of(transformed)["iterations"] in range(1, 8)
+
+
+@pytest.mark.parametrize(
+    "options, waits",
+    [
+        ({"solver": "newton"}, False),
+        ({"planning": "estimated"}, False),
+        ({"solver": "sequential"}, False),
+        ({"solver": "newton", "on_failure": "raise"}, True),
+        ({"solver": "newton", "kernels": False}, True),
+        ({"solver": "sequential", "kernels": False}, False),
+    ],
+)
+def test_a_cuda_graph_may_hold_what_nothing_waits_for(options: dict[str, Any], waits: bool) -> None:
+    """Compilers keep operators with this tag out of CUDA graphs, and put all others in."""
+    graphs: list[fx.GraphModule] = []
+
+    def keep(graph: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    model, x = net(coupled, 2, 130), torch.randn(3, 2, device=DEVICE)
+    inner = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    value_and_gradients(torch.compile(model, backend="deeppcr", options={**options, "inner_backend": inner}), x)
+    called = [
+        node.target
+        for graph in graphs
+        for node in graph.graph.nodes
+        if str(node.target).startswith(("pcr_fx.solve", "pcr_fx.adjoint"))
+    ]
+    assert len(called) == 2
+    assert all((torch.Tag.cudagraph_unsafe in target.tags) is waits for target in called)
+
+
+def test_a_solve_keeps_none_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a CUDA graph it would be the graph's."""
+    model, x = net(coupled, 2, 20), torch.randn(3, 2, device=DEVICE)
+    transformed, made, solve = pcr_fx.transform(model, (x,), options=NEWTON), [], GpuKernel.solve_newton
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        results = solve(*arguments, **named)
+        made.append(weakref.ref(results[1]))
+        return results
+
+    monkeypatch.setattr(GpuKernel, "solve_newton", watched)
+    transformed(x)
+    gc.collect()
+    assert made and not any(reference() is not None for reference in made)
+
+
+def test_the_worst_solve_since_somebody_asked_is_told() -> None:
+    model = net(logistic, 1, 100).double()
+    transformed = pcr_fx.transform(model, options={"solver": "newton"})
+    chaotic, at_rest = torch.full((1, 1), 0.3), torch.zeros(1, 1)
+    for x in (at_rest, chaotic, at_rest):
+        transformed(x.double().to(DEVICE))
+    assert chain_of(transformed)["fallbacks"] == 1
+    transformed(at_rest.double().to(DEVICE))
+    chain = chain_of(transformed)
+    assert chain["fallbacks"] == 1 and chain["fallback_reason"] is None
+
+
+def test_without_triton() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, pcr_fx\n"
+        "from pcr_fx.kernels import GpuKernel\n"
+        "from pcr_fx.planner import plan\n"
+        "plan.KERNELS['cpu'] = GpuKernel\n"
+        "model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()) for _ in range(9)))\n"
+        "x = torch.randn(3, 2)\n"
+        "fast = pcr_fx.transform(model, (x,), options={'planning': 'estimated'})\n"
+        "assert torch.allclose(fast(x), model(x))\n"
+        "assert 'Triton is not installed' in str(fast.report), fast.report\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent)
+
+
+def compiled(*command: str) -> str:
+    """What a Python command prints in which Triton compiles, and interprets nothing."""
+    root = Path(__file__).parent.parent
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(root)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", *command], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles for GPUs on Linux only")
+def test_kernels_compile_for_a_gpu_and_do_not_spill() -> None:
+    printed = compiled("-m", "benchmarks.gpu_resources", "--widths", "1", "3", "4", "8", "64", "128")
+    assert "newton, adjoint" in printed and "compose, adjoint" in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles for GPUs on Linux only")
+def test_kernels_compile_from_the_arguments_they_are_called_with() -> None:
+    names = compiled("tests/compiled_launches.py").split()
+    assert [names.count(name) for name in ("newton", "sequential", "gradients")] == [6, 8, 4]
+
+
+def test_solve_nodes_have_gpu_kernels() -> None:
+    """That the other tests test what they say."""
+    transformed = pcr_fx.transform(net(coupled, 2, 9), (torch.randn(1, 2, device=DEVICE),))
+    plans = [item.plan for item in transformed.report.chains]
+    assert all(isinstance(item.kernel, GpuKernel) for item in plans if item is not None) and plans
