@@ -1,22 +1,35 @@
-"""The chain that the benchmarks measure: residual blocks x + 0.1 (W2 tanh(W1 x + b1) + b2)."""
+"""What the benchmarks measure: residual blocks x + scale (W2 tanh(W1 x + b1) + b2), alone and within a network."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, scale: float = 0.1) -> None:
         super().__init__()
         self.inner = nn.Linear(width, width)
         self.outer = nn.Linear(width, width)
+        self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + 0.1 * self.outer(torch.tanh(self.inner(x)))
+        return x + self.scale * self.outer(torch.tanh(self.inner(x)))
 
 
-def residual_net(length: int, width: int, seed: int = 0) -> nn.Sequential:
+def residual_block(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> tuple[Tensor]:
+    """`Block` of width w as a function of its parameters, `x` being `[B, w]`."""
+    return (x + 0.1 * F.linear(torch.tanh(F.linear(x, w1, b1)), w2, b2),)
+
+
+def residual_net(length: int, width: int, seed: int = 0, scale: float = 0.1) -> nn.Sequential:
     """`length` blocks, `[B, width] -> [B, width]`."""
     torch.manual_seed(seed)
-    return nn.Sequential(*(Block(width) for _ in range(length)))
+    return nn.Sequential(*(Block(width, scale) for _ in range(length)))
+
+
+def classifier(length: int, width: int, seed: int = 0) -> nn.Sequential:
+    """The network of `examples/train_resnet.py`: a stem, `length` residual blocks, a head, `[B, 64] -> [B, 10]`."""
+    body = residual_net(length, width, seed, scale=5.0 / length)
+    return nn.Sequential(nn.Linear(64, width), *body, nn.Linear(width, 10))

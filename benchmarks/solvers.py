@@ -1,6 +1,6 @@
 """`python -m benchmarks.solvers`: what each solver costs over depth, width and batch.
 
-The thresholds of `solver="auto"` (`pcr_fx/planner/rule.py`) are read off this grid.
+The thresholds of `planning="estimated"` (`pcr_fx/planner/rule.py`) in PyTorch's ops are read off this grid.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from benchmarks.main_job import backward_ms
 from benchmarks.measure import median_ms, record
 from benchmarks.models import residual_net
 from pcr_fx import ops
-from pcr_fx.planner import choose
+from pcr_fx.planner import Choice, Plan
+from pcr_fx.planner.rule import Case, estimated_choice
 
 LENGTHS, WIDTHS, BATCHES = (16, 64, 256, 1024), (2, 4, 8, 16), (1, 8, 64)
 # Jacobian entries of a whole chain; more would take minutes and teach nothing new.
@@ -54,9 +55,9 @@ def stacked_operands(model: nn.Sequential) -> list[Tensor]:
     ]
 
 
-def solver_costs(model: nn.Sequential, x: Tensor, solver: str) -> tuple[float, float, Any]:
+def solver_costs(model: nn.Sequential, x: Tensor, solver: str) -> tuple[float, float, Plan]:
     """Forward and adjoint in milliseconds by one solver, and the plan that they ran by."""
-    node: Any = pcr_fx.transform(model, x, {"solver": solver}).report.chains[0].node
+    node: Any = pcr_fx.transform(model, x, {"solver": solver, "kernels": False}).report.chains[0].node
     operands = stacked_operands(model)
     plan, number = node.plan_for([x], operands, []), node.record.id
     with torch.no_grad():
@@ -70,6 +71,12 @@ def solver_costs(model: nn.Sequential, x: Tensor, solver: str) -> tuple[float, f
     return forward, backward, plan
 
 
+def rule_of(plan: Plan, batch: int) -> Choice:
+    """What the rule takes where nobody asks for a solver, and nothing is printed."""
+    options = pcr_fx.Options(kernels=False, planning="estimated")
+    return estimated_choice(Case(plan.program, batch, "kernels=False asks for none", options))
+
+
 def compare(length: int, width: int, batch: int) -> tuple[Any, ...]:
     """One row of the table."""
     model = residual_net(length, width)
@@ -78,9 +85,9 @@ def compare(length: int, width: int, batch: int) -> tuple[Any, ...]:
     sequential_forward, sequential_backward, _ = solver_costs(model, x, "sequential")
     forward = Cost(newton_forward, sequential_forward, median_ms(lambda: model(x), REPEATS))
     backward = Cost(newton_backward, sequential_backward, backward_ms(model, x))
-    choice = choose("auto", plan.program, batch)
+    choice = rule_of(plan, batch)
     # A chain that is sequential both ways stays as the model wrote it.
-    taken = ("eager", "eager") if choice.leaves_alone(needs_gradient=True) else (choice.forward, choice.backward)
+    taken = ("eager", "eager") if choice.leaves_alone(needs_gradient=True) else (choice.forward.solver, choice.backward.solver)
     return (
         length,
         width,
@@ -94,7 +101,7 @@ def compare(length: int, width: int, batch: int) -> tuple[Any, ...]:
 
 
 def verdict(chosen: str, cost: Cost) -> str:
-    """What `auto` takes, and what it loses where another way is faster."""
+    """What the rule takes, and what it loses where another way is faster."""
     loss = getattr(cost, chosen) / getattr(cost, cost.fastest)
     return chosen if loss < WORTH_SAYING else f"{chosen} ({cost.fastest} is {loss:.1f}x faster)"
 
@@ -105,7 +112,7 @@ def main() -> None:
         for length, width, batch in itertools.product(LENGTHS, WIDTHS, BATCHES)
         if length * batch * width**2 <= MOST_ENTRIES
     ]
-    each = ("Newton", "sequential", "eager", "eager / Newton", "auto takes")
+    each = ("Newton", "sequential", "eager", "eager / Newton", "the rule takes")
     record(
         "solvers",
         "Cost of a chain by each solver, in milliseconds",

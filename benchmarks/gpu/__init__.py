@@ -1,0 +1,1 @@
+"""What the fused kernels gain on a GPU, and its record."""
