@@ -30,13 +30,14 @@ from pcr_fx.solvers import (
 
 log = logging.getLogger(__name__)
 
-# What a solve node costs beside its solver, in seconds a call: measured on a CPU, with an operator and autograd.
-NODE_SECONDS = {"forward": 4e-5, "backward": 1.2e-4}
+# What a solve node costs beside its solver, in seconds a call, more than a model's modules cost beside their ops. On a
+# CPU, chains of 4 to 16 blocks: 4 us forward, 30 to 80 us in a training step.
+NODE_SECONDS = {"forward": 5e-6, "backward": 5e-5}
 # Calls are timed until they took as long as this, or so many were made.
 _ENOUGH_SECONDS = 0.1
 _MOST_REPEATS = 7
 # A share of the budget that one call may take; what goes block by block is timed on fewer blocks otherwise.
-_CALL_SHARE = 0.05
+_CALL_SHARE = 0.1
 _FEWEST_BLOCKS = 16
 # Iterations that no solver does without, and numbers in all states of a chain that one is tried on unseen.
 _FEWEST_ITERATIONS = 2
@@ -117,14 +118,13 @@ class _Measurement:
         # Where gradients are needed the model's own forward records them.
         if self.with_eager:
             self._eager()
-        if self.tensors.are_stacked:
-            self._stacking()
         directions = ("forward", "backward") if self.needs_gradient else ("forward",)
         ways = {direction: self._candidates(direction) for direction in directions}
         # Block by block first: those are sure to end, and rule out others.
-        for iterates in (False, True):
-            for direction in directions:
-                self._measure([way for way in ways[direction] if (way.solver != "sequential") is iterates], direction)
+        self._measure_all(ways, lambda way: way.solver == "sequential")
+        if self.tensors.are_stacked:
+            self._stacking()
+        self._measure_all(ways, lambda way: way.solver != "sequential")
         self._rematch()
         for timing in self.timings:
             log.info("chain of %d blocks, %s: %s", self.case.program.length, timing.direction, timing)
@@ -134,6 +134,10 @@ class _Measurement:
         ways, refused = candidates(self.case, direction)
         self.timings += [Timing(solver, direction, None, note=reason) for solver, reason in refused.items()]
         return ways
+
+    def _measure_all(self, ways: dict[str, list[Way]], which: Callable[[Way], bool]) -> None:
+        for direction, all_of in ways.items():
+            self._measure([way for way in all_of if which(way)], direction)
 
     def _measure(self, ways: Sequence[Way], direction: str) -> None:
         estimates = {way: bounds(way, direction, self.case) for way in ways}
@@ -163,7 +167,7 @@ class _Measurement:
     # --- block by block: the time of fewer blocks, in proportion ------------------------------------------
 
     def _eager(self) -> None:
-        count = self._count(self._eager_forward, 4 if not self.needs_gradient else 16)
+        count = self._count(self._eager_forward, 2 if not self.needs_gradient else 8)
         forward = self._eager_forward(count)
         self.timings.append(self._timing(EAGER, "forward", forward, count))
         if self.needs_gradient:
@@ -171,9 +175,7 @@ class _Measurement:
             moved = [one for one in out if one.requires_grad]
             if moved:
                 ones = [torch.ones_like(one) for one in moved]
-                backward = partial(
-                    torch.autograd.grad, moved, inputs, ones, retain_graph=True, allow_unused=True
-                )
+                backward = partial(torch.autograd.grad, moved, inputs, ones, retain_graph=True, allow_unused=True)
                 self.timings.append(self._timing(EAGER, "backward", backward, count))
 
     def _eager_forward(self, count: int) -> Callable[[], tuple[Any, list[Tensor]]]:
@@ -193,20 +195,29 @@ class _Measurement:
         return run
 
     def _stacking(self) -> None:
-        """What it costs that operands are the blocks' own tensors, beside any solver."""
-        parts = [[self._leaf(part) for part in operand.unbind(0)] for operand in self.tensors.operands]
+        """What it costs that operands are the blocks' own tensors, beside any solver.
 
-        def stacked() -> list[Tensor]:
-            with torch.set_grad_enabled(self.needs_gradient):
-                return [torch.stack(part) for part in parts]
-
-        self.timings.append(self._timing(STACKING, "forward", stacked))
-        outputs = [column for column in stacked() if column.requires_grad]
+        In proportion, but to enough of them that their memory is new at every call, as that of all would be.
+        """
+        count = self._count(lambda count: self._stacked(count)[0], 2)
+        run, parts = self._stacked(count)
+        self.timings.append(self._timing(STACKING, "forward", run, count))
+        outputs = [column for column in run() if column.requires_grad]
         if outputs:
             leaves = [part for column in parts for part in column if part.requires_grad]
             gradients = [torch.ones_like(column) for column in outputs]
             handing = partial(torch.autograd.grad, outputs, leaves, gradients, retain_graph=True)
-            self.timings.append(self._timing(HANDING, "backward", handing))
+            self.timings.append(self._timing(HANDING, "backward", handing, count))
+
+    def _stacked(self, count: int) -> tuple[Callable[[], list[Tensor]], list[list[Tensor]]]:
+        """What stacks the operands of so many blocks, and these."""
+        parts = [[self._leaf(part) for part in operand.unbind(0)] for operand in self.tensors.first(count).operands]
+
+        def run() -> list[Tensor]:
+            with torch.set_grad_enabled(self.needs_gradient):
+                return [torch.stack(part) for part in parts]
+
+        return run, parts
 
     def _leaf(self, tensor: Tensor) -> Tensor:
         return tensor.detach().requires_grad_(self.needs_gradient and tensor.is_floating_point())
@@ -219,7 +230,7 @@ class _Measurement:
         fused = isinstance(way.kernel, GpuKernel)
         # Native code makes one large result, whose memory is new at every call once it is large enough: it is timed at
         # full length rather than in proportion, where that can be afforded.
-        times = 1 if way.is_native else 4
+        times = 1 if way.is_native else 2
         count = self.case.program.length if fused else self._count(partial(make, way), times)
         return self._timing(way.name, direction, make(way, count), count)
 
@@ -253,15 +264,16 @@ class _Measurement:
         return lambda: adjoint_sequential(program, initial, trajectory, operands, shared, ones, kernel, count)
 
     def _count(self, make: Callable[[int], Callable[[], Any]], times: int) -> int:
-        """Blocks to time: all, or as many as take a share of the budget, of which there are so many `times`."""
+        """Blocks to time: all, or as many as take less than a share of the budget, of which there are so many `times`."""
         length = self.case.program.length
         count = min(length, _FEWEST_BLOCKS)
         while count < length:
-            run = make(count)
+            run, more = make(count), min(length, 4 * count)
             run()
-            if times * _once(run, self.tensors.initial.device) > _CALL_SHARE * self.budget:
+            expected = more / count * _once(run, self.tensors.initial.device)
+            if times * expected > _CALL_SHARE * self.budget:
                 break
-            count = min(length, 4 * count)
+            count = more
         return count
 
     # --- all blocks at once ---------------------------------------------------------------------------------
@@ -302,9 +314,7 @@ class _Measurement:
         outcome, iterations = (int(value) for value in run()[1][:, :2].amax(0).tolist())
         return self._converging(way, run, list(Outcome)[outcome], iterations, best)
 
-    def _converging(
-        self, way: Way, run: Callable[[], Any], outcome: Outcome, iterations: int, best: float
-    ) -> Timing:
+    def _converging(self, way: Way, run: Callable[[], Any], outcome: Outcome, iterations: int, best: float) -> Timing:
         """The time of an iteration that ended so, if it is any use."""
         if not outcome.success:
             return Timing(way.name, "forward", None, note=f"{outcome} ({iterations} iterations)")
@@ -355,7 +365,8 @@ class _Measurement:
         """The time of all blocks, in proportion to `run`, which goes through `count` of them."""
         length = self.case.program.length
         count = count or length
-        self.runs[way, direction] = call = _Run(run, length / count, 0.0 if way in (EAGER, *_BESIDE) else NODE_SECONDS[direction])
+        fixed = 0.0 if way in (EAGER, *_BESIDE) else NODE_SECONDS[direction]
+        self.runs[way, direction] = call = _Run(run, length / count, fixed)
         note = f"from {count} blocks" if count < length else ""
         return Timing(way, direction, call.seconds(self._timed(run, best)), iterations, note)
 
