@@ -19,6 +19,7 @@ from pcr_fx.body.isolation import isolated
 from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.codegen import Unprintable
 from pcr_fx.kernels.build import CompilerError, check_compiler, load
+from pcr_fx.kernels.memory import empty
 from pcr_fx.kernels.source import REALS, chain_source, lower_pullback, lower_step
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class ChainKernel:
         """
         initial = initial.contiguous()
         samples = self._samples(initial)
-        trajectory = initial.new_empty((self.length, *initial.shape))
+        trajectory = empty(initial, (self.length, *initial.shape))
         words = [
             self.length,
             samples,
@@ -145,7 +146,7 @@ class ChainKernel:
         """
         initial = initial.contiguous()
         samples = self._samples(initial)
-        trajectory = initial.new_empty((self.length, *initial.shape))
+        trajectory = empty(initial, (self.length, *initial.shape))
         iteration = (ctypes.c_double * 5)(tolerance, max_iterations)
         words = [
             self.length,
@@ -229,7 +230,7 @@ class ChainKernel:
     def _empty_gradients(self, initial: Tensor) -> list[Tensor | None]:
         """Memory for the gradient of every operand, literal (which has none) and shared operand."""
         shapes = self._gradient_shapes(initial.shape[: len(self.body.batch_dims)])
-        return [None if shape is None else initial.new_empty(shape) for shape in shapes]
+        return [None if shape is None else empty(initial, shape) for shape in shapes]
 
     def _gradient_shapes(self, batch: torch.Size) -> list[tuple[int, ...] | None]:
         if batch in self._shapes:
