@@ -171,6 +171,56 @@ def test_every_length_and_batch(length: int, batch: int) -> None:
         assert_as_good(Deep("residual", length).to(dtype), states("residual", batch, dtype), min_length=2)
 
 
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """So many threads, however little there is to do."""
+    monkeypatch.setattr("pcr_fx.kernels.chain_kernel._OPERATIONS_A_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch", [2, 33])
+@pytest.mark.parametrize("length", [9, 780, 781, 1601])  # 780 blocks are what threads sum for themselves at a time
+def test_threads_share_the_samples(length: int, batch: int, threads: int) -> None:
+    for dtype in (torch.float32, torch.float64):
+        assert_as_good(Deep("residual", length).to(dtype), states("residual", batch, dtype))
+
+
+class Driven(nn.Module):
+    """One matrix for all blocks, a vector for each, and an input for each and each sample."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(length)
+        self.shared = nn.Parameter(width**-0.5 * torch.randn(width, width, generator=draw, dtype=torch.float64))
+        rows = torch.randn(length, 2, width, generator=draw, dtype=torch.float64)
+        self.each = nn.ParameterList([nn.Parameter(row[0]) for row in rows])
+        self.drive = nn.Parameter(rows[:, 1].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        drive = x[:, None] * self.drive
+        for block, each in enumerate(self.each):
+            x = x + 0.1 * torch.tanh(x @ self.shared + each + drive[:, block])
+        return x
+
+
+@pytest.mark.parametrize("length, width", [(9, 3), (11, 190)])
+@pytest.mark.parametrize("batch", [1, 2, 5, 33])
+def test_threads_share_samples_of_every_kind_of_operand(length: int, width: int, batch: int, threads: int) -> None:
+    draw = torch.Generator().manual_seed(batch)
+    for dtype in (torch.float32, torch.float64):
+        assert_as_good(Driven(length, width).to(dtype), torch.randn(batch, width, generator=draw, dtype=dtype))
+
+
+def test_a_block_with_more_numbers_than_threads_sum_at_a_time(threads: int) -> None:
+    width = 190
+    layers = [nn.Linear(width, width, dtype=torch.float64) for _ in range(9)]
+    model = nn.Sequential(*(layer for linear in layers for layer in (linear, nn.Tanh())))
+    assert_as_good(model, torch.randn(7, width, dtype=torch.float64))
+
+
 def test_an_empty_batch_runs_in_torch_ops() -> None:
     model = Deep("residual", 9)
     x = torch.randn(0, WIDTH, dtype=torch.float64)
@@ -206,16 +256,6 @@ def test_nan_and_infinity_go_where_they_go_in_eager(name: str, batch: int, bad: 
 
 
 # --- Newton -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """So many threads, however little there is to do."""
-    monkeypatch.setattr("pcr_fx.kernels.chain_kernel._OPERATIONS_A_THREAD", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def assert_solved(fast: Any, model: nn.Module, x: Tensor, limit: float) -> None:

@@ -355,7 +355,7 @@ def test_two_that_are_close_are_timed_again_in_turn() -> None:
         match.timings.append(plan.Timing(way, "forward", seconds))
         match.runs[way, "forward"] = measure._Run(lambda way=way: calls.append(way), 1.0, 0.0)
     match._rematch()
-    assert calls == ["eager", "sequential"] * (len(calls) // 2) and calls
+    assert calls == ["eager", "eager", "sequential", "sequential"] * (len(calls) // 4) and calls
     assert [t.seconds for t in match.timings][2] == 3.0 and all(t.seconds < 0.5 for t in match.timings[:2])
 
 

@@ -46,9 +46,13 @@ _NUMBERS_TRIED = 2**20
 _HOPELESS = 3.0
 # Timed because it comes on top, and not a way by itself.
 _BESIDE = (STACKING, HANDING)
-# How much slower than the best what is timed a second time may be, and the share of the budget that this may take.
+# How much slower than the best what is timed a second time may be; rounds of that, and the share of the budget they may
+# take: enough that another program's burst of work does not last through them all.
 _CLOSE = 1.25
+_REMATCH_ROUNDS = 25
 _REMATCH_SHARE = 0.25
+# Calls shorter than this are made twice in a rematch, and the second counts: the first finds the caches full of others'.
+_SHORT_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -375,15 +379,19 @@ class _Measurement:
         close = self._close()
         times: dict[tuple[str, str], list[float]] = {key: [] for key in close}
         until = time.perf_counter() + _REMATCH_SHARE * self.budget
-        for _ in range(_MOST_REPEATS if len(close) > 1 else 0):
+        for _ in range(_REMATCH_ROUNDS if len(close) > 1 else 0):
             for key in close:
-                times[key].append(_once(self.runs[key].call, self.tensors.initial.device))
+                times[key].append(self._again(self.runs[key].call))
             if time.perf_counter() > until:
                 break
         for index, timing in enumerate(self.timings):
             if again := times.get((timing.way, timing.direction)):
                 seconds = self.runs[timing.way, timing.direction].seconds(statistics.median(again))
                 self.timings[index] = replace(timing, seconds=seconds)
+
+    def _again(self, run: Callable[[], Any]) -> float:
+        seconds = _once(run, self.tensors.initial.device)
+        return seconds if seconds > _SHORT_SECONDS else _once(run, self.tensors.initial.device)
 
     def _close(self) -> list[tuple[str, str]]:
         """What the choice hangs on: the ways near the best of a direction, and eager where the sums are near."""

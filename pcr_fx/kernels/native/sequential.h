@@ -23,102 +23,117 @@ template <class V> static void k_forward(const Call& call, Samples<V> samples) {
 #endif
 
 #ifdef ADJOINT
-// Where a thread adds up gradients: those of all samples in memory of its own, first thread excepted.
-template <class V> static void k_adjoint(const Call& call, Samples<V> samples, real* const* gradients) {
-  constexpr int d = Body::dimension;
-  const int64_t tiles = samples.tiles();
-  std::vector<V> adjoints(tiles * d, V{});
+// Numbers of per-block gradients that threads sum for themselves before they add them up: these stay in a near cache.
+constexpr int64_t k_together = 1 << 15;
+
+constexpr bool k_summed(int k) { return Body::differentiable[k] && !Body::own[k]; }
+
+// One thread's samples, from the last block to the first.
+template <class V> struct Adjoint {
+  const Call& call;
+  const Samples<V> samples;
+  std::vector<V> adjoints;
   // Sums over samples: with a sample in each lane, lanes are added up only when all tiles are through.
-  std::vector<V> sums(k_is_vector<V> ? Body::summed_numbers + 1 : 1, V{}), kept(k_is_vector<V> ? Body::kept_numbers + 1 : 1, V{});
-  Inputs<V> in;
-  V own[Body::own_numbers + 1];
-  for (int64_t l = call.length - 1; l >= 0; --l) {
-    k_locate<V>(call, l, in);
-    V* out[Body::inputs + 1] = {};
-    {
-      V* sum = sums.data();
-      V* keep = kept.data();
-      V* mine = own;
-      UNROLL for (int k = 0; k < Body::inputs; ++k) {
-        if (!Body::differentiable[k]) continue;
-        const int size = Body::sizes[k];
-        if (Body::own[k]) { out[k] = mine; mine += size; continue; }
+  std::vector<V> sums, kept;
+  // Where gradients are summed: zero to begin with where blocks share them, else written anew for each block.
+  real* gradients[Body::inputs + 1];
+
+  Adjoint(const Call& call, Samples<V> samples)
+      : call(call), samples(samples), adjoints(samples.tiles() * Body::dimension, V{}),
+        sums(k_is_vector<V> ? Body::summed_numbers + 1 : 1, V{}), kept(k_is_vector<V> ? Body::kept_numbers + 1 : 1, V{}) {}
+
+  // Blocks `last` - 1 to `first`; memory for gradients of blocks begins with that of block `origin`.
+  void sweep(int64_t last, int64_t first, int64_t origin) {
+    constexpr int d = Body::dimension;
+    const int64_t tiles = samples.tiles();
+    Inputs<V> in;
+    V own[Body::own_numbers + 1];
+    for (int64_t l = last - 1; l >= first; --l) {
+      k_locate<V>(call, l, in);
+      V* out[Body::inputs + 1] = {};
+      {
+        V* sum = sums.data();
+        V* keep = kept.data();
+        V* mine = own;
+        UNROLL for (int k = 0; k < Body::inputs; ++k) {
+          if (!Body::differentiable[k]) continue;
+          const int size = Body::sizes[k];
+          if (Body::own[k]) { out[k] = mine; mine += size; continue; }
+          if constexpr (k_is_vector<V>) {
+            out[k] = Body::shared[k] ? keep : sum;
+            (Body::shared[k] ? keep : sum) += size;
+            if (!Body::shared[k]) for (int i = 0; i < size; ++i) out[k][i] = V{};
+          } else {
+            out[k] = gradients[k] + (Body::shared[k] ? 0 : (l - origin) * size);
+            if (!Body::shared[k]) for (int i = 0; i < size; ++i) out[k][i] = 0;
+          }
+        }
+      }
+      const real* cotangent = call.cotangents.at(l);
+      // The last tile first: it may have lanes without a sample, whose share is taken out again.
+      for (int64_t t = tiles - 1; t >= 0; --t) {
+        const int64_t begin = samples.begin(t), count = samples.count(t);
+        const real* previous = l ? call.trajectory + (l - 1) * call.samples * d : call.initial;
+        V state[d], next[d], *adjoint = &adjoints[t * d];
+        k_read<V>(state, previous + begin * d, d, count);
+        k_fetch<V>(call, l, begin, count, in);
+        if (cotangent) {
+          k_read<V>(next, cotangent + begin * d, d, count);
+          for (int i = 0; i < d; ++i) adjoint[i] = adjoint[i] + next[i];
+        }
+        V before[Body::kept_numbers + 1];
+        const bool partial = k_is_vector<V> && count < k_width<V>;
+        if (partial) for (int i = 0; i < Body::kept_numbers; ++i) before[i] = kept[i];
+        Body::pullback<V>(state, in.pointers, adjoint, next, out);
+        for (int i = 0; i < d; ++i) adjoint[i] = next[i];
         if constexpr (k_is_vector<V>) {
-          out[k] = Body::shared[k] ? keep : sum;
-          (Body::shared[k] ? keep : sum) += size;
-          if (!Body::shared[k]) for (int i = 0; i < size; ++i) out[k][i] = V{};
-        } else {
-          out[k] = gradients[k] + (Body::shared[k] ? 0 : l * size);
-          if (!Body::shared[k]) for (int i = 0; i < size; ++i) out[k][i] = 0;
+          if (partial) {
+            // As whole vectors: GCC 12 takes the address of a lane for that of a vector, and stores as if it were aligned.
+            const ivec wanted = k_first_lanes(count);
+            for (int i = 0; i < Body::summed_numbers; ++i) sums[i] = k_select(wanted, sums[i], V{});
+            for (int i = 0; i < Body::kept_numbers; ++i) kept[i] = k_select(wanted, kept[i], before[i]);
+          }
+        }
+        for (int k = 0; k < Body::inputs; ++k) {
+          if (!Body::own[k] || !Body::differentiable[k]) continue;
+          const int64_t row = (Body::shared[k] ? 0 : l * call.samples) + begin;
+          real* rows = call.gradients[k] + row * Body::sizes[k];
+          if (Body::shared[k] && l < call.length - 1) {  // one sample's sum over the blocks
+            V total[Body::sizes[k] + 1];
+            k_read<V>(total, rows, Body::sizes[k], count);
+            for (int i = 0; i < Body::sizes[k]; ++i) out[k][i] = out[k][i] + total[i];
+          }
+          k_write<V>(out[k], rows, Body::sizes[k], count);
         }
       }
-    }
-    const real* cotangent = call.cotangents.at(l);
-    // The last tile first: it may have lanes without a sample, whose share is taken out again.
-    for (int64_t t = tiles - 1; t >= 0; --t) {
-      const int64_t begin = samples.begin(t), count = samples.count(t);
-      const real* previous = l ? call.trajectory + (l - 1) * call.samples * d : call.initial;
-      V state[d], next[d], *adjoint = &adjoints[t * d];
-      k_read<V>(state, previous + begin * d, d, count);
-      k_fetch<V>(call, l, begin, count, in);
-      if (cotangent) {
-        k_read<V>(next, cotangent + begin * d, d, count);
-        for (int i = 0; i < d; ++i) adjoint[i] = adjoint[i] + next[i];
-      }
-      V before[Body::kept_numbers + 1];
-      const bool partial = k_is_vector<V> && count < k_width<V>;
-      if (partial) for (int i = 0; i < Body::kept_numbers; ++i) before[i] = kept[i];
-      Body::pullback<V>(state, in.pointers, adjoint, next, out);
-      for (int i = 0; i < d; ++i) adjoint[i] = next[i];
       if constexpr (k_is_vector<V>) {
-        if (partial) {
-          // As whole vectors: GCC 12 takes the address of a lane for that of a vector, and stores as if it were aligned.
-          const ivec wanted = k_first_lanes(count);
-          for (int i = 0; i < Body::summed_numbers; ++i) sums[i] = k_select(wanted, sums[i], V{});
-          for (int i = 0; i < Body::kept_numbers; ++i) kept[i] = k_select(wanted, kept[i], before[i]);
-        }
-      }
-      for (int k = 0; k < Body::inputs; ++k) {
-        if (!Body::own[k] || !Body::differentiable[k]) continue;
-        const int64_t row = (Body::shared[k] ? 0 : l * call.samples) + begin;
-        real* rows = call.gradients[k] + row * Body::sizes[k];
-        if (Body::shared[k] && l < call.length - 1) {  // one sample's sum over the blocks
-          V total[Body::sizes[k] + 1];
-          k_read<V>(total, rows, Body::sizes[k], count);
-          for (int i = 0; i < Body::sizes[k]; ++i) out[k][i] = out[k][i] + total[i];
-        }
-        k_write<V>(out[k], rows, Body::sizes[k], count);
+        for (int k = 0; k < Body::inputs; ++k)
+          if (k_summed(k) && !Body::shared[k])
+            for (int i = 0; i < Body::sizes[k]; ++i) {
+              real total = 0;
+              for (int w = 0; w < k_lanes; ++w) total += out[k][i][w];
+              gradients[k][(l - origin) * Body::sizes[k] + i] = total;
+            }
       }
     }
+  }
+
+  // What is left when all blocks are through.
+  void finish() {
     if constexpr (k_is_vector<V>) {
+      int used = 0;
       for (int k = 0; k < Body::inputs; ++k)
-        if (Body::differentiable[k] && !Body::own[k] && !Body::shared[k])
-          for (int i = 0; i < Body::sizes[k]; ++i) {
+        if (k_summed(k) && Body::shared[k])
+          for (int i = 0; i < Body::sizes[k]; ++i, ++used) {
             real total = 0;
-            for (int w = 0; w < k_lanes; ++w) total += out[k][i][w];
-            gradients[k][l * Body::sizes[k] + i] = total;
+            for (int w = 0; w < k_lanes; ++w) total += kept[used][w];
+            gradients[k][i] += total;
           }
     }
+    for (int64_t t = 0; t < samples.tiles(); ++t)
+      k_write<V>(&adjoints[t * Body::dimension], call.d_initial + samples.begin(t) * Body::dimension, Body::dimension, samples.count(t));
   }
-  if constexpr (k_is_vector<V>) {
-    int used = 0;
-    for (int k = 0; k < Body::inputs; ++k)
-      if (Body::differentiable[k] && !Body::own[k] && Body::shared[k])
-        for (int i = 0; i < Body::sizes[k]; ++i, ++used) {
-          real total = 0;
-          for (int w = 0; w < k_lanes; ++w) total += kept[used][w];
-          gradients[k][i] += total;
-        }
-  }
-  for (int64_t t = 0; t < tiles; ++t)
-    k_write<V>(&adjoints[t * d], call.d_initial + samples.begin(t) * d, d, samples.count(t));
-}
-
-// How many numbers the gradient of input k has, over all blocks; 0 where samples have their own, or none is wanted.
-INLINE int64_t k_gradient_numbers(const Call& call, int k) {
-  if (!Body::differentiable[k] || Body::own[k]) return 0;
-  return (Body::shared[k] ? 1 : call.length) * int64_t(Body::sizes[k]);
-}
+};
 #endif
 
 template <class V> static Samples<V> k_part(const Call& call, int64_t part, int64_t parts) {
@@ -126,6 +141,48 @@ template <class V> static Samples<V> k_part(const Call& call, int64_t part, int6
   const int64_t first = tiles * part / parts * k_width<V>, last = tiles * (part + 1) / parts * k_width<V>;
   return {first, last < call.samples ? last : call.samples};
 }
+
+#ifdef ADJOINT
+// Threads share the samples. The first sums gradients where they belong, others in memory of their own, some blocks at a
+// time: that of all blocks would be as large as the result, for each thread.
+template <class V> static void k_adjoint(const Call& call, int parts) {
+  int64_t block = 0, kept = 0;
+  for (int k = 0; k < Body::inputs; ++k)
+    if (k_summed(k)) (Body::shared[k] ? kept : block) += Body::sizes[k];
+  int64_t together = block ? k_together / block : call.length;
+  together = together < 1 ? 1 : together < call.length ? together : call.length;
+  std::vector<real> memory((parts - 1) * (kept + together * block));  // zeroed
+  std::vector<Adjoint<V>> threads;
+  real* free = memory.data();
+  for (int part = 0; part < parts; ++part) {
+    threads.emplace_back(call, k_part<V>(call, part, parts));
+    for (int k = 0; k < Body::inputs; ++k) {
+      threads[part].gradients[k] = part ? free : call.gradients[k];
+      if (part && k_summed(k)) free += (Body::shared[k] ? 1 : together) * Body::sizes[k];
+    }
+  }
+#pragma omp parallel num_threads(parts)
+  for (int64_t last = call.length; last > 0; last -= together) {
+    const int64_t first = last > together ? last - together : 0;
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < parts; ++part) threads[part].sweep(last, first, part ? first : 0);
+    for (int k = 0; k < Body::inputs; ++k) {
+      if (!k_summed(k) || Body::shared[k]) continue;
+      const int64_t size = Body::sizes[k];
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < (last - first) * size; ++i)
+        for (int part = 1; part < parts; ++part) call.gradients[k][first * size + i] += threads[part].gradients[k][i];
+    }
+#pragma omp barrier
+  }
+  for (int part = 0; part < parts; ++part) {
+    threads[part].finish();
+    for (int k = 0; k < Body::inputs; ++k)
+      if (part && k_summed(k) && Body::shared[k])
+        for (int i = 0; i < Body::sizes[k]; ++i) call.gradients[k][i] += threads[part].gradients[k][i];
+  }
+}
+#endif
 
 template <class V> static void k_solve(const Call& call) {
   const int64_t tiles = Samples<V>{0, call.samples}.tiles();
@@ -137,30 +194,12 @@ template <class V> static void k_solve(const Call& call) {
 #endif
 #ifdef ADJOINT
   for (int k = 0; k < Body::inputs; ++k)
-    if (Body::differentiable[k] && Body::shared[k] && !Body::own[k])
-      std::memset(call.gradients[k], 0, Body::sizes[k] * sizeof(real));
-  if (parts <= 1) return k_adjoint<V>(call, {0, call.samples}, call.gradients);
-  int64_t numbers = 0;
-  for (int k = 0; k < Body::inputs; ++k) numbers += k_gradient_numbers(call, k);
-  std::vector<real> memory((parts - 1) * numbers);  // zeroed
-#pragma omp parallel for num_threads(parts) schedule(static, 1)
-  for (int part = 0; part < parts; ++part) {
-    real* gradients[Body::inputs + 1];
-    real* free = part ? memory.data() + (part - 1) * numbers : nullptr;
-    for (int k = 0; k < Body::inputs; ++k) {
-      gradients[k] = part ? free : call.gradients[k];
-      if (part) free += k_gradient_numbers(call, k);
-    }
-    k_adjoint<V>(call, k_part<V>(call, part, parts), gradients);
-  }
-  for (int part = 1; part < parts; ++part) {
-    const real* from = memory.data() + (part - 1) * numbers;
-    for (int k = 0; k < Body::inputs; ++k) {
-      const int64_t count = k_gradient_numbers(call, k);
-      for (int64_t i = 0; i < count; ++i) call.gradients[k][i] += from[i];
-      from += count;
-    }
-  }
+    if (k_summed(k) && Body::shared[k]) std::memset(call.gradients[k], 0, Body::sizes[k] * sizeof(real));
+  if (parts > 1) return k_adjoint<V>(call, parts);
+  Adjoint<V> all(call, {0, call.samples});
+  std::memcpy(all.gradients, call.gradients, sizeof call.gradients);
+  all.sweep(call.length, 0, 0);
+  all.finish();
 #endif
 }
 
