@@ -240,10 +240,8 @@ class _Measurement:
             return Timing(way.name, direction, None, note=way.kernel.failure or "it cannot be called")
         self._compile(partial(make, way, min(2, self.case.program.length)))
         fused = isinstance(way.kernel, GpuKernel)
-        # Native code makes one large result, whose memory is new at every call once it is large enough: it is timed at
-        # full length rather than in proportion, where that can be afforded.
-        times = 1 if way.is_native else 2
-        count = self.case.program.length if fused else self._count(partial(make, way), times)
+        # Several calls have to fit: the first with memory that the machine had not used yet take ten times as long.
+        count = self.case.program.length if fused else self._count(partial(make, way), 4)
         return self._timing(way.name, direction, make(way, count), count)
 
     def _compile(self, make: Callable[[], Callable[[], Any]]) -> None:
