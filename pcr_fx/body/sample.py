@@ -14,7 +14,9 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 from pcr_fx.body.batch import prove_batch_dimensions
 from pcr_fx.body.isolation import isolated
 from pcr_fx.body.layout import StateLayout
-from pcr_fx.body.program import Generality, Program, Run, Signature, Tracer, trace, trace_block
+from pcr_fx.body.program import Program
+from pcr_fx.body.signature import Generality, Signature
+from pcr_fx.body.tracer import Run, Tracer, trace, trace_block
 from pcr_fx.chain import TensorSpec
 from pcr_fx.errors import BodyError
 
