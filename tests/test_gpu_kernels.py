@@ -87,16 +87,19 @@ def test_samples_that_newton_does_not_solve_are_evaluated_block_by_block() -> No
     assert chain_of(transformed)["fallbacks"] == 1
 
 
-def test_a_solve_that_fails_raises_where_that_is_asked_for() -> None:
-    model, x = net(coupled, 2, 30), torch.randn(2, 2, device=DEVICE)
+# Two numbers a sample take the kernels of scalars, five and six those of tiles.
+@pytest.mark.parametrize("width, length", [(2, 30), (6, 9)])
+def test_a_solve_that_fails_raises_where_that_is_asked_for(width: int, length: int) -> None:
+    model, x = net(coupled, width, length), torch.randn(2, width, device=DEVICE)
     raising = pcr_fx.transform(model, (x,), options={**NEWTON, "max_iterations": 1})
     with pytest.raises(pcr_fx.SolveError, match="iteration limit"):
         raising(x)
 
 
-def test_states_that_become_infinite_are_returned_as_they_are() -> None:
-    model = net(lambda x, w, b: x * x + 0 * b, 1, 20)
-    x = torch.tensor([[0.5], [3.0], [math.nan]], device=DEVICE)
+@pytest.mark.parametrize("width, length", [(1, 20), (5, 12)])
+def test_states_that_become_infinite_are_returned_as_they_are(width: int, length: int) -> None:
+    model = net(lambda x, w, b: x * x + 0 * b, width, length)
+    x = torch.tensor([0.5, 3.0, math.nan], device=DEVICE)[:, None].repeat(1, width)
     transformed = pcr_fx.transform(model, (x,), options={"solver": "newton"})
     torch.testing.assert_close(transformed(x), model(x), equal_nan=True)
 

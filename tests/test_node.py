@@ -1,15 +1,14 @@
 """The solve node and its gradients, against the same blocks one after another."""
 
-import contextlib
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from node_cases import CASES, TANH, Case, D, Inputs, Shape, check, gradients, reference, solve
 from tolerances import assert_close
 from torch import Tensor, fx
 from torch.autograd import forward_ad
@@ -17,125 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import pcr_fx
 from pcr_fx import Options, ops
-from pcr_fx.body import program
 from pcr_fx.chain import Chain
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import stack_operands
-
-D = 3
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A body, and the shapes that it takes: `B` in the shape of a state stands for the batch size."""
-
-    body: Callable[..., tuple[Tensor, ...]]
-    states: tuple[tuple[Any, ...], ...] = (("B", D),)
-    operands: tuple[Shape, ...] = ()
-    shared: tuple[Shape, ...] = ()
-    literals: int = 0
-
-    def node(self, length: int, **options: Any) -> SolveNode:
-        numbers = tuple(tuple(0.1 + (i + j) % 7 / 10 for i in range(length)) for j in range(self.literals))
-        counts = len(self.states), len(self.operands), len(self.shared)
-        return SolveNode(
-            Chain(fx.symbolic_trace(self.body), length, *counts, literals=numbers),
-            # In PyTorch's ops; test_kernels.py has native code.
-            Options.of({"solver": "newton", "kernels": False, **options}),
-        )
-
-    def inputs(self, length: int, batch: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> "Inputs":
-        generator = torch.Generator().manual_seed(seed + 100 * length + batch)
-
-        def draw(shape: Sequence[Any], scale: float) -> Tensor:
-            values = torch.randn([batch if n == "B" else n for n in shape], generator=generator, dtype=torch.float64)
-            return (values * scale).to(dtype).requires_grad_()
-
-        return Inputs(
-            [draw(shape, 1.0) for shape in self.states],
-            [draw((length, *shape), 0.4) for shape in self.operands],
-            [draw(shape, 0.4) for shape in self.shared],
-        )
-
-
-@dataclass(frozen=True)
-class Inputs:
-    states: list[Tensor]
-    operands: list[Tensor]
-    shared: list[Tensor]
-
-    @property
-    def every(self) -> list[Tensor]:
-        return [*self.states, *self.operands, *self.shared]
-
-    def like(self, tensors: Sequence[Tensor]) -> "Inputs":
-        first, second = len(self.states), len(self.states) + len(self.operands)
-        return Inputs(list(tensors[:first]), list(tensors[first:second]), list(tensors[second:]))
-
-    def to(self, dtype: torch.dtype) -> "Inputs":
-        return self.like([tensor.detach().to(dtype).requires_grad_() for tensor in self.every])
-
-
-def solve(node: SolveNode, inputs: Inputs) -> tuple[Tensor, ...]:
-    """The trajectories by `node`, which must have solved them as a chain."""
-    result = node(inputs.states, inputs.operands, inputs.shared)
-    assert isinstance(node.outcome, pcr_fx.planner.Plan), node.outcome
-    return result  # type: ignore[return-value]
-
-
-def reference(node: SolveNode, inputs: Inputs) -> tuple[Tensor, ...]:
-    """The trajectories block by block, in whatever dtype and context."""
-    states, trajectory = inputs.states, []
-    for index in range(node.chain.length):
-        numbers = [values[index] for values in node.chain.literals]
-        states = node.chain.body(*states, *(t[index] for t in inputs.operands), *numbers, *inputs.shared)
-        trajectory.append(states)
-    return tuple(torch.stack(part) for part in zip(*trajectory, strict=True))
-
-
-def gradients(trajectories: Sequence[Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
-    """Of a fixed weighting of all states, in all inputs."""
-    weighted = [(t * torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view(t.shape)).sum() for t in trajectories]
-    return torch.autograd.grad(sum(weighted), inputs.every)  # type: ignore[arg-type]
-
-
-def check(node: SolveNode, inputs: Inputs) -> None:
-    """Values and gradients agree with the blocks one after another."""
-    got, expected = solve(node, inputs), reference(node, inputs)
-    for a, b in zip(got, expected, strict=True):
-        assert_close(a, b)
-    for a, b in zip(gradients(got, inputs), gradients(expected, inputs), strict=True):
-        assert_close(a, b)
-
-
-def lstm_like(h: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    i, f, o, g = (h @ w).chunk(4, -1)
-    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(c), c
-
-
-TANH = Case(lambda z, w: (torch.tanh(z @ w),), operands=((D, D),))
-CASES = {
-    "operand": TANH,
-    "operands and shared": Case(
-        lambda z, w, b, v: (z + 0.3 * torch.tanh(z @ w + b) @ v,), operands=((D, D), (D,)), shared=((D, D),)
-    ),
-    "shared only": Case(lambda z, v: (torch.tanh(z @ v),), shared=((D, D),)),
-    "literals": Case(lambda z, w, a, b: (torch.tanh(z @ w) * a + b,), operands=((D, D),), literals=2),
-    "literals only": Case(lambda z, a: (torch.sin(z + a),), literals=1),
-    "nothing": Case(lambda z: (torch.cos(z),)),
-    "two states": Case(lstm_like, states=(("B", D), ("B", D)), operands=((D, 4 * D),)),
-    "states of other widths": Case(
-        lambda x, y, w: (torch.tanh(x @ w), 0.5 * y + x.sum(-1, keepdim=True)),
-        states=(("B", D), ("B", 2)),
-        operands=((D, D),),
-    ),
-    "batch last": Case(lambda z, w: (torch.tanh(w @ z),), states=((D, "B"),), operands=((D, D),)),
-    "one op, many names": Case(
-        lambda z, a, b, s: (z + a + b + s,), operands=((D,), (D,)), shared=((D,),)
-    ),  # every cotangent is the same tensor
-}
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9])
@@ -412,145 +295,6 @@ def test_threads_share_a_node() -> None:
     assert not errors, errors
 
 
-# --- programs -----------------------------------------------------------------------------------------------
-
-
-def programs(node: SolveNode) -> set[str]:
-    return {plan.program.key for plan in node._planned.values()}  # type: ignore[union-attr]
-
-
-PER_SAMPLE = Case(lambda z, m: (torch.tanh(z * m),), states=(("B", D),), operands=((5, D),))
-
-
-# Several states are put together by `cat`, whose vmap rule fixes the batch size: they are traced anew for each.
-@pytest.mark.parametrize("first", [1, 2, 5])
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case.states) == 1])
-def test_one_program_serves_every_batch_size(name: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "_of_block", {})  # equal content would share the programs of other tests
-    node = CASES[name].node(4)
-    for batch in (first, 1, 2, 3, 7):
-        check(node, CASES[name].inputs(4, batch))
-    assert len(programs(node)) == 1
-    assert node.outcome.program.generality.any_batch  # type: ignore[union-attr]
-
-
-def test_operands_may_follow_the_batch() -> None:
-    case = Case(lambda z, m, s: (torch.tanh(z @ s) * m,), operands=((1, D),), shared=((D, D),))
-    node = case.node(6)
-    for batch in (4, 5, 2):
-        drawn = case.inputs(6, batch)
-        masks = torch.rand(6, batch, D, dtype=torch.float64).requires_grad_()
-        check(node, Inputs(drawn.states, [masks], drawn.shared))
-    assert len(programs(node)) == 1
-
-
-@pytest.mark.parametrize("order", [(5, 1), (1, 5)])
-def test_an_operand_of_size_one_broadcasts(order: tuple[int, ...]) -> None:
-    """Its cotangent is summed over the batch, that of an operand with the batch's size is not."""
-    node = PER_SAMPLE.node(6)
-    for size in order:
-        state = torch.randn(5, D, dtype=torch.float64).requires_grad_()
-        masks = torch.randn(6, size, D, dtype=torch.float64).requires_grad_()
-        check(node, Inputs([state], [masks], []))
-        plan = node.plan_for([state], [masks], [])
-        flat = state.detach().unsqueeze(-1)
-        trajectory = ops.solve(flat, [masks.detach()], [], plan.key, -1)  # type: ignore[union-attr]
-        arguments = flat, trajectory, [masks.detach()], [], torch.ones_like(trajectory), plan.key, -1  # type: ignore[union-attr]
-        assert [part.shape for part in ops.adjoint(*arguments)] == [flat.shape, masks.shape]
-
-
-def test_a_batch_size_that_cannot_be_told_from_a_width_gets_its_own_program() -> None:
-    case = Case(lambda z, m, v: (torch.tanh(z @ v) * m,), operands=((1, D),), shared=((D, D),))
-    node = case.node(6)
-    for batch in (D, D + 1, D + 2, D):
-        drawn = case.inputs(6, batch)
-        masks = torch.rand(6, batch, D, dtype=torch.float64).requires_grad_()
-        check(node, Inputs(drawn.states, [masks], drawn.shared))
-    assert len(programs(node)) == 2
-    fixed = node.plan_for(drawn.states, [masks], drawn.shared).program  # type: ignore[union-attr]
-    assert not fixed.generality.any_batch
-
-
-def test_a_batch_size_written_in_the_body_is_kept() -> None:
-    case = Case(lambda z, w: (torch.tanh(z.view(3, D) @ w).view(3, 1, D),), states=(("B", 1, D),), operands=((D, D),))
-    node = case.node(5)
-    check(node, case.inputs(5, 3))
-    assert not node.outcome.program.generality.any_batch  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_sizes_of_one(batch: int) -> None:
-    """Ops that treat a size of one apart, in the batch and in the length."""
-    squeezing = Case(lambda z, w: (z + 0.1 * torch.tanh(z.squeeze() @ w),), operands=((D, D),))
-    for length in (1, 4):
-        check(squeezing.node(length), squeezing.inputs(length, batch))
-
-
-def test_constants_of_the_body_tell_programs_apart() -> None:
-    def body(number: float) -> fx.GraphModule:
-        graph = fx.Graph()
-        z = graph.placeholder("z")
-        scale = graph.call_function(torch.tensor, ([number, 0.5, -0.5],), {"dtype": torch.float64})
-        graph.output((graph.call_function(torch.sin, (graph.call_function(torch.mul, (z, scale)),)),))
-        return fx.GraphModule({}, graph)
-
-    inputs = Inputs([torch.ones(2, 3, dtype=torch.float64, requires_grad=True)], [], [])
-    for number in (0.25, 0.75):
-        check(SolveNode(Chain(body(number), 6), Options(solver="newton")), inputs)
-
-
-# --- when the transposed reduction cannot be trusted -----------------------------------------------------------
-
-
-def unstable(length: int = 64) -> tuple[Case, Inputs]:
-    """Blocks that undo each other: R D, then D^-1 R^T. Products of pairs cancel 10 digits, float32 has 7."""
-    generator = torch.Generator().manual_seed(0)
-    stretch = torch.diag(torch.tensor([1e5, 1.0, 1e-5], dtype=torch.float64))
-    matrices = []
-    for _ in range(length // 2):
-        rotation = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64, generator=generator))[0]
-        matrices += [rotation @ stretch, stretch.inverse() @ rotation.T]
-    case = Case(lambda z, w: (z @ w.t(),), operands=((D, D),))
-    drawn = case.inputs(length, 2, torch.float32)
-    return case, Inputs(drawn.states, [torch.stack(matrices).float().requires_grad_()], [])
-
-
-def gradient_error(got: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True))
-
-
-def test_an_inaccurate_adjoint_runs_block_by_block() -> None:
-    case, inputs = unstable()
-    node, plain = case.node(64), case.node(64, solver="sequential")
-    exact = inputs.to(torch.float64)
-    expected = gradients(reference(node, exact), exact)
-    own = gradient_error(gradients(reference(plain, inputs), inputs), expected)
-    assert gradient_error(gradients(solve(node, inputs), inputs), expected) <= 2 * own
-    assert node.record.fallbacks_backward == 1
-
-
-@pytest.fixture
-def overflowing() -> Iterator[tuple[SolveNode, Inputs]]:
-    """Each block grows its state by half, the last forgets it: products of Jacobians overflow, the adjoint is 0."""
-    case = Case(lambda z, w, gate: (torch.tanh(z @ w) * gate,), operands=((D, D), ()))
-    weights = torch.eye(D).mul(1.5).repeat(400, 1, 1).requires_grad_()
-    gates = torch.ones(400).index_fill(0, torch.tensor([399]), 0.0).requires_grad_()
-    yield case.node(400), Inputs([torch.full((1, D), 1e-30, requires_grad=True)], [weights, gates], [])
-
-
-def test_an_overflowing_adjoint_is_right(overflowing: tuple[SolveNode, Inputs]) -> None:
-    node, inputs = overflowing
-    final, expected = solve(node, inputs)[0][-1].sum(), reference(node, inputs)[0][-1].sum()
-    for a, b in zip(torch.autograd.grad(final, inputs.every), torch.autograd.grad(expected, inputs.every), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_an_inaccurate_adjoint_raises_if_asked_to() -> None:
-    case, inputs = unstable()
-    with pytest.raises(pcr_fx.SolveError, match="transposed reduction"):
-        gradients(solve(case.node(64, on_failure="raise", max_iterations=64), inputs), inputs)
-
-
 # --- operators ----------------------------------------------------------------------------------------------
 
 
@@ -591,8 +335,6 @@ def test_a_record_outlives_its_node_no_longer_than_needed() -> None:
     node, inputs = TANH.node(9), TANH.inputs(9, 2)
     final, expected = solve(node, inputs)[0].sum(), reference(node, inputs)[0].sum()
     del node
-    with contextlib.suppress(KeyError):
-        pass
     got = torch.autograd.grad(final, inputs.every)
     for a, b in zip(got, torch.autograd.grad(expected, inputs.every), strict=True):
         assert_close(a, b)

@@ -1,0 +1,95 @@
+"""The programs of a body: for which calls one trace serves, and when another is made."""
+
+import pytest
+import torch
+from node_cases import CASES, Case, D, Inputs, check
+from torch import fx
+
+from pcr_fx import Options, ops
+from pcr_fx.body import program
+from pcr_fx.chain import Chain
+from pcr_fx.node import SolveNode
+
+
+def programs(node: SolveNode) -> set[str]:
+    return {plan.program.key for plan in node._planned.values()}  # type: ignore[union-attr]
+
+
+PER_SAMPLE = Case(lambda z, m: (torch.tanh(z * m),), states=(("B", D),), operands=((5, D),))
+
+
+# Several states are put together by `cat`, whose vmap rule fixes the batch size: they are traced anew for each.
+@pytest.mark.parametrize("first", [1, 2, 5])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case.states) == 1])
+def test_one_program_serves_every_batch_size(name: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "_of_block", {})  # equal content would share the programs of other tests
+    node = CASES[name].node(4)
+    for batch in (first, 1, 2, 3, 7):
+        check(node, CASES[name].inputs(4, batch))
+    assert len(programs(node)) == 1
+    assert node.outcome.program.generality.any_batch  # type: ignore[union-attr]
+
+
+def test_operands_may_follow_the_batch() -> None:
+    case = Case(lambda z, m, s: (torch.tanh(z @ s) * m,), operands=((1, D),), shared=((D, D),))
+    node = case.node(6)
+    for batch in (4, 5, 2):
+        drawn = case.inputs(6, batch)
+        masks = torch.rand(6, batch, D, dtype=torch.float64).requires_grad_()
+        check(node, Inputs(drawn.states, [masks], drawn.shared))
+    assert len(programs(node)) == 1
+
+
+@pytest.mark.parametrize("order", [(5, 1), (1, 5)])
+def test_an_operand_of_size_one_broadcasts(order: tuple[int, ...]) -> None:
+    """Its cotangent is summed over the batch, that of an operand with the batch's size is not."""
+    node = PER_SAMPLE.node(6)
+    for size in order:
+        state = torch.randn(5, D, dtype=torch.float64).requires_grad_()
+        masks = torch.randn(6, size, D, dtype=torch.float64).requires_grad_()
+        check(node, Inputs([state], [masks], []))
+        plan = node.plan_for([state], [masks], [])
+        flat = state.detach().unsqueeze(-1)
+        trajectory = ops.solve(flat, [masks.detach()], [], plan.key, -1)  # type: ignore[union-attr]
+        arguments = flat, trajectory, [masks.detach()], [], torch.ones_like(trajectory), plan.key, -1  # type: ignore[union-attr]
+        assert [part.shape for part in ops.adjoint(*arguments)] == [flat.shape, masks.shape]
+
+
+def test_a_batch_size_that_cannot_be_told_from_a_width_gets_its_own_program() -> None:
+    case = Case(lambda z, m, v: (torch.tanh(z @ v) * m,), operands=((1, D),), shared=((D, D),))
+    node = case.node(6)
+    for batch in (D, D + 1, D + 2, D):
+        drawn = case.inputs(6, batch)
+        masks = torch.rand(6, batch, D, dtype=torch.float64).requires_grad_()
+        check(node, Inputs(drawn.states, [masks], drawn.shared))
+    assert len(programs(node)) == 2
+    fixed = node.plan_for(drawn.states, [masks], drawn.shared).program  # type: ignore[union-attr]
+    assert not fixed.generality.any_batch
+
+
+def test_a_batch_size_written_in_the_body_is_kept() -> None:
+    case = Case(lambda z, w: (torch.tanh(z.view(3, D) @ w).view(3, 1, D),), states=(("B", 1, D),), operands=((D, D),))
+    node = case.node(5)
+    check(node, case.inputs(5, 3))
+    assert not node.outcome.program.generality.any_batch  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sizes_of_one(batch: int) -> None:
+    """Ops that treat a size of one apart, in the batch and in the length."""
+    squeezing = Case(lambda z, w: (z + 0.1 * torch.tanh(z.squeeze() @ w),), operands=((D, D),))
+    for length in (1, 4):
+        check(squeezing.node(length), squeezing.inputs(length, batch))
+
+
+def test_constants_of_the_body_tell_programs_apart() -> None:
+    def body(number: float) -> fx.GraphModule:
+        graph = fx.Graph()
+        z = graph.placeholder("z")
+        scale = graph.call_function(torch.tensor, ([number, 0.5, -0.5],), {"dtype": torch.float64})
+        graph.output((graph.call_function(torch.sin, (graph.call_function(torch.mul, (z, scale)),)),))
+        return fx.GraphModule({}, graph)
+
+    inputs = Inputs([torch.ones(2, 3, dtype=torch.float64, requires_grad=True)], [], [])
+    for number in (0.25, 0.75):
+        check(SolveNode(Chain(body(number), 6), Options(solver="newton")), inputs)
