@@ -75,7 +75,8 @@ def capture_model(model: nn.Module, example_inputs: Any = None) -> Captured:
         raise
     except Exception as error:
         hint = "" if known else f" (pass example_inputs if it needs the shapes of {', '.join(arguments)})"
-        raise CaptureError(f"{type(model).__name__} cannot be traced{hint}: {error}; {ADVICE}") from error
+        what = str(error).strip().rstrip(".;")
+        raise CaptureError(f"{type(model).__name__} cannot be traced{hint}: {what}. If it runs, {ADVICE}") from error
     return Captured(graph, _facts(arguments, tracer.reads_shapes), tracer.reads_shapes, modes)
 
 

@@ -51,6 +51,8 @@ def transform(
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(pack_parameters, bool):
+        raise UnsupportedError(f"pack_parameters must be True or False, got {pack_parameters!r}")
     return TransformedModule(model, example_inputs, Options.of(options), pack_parameters)
 
 

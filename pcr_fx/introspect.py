@@ -45,7 +45,12 @@ def explain(model: Callable[..., Any], *args: Any, options: Any = None, **kwargs
     Args:
         model: a module or a function.
         options: an `Options`, or a dict of its fields.
+
+    Raises:
+        UnsupportedError: `model` is something else.
     """
+    if not callable(model):
+        raise UnsupportedError(f"explain takes a module or a function, got {type(model).__name__}")
     settings = Options.of(options)
     reports: list[RewriteReport] = []
 

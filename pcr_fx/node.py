@@ -106,11 +106,23 @@ class SolveNode(nn.Module):
         A call that took another way than the one before would save other tensors, which checkpoints compare: their way
         stays what it is.
         """
-        if key in self._by_operators and not is_undisturbed():
-            return
         plan = self.plan or self.plan_for(states, operands, shared)
         # Low precision is solved in float32, by way of copies.
         if isinstance(plan, BodyError) or any(t.dtype != plan.program.dtype for t in (*states, *operands, *shared)):
+            return
+        with plan.lock:
+            if key not in self._kernels and key not in self._left_alone:
+                self._route_by(plan, key, states, operands, shared)
+
+    def _route_by(
+        self,
+        plan: Plan,
+        key: Any,
+        states: Sequence[Tensor],
+        operands: Sequence[Tensor | PointerTable],
+        shared: Sequence[Tensor],
+    ) -> None:
+        if key in self._by_operators and not is_undisturbed():
             return
         initial, kernel = plan.program.layout.flatten(states), plan.kernel
         if self.plan is None:

@@ -66,6 +66,8 @@ def _solve(
         if plan.options.start == "previous":
             record.remember(trajectory.clone())
     else:
+        if plan.options.on_failure == "raise":  # the report tells of it all the same
+            record.forward(way.solver, stats)
         stats = _failed(stats, way, plan, record)
         record.rest.failed()
         trajectory, _ = solve_sequential(program, initial, every, shared, plan.fallback_kernel(samples))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,33 +24,44 @@ class Number:
     """What an option that is a number may be.
 
     Attributes:
-        types: its own; a bool is none of them.
-        accept: whether a number of these types is allowed.
+        type: what it is kept as; others that are the same number, as NumPy has them, are made one of these.
+        accept: whether a number is allowed.
         allowed: the same in words.
         optional: whether it may be `None`.
     """
 
     name: str
-    types: tuple[type, ...]
+    type: type[int] | type[float]
     accept: Callable[[Any], bool]
     allowed: str
     optional: bool = True
 
-    def accepts(self, value: Any) -> bool:
-        if value is None:
-            return self.optional
-        return isinstance(value, self.types) and not isinstance(value, bool) and self.accept(value)
+    def kept(self, value: Any) -> Any:
+        """`value` as it is kept.
+
+        Raises:
+            ValueError, OverflowError: it is not allowed.
+        """
+        if value is None and self.optional:
+            return None
+        kind = numbers.Integral if self.type is int else numbers.Real
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(self.allowed)
+        number = float(value) if self.type is float else int(value)  # type: ignore[arg-type, call-overload]
+        if not self.accept(number):
+            raise ValueError(self.allowed)
+        return number
 
 
 NUMBERS = (
-    Number("tolerance", (int, float), lambda value: 0 < value < math.inf, "a positive number or None"),
-    Number("max_iterations", (int,), lambda value: value >= 1, "a whole number >= 1 or None"),
-    Number("damping", (int, float), lambda value: 0 < value <= 1, "a number above 0 and up to 1", optional=False),
-    Number("window", (int,), lambda value: value >= 2, "a whole number >= 2 or None"),
-    Number("memory_limit", (int,), lambda value: value >= 0, "a whole number of bytes or None"),
-    Number("diagonal_probes", (int,), lambda value: value >= 1, "a whole number >= 1 or None"),
-    Number("planning_budget", (int, float), lambda value: 0 < value < math.inf, "a positive number", optional=False),
-    Number("min_length", (int,), lambda value: value >= 2, "a whole number >= 2", optional=False),
+    Number("tolerance", float, lambda value: 0 < value < math.inf, "a positive number or None"),
+    Number("max_iterations", int, lambda value: value >= 1, "a whole number >= 1 or None"),
+    Number("damping", float, lambda value: 0 < value <= 1, "a number above 0 and up to 1", optional=False),
+    Number("window", int, lambda value: value >= 2, "a whole number >= 2 or None"),
+    Number("memory_limit", int, lambda value: value >= 0, "a whole number of bytes or None"),
+    Number("diagonal_probes", int, lambda value: value >= 1, "a whole number >= 1 or None"),
+    Number("planning_budget", float, lambda value: 0 < value < math.inf, "a positive number", optional=False),
+    Number("min_length", int, lambda value: value >= 2, "a whole number >= 2", optional=False),
 )
 
 
@@ -65,10 +77,10 @@ class Options:
         linear_solver: how a linearised chain is solved: `"cyclic_reduction"` (O(L) work in 2 log2 L steps),
             `"parallel_cyclic_reduction"` (O(L log L) work in log2 L steps), `"sequential"` (L steps), or `"auto"`.
         tolerance: the largest accepted `|z_l - f_l(z_{l-1})|`, relative to the size of what block l computes: that of
-            `|z_l|`, plus `|J_l| |z_{l-1}|` where terms cancel in it; per sample and carried tensor. `None`: a few
-            ulps of the dtype.
+            `|z_l|`, plus `|J_l| |z_{l-1}|` where terms cancel in it; per sample and carried tensor. What rounding in a
+            block leaves is accepted too. `None`: a few ulps of the dtype.
         max_iterations: iterations before a solve is given up; in windows, for each length of one. `None`: at most as
-            many as blocks, and 32 (newton), 64 (quasi-newton) or 256; more where they are damped.
+            many as blocks, and 32 (newton), 64 (quasi-newton) or 256; up to 32 times as many where they are damped.
         damping: the share of each correction that is made, above 0 and up to 1.
         window: blocks that are solved at a time. The window moves on to the first block that is not solved yet.
             `None`: all blocks, or as many as fit into `memory_limit`.
@@ -116,7 +128,9 @@ class Options:
                 _refuse(name, getattr(self, name), "one of " + ", ".join(map(repr, allowed)))
         for number in NUMBERS:
             value = getattr(self, number.name)
-            if not number.accepts(value):
+            try:
+                object.__setattr__(self, number.name, number.kept(value))
+            except (ValueError, OverflowError):
                 _refuse(number.name, value, number.allowed)
         for name in ("kernels", "plan_cache"):
             if not isinstance(getattr(self, name), bool):

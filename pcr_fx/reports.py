@@ -21,8 +21,8 @@ from pcr_fx.options import Options
 from pcr_fx.passes.detect import Rejected
 from pcr_fx.passes.plan import PlannedChain
 from pcr_fx.passes.rewrite import depth
-from pcr_fx.planner import Choice, Plan, Timing, Way, block_bytes
-from pcr_fx.solvers import SolveStats, linearisation
+from pcr_fx.planner import BESIDE, Choice, Plan, Timing, Way, block_bytes, in_units
+from pcr_fx.solvers import Outcome, SolveStats, linearisation
 
 log = logging.getLogger(__name__)
 
@@ -256,14 +256,6 @@ def _shapes(plan: Plan | None) -> Any:
     return shapes[0] if len(shapes) == 1 else shapes
 
 
-def _bytes(count: int) -> str:
-    amount, units = float(count), iter(("B", "KiB", "MiB", "GiB"))
-    unit = next(units)
-    while amount >= 1024 and unit != "GiB":
-        amount, unit = amount / 1024, next(units)
-    return f"{amount:.4g} {unit}"
-
-
 def _chain_table(number: int, entry: dict[str, Any]) -> str:
     state = "known at the first call"
     if entry["state_shape"] is not None:
@@ -272,6 +264,8 @@ def _chain_table(number: int, entry: dict[str, Any]) -> str:
     residual = "not run yet"
     if entry["residual"] is not None:
         residual = f"{entry['residual']:.1e} (tolerance {entry['tolerance']:.1e})"
+        if entry["outcome"] == str(Outcome.ROUNDING):
+            residual += ", which is the rounding level of the blocks"
     after = entry["sequential_depth_after"]
     rows = [
         ("blocks", f"{entry['length']} of {' > '.join(entry['body_ops'])}"),
@@ -284,7 +278,7 @@ def _chain_table(number: int, entry: dict[str, Any]) -> str:
         ("residual", residual),
         ("fallbacks", _fallbacks(entry)),
         ("sequential depth", f"{entry['length']} -> {'?' if after is None else after}"),
-        ("extra memory", _bytes(entry["extra_memory_bytes"])),
+        ("extra memory", in_units(entry["extra_memory_bytes"])),
     ]
     if entry["window"]:
         rows.insert(4, ("window", f"{entry['window']} of {entry['length']} blocks at a time"))
@@ -306,10 +300,14 @@ def _measured(entry: dict[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for direction in ("forward", "backward"):
         timings = [Timing(**timing) for timing in entry["timings"] if timing["direction"] == direction]
-        timings.sort(key=lambda timing: math.inf if timing.seconds is None else timing.seconds)
+        timings.sort(key=lambda timing: (timing.way in BESIDE, timing.seconds is None, timing.seconds))
         if timings:
-            rows.append((f"{direction} by", "\n".join(textwrap.fill(str(timing), 90) for timing in timings)))
+            rows.append((f"{direction} by", "\n".join(textwrap.fill(_timing(timing), 90) for timing in timings)))
     return rows
+
+
+def _timing(timing: Timing) -> str:
+    return f"and {timing}, {BESIDE[timing.way]}" if timing.way in BESIDE else str(timing)
 
 
 def _fallbacks(entry: dict[str, Any]) -> str:

@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 from pcr_fx.body.isolation import isolated
 from pcr_fx.chain import Chain, Origin
 from pcr_fx.errors import BodyError, UnsupportedError
-from pcr_fx.node import SolveNode
+from pcr_fx.node import SolveNode, signature_of
 from pcr_fx.options import Options
-from pcr_fx.planner import Plan
+from pcr_fx.planner import Plan, make_plan
 from pcr_fx.record import SolveRecord
 from pcr_fx.solvers import SolveStats
 
@@ -73,7 +73,8 @@ def solve_chain(
             `solver="auto"` it is for the case that an iteration is the fastest; `"sequential"` refuses it.
 
     Raises:
-        UnsupportedError: arguments that are no tensors, disagree about L, or have a dtype that is not supported.
+        UnsupportedError: arguments that are no tensors, disagree about L, or have a dtype that is not supported; a
+            start where nothing iterates.
         BodyError: `step` is random, mutates its arguments, or does not return a state like the one it got.
     """
     states, state_spec = pytree.tree_flatten(x0)
@@ -90,12 +91,13 @@ def solve_chain(
     common = [*common, *closed_over]
     chain = Chain(body, length, len(states), len(columns), len(common), (), Origin(getattr(step, "__name__", "step")))
     settings = Options.of(options)
+    if start is not None and settings.solver == "sequential":
+        raise UnsupportedError('start is for an iteration to start from, and solver="sequential" does not iterate')
     if start is not None:
         settings = replace(settings, start="previous")
+    plan = make_plan(chain, signature_of(states, columns, common), settings)
     node = SolveNode(chain, settings)
-    plan = node.plan_for(states, columns, common)
-    if isinstance(plan, BodyError):
-        raise plan
+    node.learn(plan)
     if start is not None:
         node.record.remember(_start(start, states, state_spec, length, plan))
     trajectories = [part if isinstance(part, Tensor) else torch.stack(part) for part in node(states, columns, common)]

@@ -217,6 +217,50 @@ def test_a_block_with_more_numbers_than_threads_sum_at_a_time(threads: int) -> N
     assert_as_good(model, torch.randn(7, width, dtype=torch.float64))
 
 
+class Tabled(nn.Module):
+    """Blocks that share a table, of which they read a part."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(rows, 8, generator=torch.Generator().manual_seed(0)) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(12):
+            x = torch.tanh(x @ self.table[:8])
+        return x
+
+
+@pytest.mark.parametrize("rows, batch", [(3000, 7), (3000, 16), (200, 7), (200, 16), (200, 65)])
+def test_shared_gradients_may_be_large(rows: int, batch: int) -> None:
+    """A stack has no room for a vector in place of each of their numbers."""
+    assert_as_good(Tabled(rows), torch.randn(batch, 8, generator=torch.Generator().manual_seed(batch)))
+
+
+class Normed(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(9):
+            x = x + torch.tanh(F.layer_norm(x, (self.width,)))
+        return x
+
+
+def test_wide_states_have_no_vectors_of_samples_and_wider_ones_no_kernel() -> None:
+    """What the stack has room for: of 1500 numbers each alone, of 30,000 none."""
+    draw = torch.Generator().manual_seed(0)
+    assert_as_good(Normed(1500), torch.randn(7, 1500, generator=draw), planning="estimated")
+    for model, width in ((Normed(30_000), 30_000), (Tabled(40_000), 8)):
+        x = torch.randn(7, width, generator=draw)
+        fast = pcr_fx.transform(model, x, {"kernels": True, "planning": "estimated"})
+        assert "too many for the stack" in fast.report.chains[0].reason
+        inputs = list(model.parameters())
+        pairs = zip(value_and_gradients(fast, inputs, x), value_and_gradients(model, inputs, x), strict=True)
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours, theirs)
+
+
 def test_an_empty_batch_runs_in_torch_ops() -> None:
     model = Deep("residual", 9)
     x = torch.randn(0, WIDTH, dtype=torch.float64)

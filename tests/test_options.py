@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 import pcr_fx
@@ -16,6 +17,7 @@ import pcr_fx
         ({"tolerance": 0}, "tolerance=0 is not allowed; it must be a positive number or None"),
         ({"tolerance": float("nan")}, "tolerance=nan"),
         ({"tolerance": "1e-3"}, "tolerance='1e-3'"),
+        ({"tolerance": 10**400}, "it must be a positive number or None"),
         ({"max_iterations": 0}, "max_iterations=0"),
         ({"max_iterations": 2.5}, "max_iterations=2.5"),
         ({"max_iterations": True}, "max_iterations=True"),
@@ -30,6 +32,12 @@ def test_bad_options_say_what_is_allowed(options: dict, message: str) -> None:
     with pytest.raises(pcr_fx.OptionError) as caught:
         pcr_fx.Options.of(options)
     assert message in str(caught.value)
+
+
+def test_numbers_of_other_libraries_are_kept_as_pythons_own() -> None:
+    options = pcr_fx.Options(tolerance=np.float32(0.5), max_iterations=np.int64(3), damping=1)
+    assert options == pcr_fx.Options(tolerance=0.5, max_iterations=3)
+    assert [type(value) for value in (options.tolerance, options.max_iterations, options.damping)] == [float, int, float]
 
 
 def test_forms() -> None:

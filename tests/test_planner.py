@@ -1,10 +1,13 @@
 """The planner that measures: what it chooses, what it keeps, when it looks again, and when it leaves a chain alone."""
 
+import gc
 import json
 import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from torch import Tensor, nn
 
 import pcr_fx
 from pcr_fx.__main__ import main
+from pcr_fx.body.isolation import apart, isolated
+from pcr_fx.kernels import ChainKernel
 from pcr_fx.planner import Plan, measure, plan
 
 DIRECTIONS = ("forward", "backward")
@@ -246,6 +251,100 @@ def model_with(fast: nn.Module, x: Tensor) -> Tensor:
     for layer in fast.get_submodule("layers"):  # type: ignore[union-attr]
         x = x + 0.1 * torch.tanh(layer(x))
     return x
+
+
+def test_where_the_budget_ends_first_the_rule_decides() -> None:
+    model, x = Net(300, 3), torch.randn(4, 3)
+    fast = pcr_fx.transform(model, x, in_ops(planning_budget=1e-9))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    chain = chain_of(fast)
+    assert chain["reason"].startswith("the budget ended before ways had been timed; ")
+    assert chain["solver_forward"] == "newton" and not chain["left_alone"]
+
+
+def test_ways_for_which_memory_is_too_short_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(measure, "solve_iteratively", exhausted)
+    monkeypatch.setattr(torch, "stack", exhausted)
+    model, x = Net(600, 2), torch.randn(1, 2)
+    fast = pcr_fx.transform(model, x, in_ops())
+    made = fast.report.chains[0].plan
+    tensors = plan.Tensors(x, [torch.randn(600, 2, 2), torch.randn(600, 2), *made.program.literals], [], are_stacked=True)
+    timings = measure.measure(made._case(1), made.settings, tensors, needs_gradient=False)
+    notes = {t.way: t.note for t in timings}
+    assert notes["newton"] == notes["stacking operands"] == "out of memory"
+    assert plan._fastest(made._case(1), timings, needs_gradient=False).leaves_alone(False)
+
+
+def test_inference_tensors_are_measured() -> None:
+    model = Net(50, 3).requires_grad_(False)
+    with torch.inference_mode():
+        x = torch.randn(4, 3)
+    fast = pcr_fx.transform(model, torch.randn(4, 3), in_ops())
+    torch.testing.assert_close(fast(x), model(x))
+    assert chain_of(fast)["timings"]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_is_collected_again_when_the_last_has_measured(collects: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        with measure._uncollected:
+            with measure._uncollected:
+                assert not gc.isenabled()
+            assert not gc.isenabled()
+        assert gc.isenabled() is collects
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+def test_what_is_measured_apart_does_not_keep_others_from_tracing() -> None:
+    """A kernel that another thread builds holds a lock that the measurement waits for."""
+
+    @apart
+    def measured() -> bool:
+        builder = threading.Thread(target=isolated(lambda: None), daemon=True)
+        builder.start()
+        builder.join(10)
+        return not builder.is_alive()
+
+    assert measured()
+
+
+def test_threads_that_call_first_take_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a checkpoint finds a kernel that was not there when it went forward."""
+    is_ready = ChainKernel.is_ready
+
+    def slowly(*arguments: Any) -> bool:
+        time.sleep(0.2)
+        return is_ready(*arguments)
+
+    monkeypatch.setattr(ChainKernel, "is_ready", slowly)
+    fast = pcr_fx.transform(Net(30, 3), torch.randn(4, 3), {"solver": "sequential"})
+
+    def step(index: int) -> Tensor:
+        time.sleep(0.1 * index)
+        x = torch.ones(4, 3).requires_grad_()
+        torch.utils.checkpoint.checkpoint(fast, x, use_reentrant=False).sum().backward()
+        return x.grad  # type: ignore[return-value]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(step, range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_measurement_from_disk_is_called_one(cache: Path) -> None:
+    x = torch.randn(4, 3)
+    for found in (False, True):
+        plan._plans.clear()
+        fast = pcr_fx.transform(Net(40, 3), x, in_ops())
+        with torch.no_grad():
+            fast(x)
+        assert chain_of(fast)["reason"].endswith("(by measurements kept on disk)") is found
 
 
 def test_the_budget_bounds_what_measuring_takes(monkeypatch: pytest.MonkeyPatch) -> None:

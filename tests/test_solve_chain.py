@@ -261,6 +261,12 @@ def test_bad_input(arguments: tuple[Any, ...], message: str) -> None:
         solve_chain(lambda z, operand, _: z, *arguments)
 
 
+def test_a_start_needs_an_iteration() -> None:
+    x0, operands, shared = problem(10)
+    with pytest.raises(pcr_fx.UnsupportedError, match="does not iterate"):
+        solve_chain(tanh_step, x0, operands, shared=shared, start=torch.ones(10), options={"solver": "sequential"})
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
@@ -271,9 +277,10 @@ def test_bad_input(arguments: tuple[Any, ...], message: str) -> None:
         (lambda z, a, _: z if z.sum() > 0 else -z, "cannot be traced"),
     ],
 )
-def test_steps_that_are_no_blocks(step: Any, message: str) -> None:
+def test_steps_that_are_no_blocks(step: Any, message: str, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(pcr_fx.BodyError, match=message):
         solve_chain(step, torch.ones(3), torch.ones(5, 3), options=NEWTON)
+    assert "runs block by block" not in caplog.text  # it does not run
 
 
 def test_operators_keep_their_contract() -> None:

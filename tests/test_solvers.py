@@ -117,6 +117,22 @@ def test_damping(solver: str) -> None:
     assert damped.iterations > full.iterations
 
 
+def test_damping_to_nothing_is_given_up() -> None:
+    x0, operands = problem(20)
+    options = {"kernels": False, "solver": "newton", "damping": 1e-12}
+    stats = solve_chain(near_identity, x0, operands, options=options).stats
+    assert stats.fallback is Outcome.STAGNATED and stats.iterations < 320
+
+
+def test_too_slow_is_not_called_stagnated() -> None:
+    """Jacobi's iteration is right after as many iterations as blocks, and is allowed fewer."""
+    x0, operands = problem(100)
+    options = {"kernels": False, "solver": "jacobi"}
+    assert solve_chain(near_identity, x0, operands, options=options).stats.fallback is None
+    limited = solve_chain(near_identity, x0, operands, options={**options, "max_iterations": 30}).stats
+    assert limited.fallback is Outcome.ITERATION_LIMIT and limited.iterations < 30
+
+
 def program_of(step: Callable[..., Tensor], x0: Tensor, operands: tuple[Tensor, ...]) -> Any:
     class Body(nn.Module):
         def forward(self, z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
@@ -286,6 +302,8 @@ def test_memory_decides_the_window(limit: int) -> None:
     if chain["window"]:
         assert chain["iterations"] > 400 / chain["window"]
         assert f"{chain['window']} of 400 blocks at a time" in str(pcr_fx.report(fast))
+        fits = f"forward in windows of {chain['window']}, which fit into the memory limit of 19.53 KiB"
+        assert fits in chain["reason"] and "backward in windows of" in chain["reason"]
 
 
 def test_no_window_is_small_enough_for_no_memory() -> None:
@@ -293,7 +311,7 @@ def test_no_window_is_small_enough_for_no_memory() -> None:
     fast = pcr_fx.transform(model, options={"solver": "newton", "kernels": False, "memory_limit": 0})
     torch.testing.assert_close(fast(x), model(x))
     assert chain_of(fast)["solver_forward"] == chain_of(fast)["solver_backward"] == "sequential"
-    assert "a window would not fit into the memory limit" in chain_of(fast)["reason"]
+    assert "a window of 8 blocks would not fit into the memory limit, 0 B" in chain_of(fast)["reason"]
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 33])

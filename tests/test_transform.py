@@ -156,8 +156,12 @@ def test_diverging_chain() -> None:
     (chain,) = fast.report.to_dict()["chains"]
     assert chain["fallbacks"] == 1
     assert chain["sequential_depth_after"] == 60
+    raising = pcr_fx.transform(model, options={**NEWTON, "on_failure": "raise"})
     with pytest.raises(pcr_fx.SolveError):
-        pcr_fx.transform(model, options={**NEWTON, "on_failure": "raise"})(x)
+        raising(x)
+    (chain,) = raising.report.to_dict()["chains"]
+    assert chain["calls"] == 1 and chain["iterations"] > 0
+    assert chain["outcome"] not in (None, str(pcr_fx.Outcome.CONVERGED))
 
 
 def test_hooks_run() -> None:
@@ -200,6 +204,13 @@ def test_what_a_trace_without_inputs_lacks_is_named() -> None:
 
     with pytest.raises(pcr_fx.CaptureError, match=r"test_transform.py.*the shape comes from x$"):
         pcr_fx.transform(Steps())
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(pcr_fx.UnsupportedError, match="a module or a function, got int"):
+        pcr_fx.explain(5)  # type: ignore[arg-type]
+    with pytest.raises(pcr_fx.UnsupportedError, match="pack_parameters must be True or False, got 'yes'"):
+        pcr_fx.transform(plain_mlp(12), pack_parameters="yes")  # type: ignore[arg-type]
 
 
 def test_report_and_explain() -> None:

@@ -23,12 +23,11 @@ with FakeTensorMode():
     pass
 
 
-def isolated(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """`function`, run in a thread of its own, one such thread at a time.
+def apart(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`function`, run in a thread of its own.
 
     A new thread starts without the caller's `torch.func` transforms, saved-tensor hooks, inference mode, autocast and
-    `torch.jit.trace`, under which tracing fails or crashes. And FX's tracer patches global state, so that two traces at
-    once break both.
+    `torch.jit.trace`, under which tracing fails or crashes.
     """
 
     @functools.wraps(function)
@@ -36,25 +35,43 @@ def isolated(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
         result: Future[Result] = Future()
 
         def fulfil() -> None:
-            _here.is_isolated = True
             try:
                 result.set_result(function(*args, **kwargs))
             except BaseException as error:
                 result.set_exception(error)
 
         thread = threading.Thread(target=fulfil, name=f"pcr_fx {function.__name__}")
-        # A chain within a block of a chain: the lock is held for it already.
-        nested = getattr(_here, "is_isolated", False)
-        with contextlib.nullcontext() if nested else _lock:
-            thread.start()
-            thread.join()
+        thread.start()
+        thread.join()
         return result.result()
 
     return run
 
 
+def isolated(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`function` for tracing: apart, and one such call at a time, since two of FX's tracers at once break both.
+
+    It may take no lock that is held where an isolated function is called: each would wait for the other.
+    """
+
+    def marked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        _here.is_isolated = True
+        return function(*args, **kwargs)
+
+    inner = apart(functools.wraps(function)(marked))
+
+    @functools.wraps(function)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        # A chain within a block of a chain: the lock is held for it already.
+        nested = getattr(_here, "is_isolated", False)
+        with contextlib.nullcontext() if nested else _lock:
+            return inner(*args, **kwargs)
+
+    return run
+
+
 def is_undisturbed() -> bool:
-    """Whether the calling thread has nothing on that `isolated` keeps away."""
+    """Whether the calling thread has nothing on that `apart` keeps away."""
     return not (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()

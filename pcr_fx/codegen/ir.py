@@ -103,6 +103,12 @@ class Function:
         return list(dict.fromkeys(buffer for buffer in found if buffer.values is not None))
 
     @property
+    def memory(self) -> int:
+        """Numbers that a call holds beside its inputs and outputs: its locals, and a row that is summed up."""
+        rows = (loop.shape[-1] for loop in self.loops if loop.shape)
+        return sum(buffer.size for buffer in self.locals) + max(rows, default=0)
+
+    @property
     def operations(self) -> int:
         """Scalar operations per sample: the cost of a call, roughly."""
         return sum(math.prod((*loop.shape, *loop.reduced)) * (1 + count(loop.value)) for loop in self.loops)

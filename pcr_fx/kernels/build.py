@@ -37,7 +37,7 @@ def cache_directory() -> Path:
     """Where compiled kernels are kept: `PCR_FX_CACHE_DIR`, or a folder in the user's cache."""
     given = os.environ.get("PCR_FX_CACHE_DIR")
     if given:
-        return Path(given)
+        return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pcr_fx"
 
 
@@ -130,11 +130,12 @@ def _toolchain() -> tuple[str, ...]:
     if shutil.which(compiler) is None:
         raise CompilerError(f"no C++ compiler was found: {compiler} is not on the PATH")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    return compiler, version.partition("\n")[0], _processor(), *_FLAGS
+    return compiler, version.partition("\n")[0], processor(), *_FLAGS
 
 
-def _processor() -> str:
-    """What `-march=native` reads: the processor's instruction sets."""
+@functools.cache
+def processor() -> str:
+    """What `-march=native` reads, and speed depends on: the processor's name and instruction sets."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

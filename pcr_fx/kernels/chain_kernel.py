@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import math
 import struct
@@ -20,7 +21,7 @@ from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.codegen import Unprintable
 from pcr_fx.kernels.build import CompilerError, check_compiler, load
 from pcr_fx.kernels.memory import empty
-from pcr_fx.kernels.source import REALS, chain_source, lower_pullback, lower_step
+from pcr_fx.kernels.source import REALS, chain_source, input_sizes, lower_pullback, lower_step
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,15 @@ log = logging.getLogger(__name__)
 _OPERATIONS_A_THREAD = 2_000_000
 # Samples from which on a vector of samples is filled well enough to beat vectors of one sample's features.
 _VECTOR_SAMPLES = {torch.float32: 6, torch.float64: 4}
+# Bytes that a block and sample may hold on the stack: a small part of what threads have, which is not asked for. And
+# those of a vector, at most.
+_STACK_BYTES = 2**18
+_VECTOR_BYTES = 64
 # Numbers of per-block gradients up to which the sums over samples, a whole vector each, stay in the nearest cache.
 _VECTOR_GRADIENTS = 512
+# Those of gradients that all blocks share up to which they stay in the second cache. A vector that samples do not fill
+# has them copied at every block: with 8 samples that is slower from 1,000 numbers on, three times so at 4,000.
+_VECTOR_SHARED = 2**15
 # In the order of newton.h.
 _OUTCOMES = ("CONVERGED", "ROUNDING", "STAGNATED", "NON_FINITE", "ITERATION_LIMIT")
 
@@ -52,6 +60,7 @@ class ChainKernel:
         program: the chain.
         body: one block on one sample.
         operations: scalar operations of a block and sample, forward and backward.
+        held: numbers that a block and sample hold on the stack.
         length: blocks; the code is the same for any number of them.
         failure: why one of its libraries could not be compiled.
     """
@@ -59,6 +68,7 @@ class ChainKernel:
     program: Program
     body: SampleBody
     operations: tuple[int, int]
+    held: int
     length: int
     failure: str | None = None
     _shapes: dict[torch.Size, list[tuple[int, ...] | None]] = field(default_factory=dict)
@@ -86,8 +96,13 @@ class ChainKernel:
             raise Unprintable("the state has no numbers")
         check_compiler()
         body = trace_sample(program)
-        operations = lower_step(program, body).operations, lower_pullback(program, body).operations
-        return cls(program, body, operations, program.length)
+        step, pullback = lower_step(program, body), lower_pullback(program, body)
+        own = sum(size for size, owns in zip(input_sizes(program, body), body.own, strict=True) if owns)
+        # What the functions hold, and the headers around them: states, adjoints, a sample's own inputs and gradients.
+        held = max(step.memory, pullback.memory) + 3 * body.dimension + 2 * own
+        if held * program.dtype.itemsize > _STACK_BYTES:
+            raise Unprintable(f"a block holds {held} numbers of a sample at a time, which is too many for the stack")
+        return cls(program, body, (step.operations, pullback.operations), held, program.length)
 
     def of_length(self, length: int) -> ChainKernel:
         """The kernel of so many blocks in a row."""
@@ -101,6 +116,8 @@ class ChainKernel:
         """
         if direction == "newton" and self.body.batch_dims != self.program.layout.batch_dims:
             return False  # its d is that of several samples, which do not depend on each other
+        if direction == "newton" and not self._vectors_fit:
+            return False  # it puts a row of a Jacobian in each lane
         return self._run(direction, self._samples(initial)) is not None
 
     def solve(self, initial: Tensor, operands: Sequence[Tensor | Column], shared: Sequence[Tensor]) -> Tensor:
@@ -249,6 +266,21 @@ class ChainKernel:
         self._shapes[batch] = shapes
         return shapes
 
+    @property
+    def _vectors_fit(self) -> bool:
+        """Whether the stack has room for a vector in place of each number."""
+        return self.held * _VECTOR_BYTES <= _STACK_BYTES
+
+    @functools.cached_property
+    def _gradient_numbers(self) -> tuple[int, int]:
+        """Of a block's own operands, and of those that all share."""
+        signature = self.program.signature
+        own, shared = (
+            sum(math.prod(spec.shape) for spec in specs if spec.is_differentiable)
+            for specs in (signature.operands, signature.shared)
+        )
+        return own, shared
+
     def _samples(self, state: Tensor) -> int:
         return state.numel() // self.body.dimension
 
@@ -264,16 +296,24 @@ class ChainKernel:
 
     def _run(self, direction: str, samples: int) -> Run | None:
         """The compiled function for this many samples; `None` where it cannot be had."""
-        vectors = samples >= _VECTOR_SAMPLES[self.program.dtype] and direction != "newton"
-        if direction == "adjoint":
-            sizes = [math.prod(spec.shape) for spec in self.program.signature.operands]
-            vectors = vectors and sum(sizes) <= _VECTOR_GRADIENTS
-        key = direction, vectors
+        key = direction, direction != "newton" and self._takes_vectors(direction, samples)
         if key not in self._runs:
             with self._lock:
                 if key not in self._runs:
-                    self._runs[key] = self._built(direction, vectors)
+                    self._runs[key] = self._built(*key)
         return self._runs[key]
+
+    def _takes_vectors(self, direction: str, samples: int) -> bool:
+        """Whether vectors hold a sample in each lane."""
+        program = self.program
+        if samples < _VECTOR_SAMPLES[program.dtype] or not self._vectors_fit:
+            return False
+        if direction == "forward":
+            return True
+        lanes = _VECTOR_BYTES // program.dtype.itemsize
+        filled = samples % lanes == 0 or samples >= 4 * lanes
+        own, shared = self._gradient_numbers
+        return own <= _VECTOR_GRADIENTS and shared <= (_VECTOR_SHARED if filled else _VECTOR_GRADIENTS)
 
     @isolated
     def _built(self, direction: str, vectors: bool) -> Run | None:

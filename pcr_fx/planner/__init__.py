@@ -1,12 +1,13 @@
 """What to run: which way through a chain, forward and backward, by measurement or by rule."""
 
 from pcr_fx.planner.cache import cached_plans, clear_plans
-from pcr_fx.planner.choice import Choice, Timing, Way
+from pcr_fx.planner.choice import BESIDE, Choice, Timing, Way
 from pcr_fx.planner.measure import Tensors
-from pcr_fx.planner.memory import block_bytes
+from pcr_fx.planner.memory import block_bytes, in_units
 from pcr_fx.planner.plan import Plan, make_plan, plan_by_key
 
 __all__ = [
+    "BESIDE",
     "Choice",
     "Plan",
     "Tensors",
@@ -15,6 +16,7 @@ __all__ = [
     "block_bytes",
     "cached_plans",
     "clear_plans",
+    "in_units",
     "make_plan",
     "plan_by_key",
 ]

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from pcr_fx.kernels.build import cache_directory
+from pcr_fx.kernels.build import cache_directory, processor
 from pcr_fx.planner.choice import Timing
 
 log = logging.getLogger(__name__)
 
 # Changed where a measurement means something else than it did.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def plan_directory() -> Path:
@@ -34,13 +34,9 @@ def plan_directory() -> Path:
 
 def measurement_key(plan: str, samples: int, device: torch.device) -> str:
     """Names a measurement by all that it depends on: the plan (body, L, shapes, options), batch, device, versions."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     parts = (_FORMAT, plan, samples, name, torch.get_num_threads(), torch.__version__)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _processor() -> str:
-    return torch.backends.cpu.get_cpu_capability()
 
 
 def load_timings(key: str) -> tuple[Timing, ...] | None:

@@ -41,6 +41,8 @@ EAGER = "eager"
 # eager needs last.
 STACKING = "stacking operands"
 HANDING = "handing out gradients"
+# What each comes on top of.
+BESIDE = {STACKING: "for all but eager and native code both ways", HANDING: "for all but eager"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Timing:
         direction: "forward" or "backward".
         seconds: a call; `None` where it was not measured, for the reason in `note`.
         iterations: linear systems solved.
+        skipped: whether it was not measured for want of time, and may be the fastest for all that is known.
     """
 
     way: str
@@ -59,6 +62,7 @@ class Timing:
     seconds: float | None
     iterations: int = 0
     note: str = ""
+    skipped: bool = False
 
     def __str__(self) -> str:
         if self.seconds is None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pcr_fx.kernels import ChainKernel, GpuKernel
-from pcr_fx.planner.choice import EAGER, HANDING, STACKING, Timing, Way
+from pcr_fx.planner.choice import BESIDE, EAGER, HANDING, STACKING, Timing, Way
 from pcr_fx.planner.estimate import bounds
 from pcr_fx.planner.rule import Case, candidates
 from pcr_fx.solvers import (
@@ -45,8 +47,6 @@ _FEWEST_ITERATIONS = 2
 _NUMBERS_TRIED = 2**20
 # How many times slower than the best a solver may turn out before it is given up.
 _HOPELESS = 3.0
-# Timed because it comes on top, and not a way by itself.
-_BESIDE = (STACKING, HANDING)
 # How much slower than the best what is timed a second time may be; rounds of that, and the share of the budget they may
 # take: enough that another program's burst of work does not last through them all.
 _CLOSE = 1.25
@@ -99,14 +99,34 @@ def measure(
         needs_gradient: whether the ways back are measured too.
         with_eager: whether the model's own ops are among the ways.
     """
-    # As `timeit` does: going through all objects of a large model takes half a second, in the middle of some call.
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    with _uncollected:
         return _Measurement(case, settings, tensors, needs_gradient, with_eager).run()
-    finally:
-        if collects:
-            gc.enable()
+
+
+class _Uncollected(contextlib.AbstractContextManager[None]):
+    """No garbage collection, as in `timeit`: going through all objects of a large model takes half a second.
+
+    Of threads that measure at once the first turns it off, and the last turns it on again.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.collects = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.collects = gc.isenabled()
+                gc.disable()
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside and self.collects:
+                gc.enable()
+
+
+_uncollected = _Uncollected()
 
 
 class _Measurement:
@@ -129,13 +149,13 @@ class _Measurement:
     def run(self) -> tuple[Timing, ...]:
         # Where gradients are needed the model's own forward records them.
         if self.with_eager:
-            self._eager()
+            self._beside(EAGER, self._eager)
         directions = ("forward", "backward") if self.needs_gradient else ("forward",)
         ways = {direction: self._candidates(direction) for direction in directions}
         # Block by block first: those are sure to end, and rule out others.
         self._measure_all(ways, lambda way: way.solver == "sequential")
         if self.tensors.are_stacked:
-            self._stacking()
+            self._beside(STACKING, self._stacking)
         self._measure_all(ways, lambda way: way.solver != "sequential")
         self._rematch()
         for timing in self.timings:
@@ -153,7 +173,7 @@ class _Measurement:
 
     def _measure(self, ways: Sequence[Way], direction: str) -> None:
         estimates = {way: bounds(way, direction, self.case) for way in ways}
-        measured = [s for (way, of), s in self._seconds().items() if of == direction and way not in _BESIDE]
+        measured = [s for (way, of), s in self._seconds().items() if of == direction and way not in BESIDE]
         best = min([*measured, *(most for _, most in estimates.values())], default=math.inf)
         # What is likely to be fast comes first.
         for way in sorted(ways, key=lambda way: estimates[way][1]):
@@ -168,13 +188,24 @@ class _Measurement:
         if least > best:
             return Timing(way.name, direction, None, note=f"at least {1e3 * least:.2g} ms by estimate")
         if time.perf_counter() > self.ends:
-            return Timing(way.name, direction, None, note=f"the budget of {self.budget:g} s was spent")
+            return Timing(way.name, direction, None, note=f"the budget of {self.budget:g} s was spent", skipped=True)
         try:
             if way.solver == "sequential":
                 return self._sequential(way, direction)
             return self._iterative(way, best) if direction == "forward" else self._reduction(way, best)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             return Timing(way.name, direction, None, note="out of memory")
+
+    def _beside(self, name: str, take: Callable[[], None]) -> None:
+        """Time what is no way of a solve node, unless memory is too short for it."""
+        try:
+            take()
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            self.timings.append(Timing(name, "forward", None, note="out of memory"))
 
     # --- block by block: the time of fewer blocks, in proportion ------------------------------------------
 
@@ -232,7 +263,9 @@ class _Measurement:
         return run, parts
 
     def _leaf(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().requires_grad_(self.needs_gradient and tensor.is_floating_point())
+        # An inference tensor's copy is none.
+        plain = tensor.clone() if tensor.is_inference() else tensor.detach()
+        return plain.requires_grad_(self.needs_gradient and tensor.is_floating_point())
 
     def _sequential(self, way: Way, direction: str) -> Timing:
         make = self._forward_by if direction == "forward" else self._backward_by
@@ -375,7 +408,7 @@ class _Measurement:
         """The time of all blocks, in proportion to `run`, which goes through `count` of them."""
         length = self.case.program.length
         count = count or length
-        fixed = 0.0 if way in (EAGER, *_BESIDE) else NODE_SECONDS[direction]
+        fixed = 0.0 if way in (EAGER, *BESIDE) else NODE_SECONDS[direction]
         self.runs[way, direction] = call = _Run(run, length / count, fixed)
         note = f"from {count} blocks" if count < length else ""
         return Timing(way, direction, call.seconds(self._timed(run, best)), iterations, note)
@@ -424,6 +457,11 @@ class _Measurement:
         while len(times) < _MOST_REPEATS and sum(times) < _ENOUGH_SECONDS and times[0] < _HOPELESS * best:
             times.append(_once(run, device))
         return min(first, statistics.median(times))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: on a CPU PyTorch has no exception of its own for it."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _shortened(kernel: Any, count: int) -> Any:

@@ -30,6 +30,15 @@ def free_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def in_units(count: int) -> str:
+    """Bytes for people: 1.5 KiB."""
+    amount, units = float(count), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    while amount >= 1024 and unit != "GiB":
+        amount, unit = amount / 1024, next(units)
+    return f"{amount:.4g} {unit}"
+
+
 def memory_limit(given: int | None, device: torch.device) -> int:
     """The limit that a user gave, or a share of what is free."""
     return given if given is not None else int(DEFAULT_SHARE * free_bytes(device))

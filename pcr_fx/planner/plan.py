@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pcr_fx.body import Program, Signature, build_program
-from pcr_fx.body.isolation import is_undisturbed, isolated
+from pcr_fx.body.isolation import apart, is_undisturbed, isolated
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.kernels import ChainKernel, GpuKernel
@@ -36,6 +36,7 @@ class Plan:
 
     Attributes:
         kernel: the chain's native kernel, or why it has none.
+        lock: held where the way of a first call is found, which other threads' first calls then take too.
     """
 
     key: str
@@ -45,7 +46,7 @@ class Plan:
     kernel: ChainKernel | GpuKernel | str
     _choices: dict[int, Choice] = field(default_factory=dict, repr=False)
     _drifted: set[int] = field(default_factory=set, repr=False)
-    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def __reduce__(self) -> Any:
         # Made again from what it was made of: native code and caches stay with their process.
@@ -86,7 +87,7 @@ class Plan:
         """
         samples = self.samples(tensors.initial)
         size, device = samples.bit_length(), tensors.initial.device
-        with self._lock:
+        with self.lock:
             if not self.wants_measuring(samples, needs_gradient):
                 return self.choice(samples)
             case = self._case(samples)
@@ -96,6 +97,8 @@ class Plan:
             if kept is None and with_eager and self.options.plan_cache:
                 store_timings(key, self._description(samples), timings)
             found = _fastest(case, timings, needs_gradient)
+            if kept is not None:
+                found = replace(found, reason=f"{found.reason} (by measurements kept on disk)")
             self._choices[size] = _joined(self._choices.get(size), found, needs_gradient, size in self._drifted)
             self._drifted.discard(size)
             return self._choices[size]
@@ -105,7 +108,7 @@ class Plan:
     ) -> tuple[Timing, ...]:
         # In the thread that is going to call, if it may be: another has memory and a team of threads of its own, and
         # what is wide took four times as long there.
-        run = measure if is_undisturbed() else isolated(measure)
+        run = measure if is_undisturbed() else apart(measure)
         return run(case, self.settings, tensors, needs_gradient, with_eager)
 
     def wants_another_look(self, samples: int) -> bool:
@@ -151,7 +154,7 @@ def _has_failed(way: Way) -> bool:
 _WORTHWHILE = 0.95
 
 
-def _fastest(case: Case, timings: Iterable[Timing], needs_gradient: bool) -> Choice:
+def _fastest(case: Case, timings: Sequence[Timing], needs_gradient: bool) -> Choice:
     """The fastest way of each direction; and whether the model's own ops are about as fast as these."""
     seconds = {(t.direction, t.way): t.seconds for t in timings if t.seconds is not None}
     rule = estimated_choice(case)
@@ -161,6 +164,10 @@ def _fastest(case: Case, timings: Iterable[Timing], needs_gradient: bool) -> Cho
     def cost(direction: str, way: Way | None) -> float:
         return math.inf if way is None else seconds.get((direction, way.name), math.inf)
 
+    def beside(direction: str, name: str) -> float:
+        found = [t.seconds for t in timings if (t.direction, t.way) == (direction, name)]
+        return 0.0 if not found else math.inf if found[0] is None else found[0]
+
     chosen: dict[str, Way] = {}
     native: dict[str, Way | None] = {}
     for direction in directions:
@@ -168,11 +175,15 @@ def _fastest(case: Case, timings: Iterable[Timing], needs_gradient: bool) -> Cho
         chosen[direction] = min(ways, key=lambda way: cost(direction, way), default=guesses[direction])
         native[direction] = next((way for way in ways if way.is_native), None)
     # Only native code both ways reads the blocks' tensors where they lie.
-    total = sum(cost(d, way) for d, way in chosen.items()) + seconds.get(("forward", STACKING), 0.0)
+    total = sum(cost(d, way) for d, way in chosen.items()) + beside("forward", STACKING)
     in_place = sum(cost(d, way) for d, way in native.items())
     if in_place <= total:
         chosen, total = {d: way or chosen[d] for d, way in native.items()}, in_place
-    total += seconds.get(("backward", HANDING), 0.0)
+    total += beside("backward", HANDING)
+    if math.isinf(total) and any(timing.skipped for timing in timings):
+        alone = rule.leaves_alone(needs_gradient)
+        reason = f"the budget ended before ways had been timed; {rule.reason}"
+        return replace(rule, reason=reason, timings=tuple(timings), alone=((needs_gradient, alone),))
     alone = _WORTHWHILE * sum(seconds.get((direction, EAGER), math.inf) for direction in directions) <= total
     reason = "the model's own ops are fastest of what was measured" if alone else "fastest of what was measured"
     backward = chosen.get("backward", rule.backward)

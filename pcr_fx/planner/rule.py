@@ -20,7 +20,7 @@ from pcr_fx.body import Program
 from pcr_fx.kernels import ChainKernel, GpuKernel
 from pcr_fx.options import Options
 from pcr_fx.planner.choice import Choice, Way
-from pcr_fx.planner.memory import fitting_window, memory_limit
+from pcr_fx.planner.memory import MIN_WINDOW, fitting_window, in_units, memory_limit
 from pcr_fx.solvers import ITERATIVE_SOLVERS
 
 # Jacobian entries of one block (samples x d x d) up to which a reduction beats the calls of the block's ops.
@@ -74,7 +74,7 @@ class Case:
             return self.kernel.failure
         needed = self.kernel.scratch_bytes(self.samples) if isinstance(self.kernel, GpuKernel) else 0
         if needed > BYTES_UNASKED and needed > self.limit:
-            return f"fused kernels need {_mebibytes(needed)}, and the memory limit is {_mebibytes(self.limit)}"
+            return f"fused kernels need {in_units(needed)}, and the memory limit is {in_units(self.limit)}"
         return ""
 
     @property
@@ -91,7 +91,7 @@ class Case:
                 return Way(solver, kernel)
         window = fitting_window(solver, self.program, self.samples, self.limit, self.options.window)
         if window is None:
-            return f"a window would not fit into the memory limit, {_mebibytes(self.limit)}"
+            return f"a window of {MIN_WINDOW} blocks would not fit into the memory limit, {in_units(self.limit)}"
         native = kernel if isinstance(kernel, ChainKernel) and solver == "newton" and self._is_plain else None
         return Way(solver, native, None if window == self.program.length else window)
 
@@ -114,10 +114,6 @@ class Case:
         if isinstance(way, Way) and isinstance(way.kernel, ChainKernel):
             return replace(way, kernel=None)  # it has no backward of its own
         return way
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:.0f} MiB"
 
 
 def estimated_choice(case: Case) -> Choice:
@@ -150,9 +146,10 @@ def asked_choice(case: Case, solver: str) -> Choice:
     if isinstance(backward, str):
         reasons.append(f"backward block by block: {backward}")
     there, back = (sequential if isinstance(way, str) else way for way in (forward, backward))
-    fitted = [way.window for way in (there, back) if way.window not in (None, case.options.window)]
-    if fitted:
-        reasons.append(f"in windows of {fitted[0]}, which fit into the memory limit of {_mebibytes(case.limit)}")
+    for direction, way in (("forward", there), ("backward", back)):
+        if way.window not in (None, case.options.window):
+            fit = f"which fit into the memory limit of {in_units(case.limit)}"
+            reasons.append(f"{direction} in windows of {way.window}, {fit}")
     return Choice(there, back, "; ".join(reasons), asked_for=True)
 
 

@@ -30,6 +30,8 @@ DEFAULT_MAX_ITERATIONS = {"newton": 32, "quasi-newton": 64, "picard": 256, "jaco
 # Iterations in which a solve has to halve its residual, or to be so far on its way block by block that it would end
 # within the limit. Residuals may rise for a while before the quadratic phase, while solved blocks go on one by one.
 PATIENCE = 5
+# Damped by a half, an iteration gets twice as many of either; however little is left of a correction, at most so many.
+MOST_STRETCHED = 32.0
 # A stalled residual of this many roundings of the block's input and output is the best the dtype can do.
 _ROUNDING_EPS = 8.0
 # Sweeps of Picard's iteration before any other where `start="picard"`.
@@ -62,8 +64,13 @@ class Settings:
             # State l is right after l iterations at the latest. A window that moves on by less than two blocks an
             # iteration is of no use.
             enough = window if window == length else max(4, window // 2)
-            each = math.ceil(min(DEFAULT_MAX_ITERATIONS[solver], enough) / self.damping)
+            each = math.ceil(min(DEFAULT_MAX_ITERATIONS[solver], enough) * self.stretch)
         return each * math.ceil(length / window)
+
+    @property
+    def stretch(self) -> float:
+        """How many times as many iterations as undamped ones damped ones may take."""
+        return min(1 / self.damping, MOST_STRETCHED)
 
     @property
     def is_plain(self) -> bool:
@@ -164,7 +171,7 @@ class _Solve:
         self.residual, self.worst_solved = math.inf, 0.0
         self.rounding = False
         # What the residual has to be halved of, and when it last was.
-        self.mark, self.marked_at = math.inf, 0
+        self.mark, self.marked_at, self.reached_at_mark = math.inf, 0, 0
         self.growth: Tensor | None = None
         self.grown = 0
 
@@ -277,11 +284,13 @@ class _Solve:
         lag = 0 if self.window == self.length else self.limit * self.window / self.length
         on_its_way = self.iteration > 0 and self.reached * self.limit >= self.length * (self.iteration - lag)
         if look.residual <= 0.5 * self.mark or on_its_way:
-            self.mark, self.marked_at = min(self.mark, look.residual), self.iteration
+            self.mark = min(self.mark, look.residual)
+            self.marked_at, self.reached_at_mark = self.iteration, self.reached
         elif self.grown >= 2:
             return Outcome.GROWING
-        if self.iteration - self.marked_at >= PATIENCE / self.settings.damping:
-            return Outcome.STAGNATED
+        if self.iteration - self.marked_at >= PATIENCE * self.settings.stretch:
+            # Blocks are solved one by one, but too few an iteration to end within the limit.
+            return Outcome.ITERATION_LIMIT if self.reached > self.reached_at_mark else Outcome.STAGNATED
         return None
 
     def _reset(self) -> bool:

@@ -13,7 +13,7 @@ class Outcome(enum.Enum):
     ROUNDING = "the residual stopped falling at the rounding level of the block itself"
     STAGNATED = "the residual stopped falling above the tolerance"
     NON_FINITE = "a state or the residual became infinite or NaN"
-    ITERATION_LIMIT = "the iteration limit was reached above the tolerance"
+    ITERATION_LIMIT = "the iteration limit was reached above the tolerance, or would have been"
     GROWING = "the linearised chain grows so fast that no digit of a correction is right"
     SEQUENTIAL = "evaluated block by block"
 

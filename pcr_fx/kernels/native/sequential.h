@@ -35,12 +35,15 @@ template <class V> struct Adjoint {
   std::vector<V> adjoints;
   // Sums over samples: with a sample in each lane, lanes are added up only when all tiles are through.
   std::vector<V> sums, kept;
+  // What was kept before a tile with idle lanes.
+  std::vector<V> before;
   // Where gradients are summed: zero to begin with where blocks share them, else written anew for each block.
   real* gradients[Body::inputs + 1];
 
   Adjoint(const Call& call, Samples<V> samples)
       : call(call), samples(samples), adjoints(samples.tiles() * Body::dimension, V{}),
-        sums(k_is_vector<V> ? Body::summed_numbers + 1 : 1, V{}), kept(k_is_vector<V> ? Body::kept_numbers + 1 : 1, V{}) {}
+        sums(k_is_vector<V> ? Body::summed_numbers + 1 : 1, V{}), kept(k_is_vector<V> ? Body::kept_numbers + 1 : 1, V{}),
+        before(kept.size()) {}
 
   // Blocks `last` - 1 to `first`; memory for gradients of blocks begins with that of block `origin`.
   void sweep(int64_t last, int64_t first, int64_t origin) {
@@ -81,9 +84,8 @@ template <class V> struct Adjoint {
           k_read<V>(next, cotangent + begin * d, d, count);
           for (int i = 0; i < d; ++i) adjoint[i] = adjoint[i] + next[i];
         }
-        V before[Body::kept_numbers + 1];
         const bool partial = k_is_vector<V> && count < k_width<V>;
-        if (partial) for (int i = 0; i < Body::kept_numbers; ++i) before[i] = kept[i];
+        if (partial) before = kept;
         Body::pullback<V>(state, in.pointers, adjoint, next, out);
         for (int i = 0; i < d; ++i) adjoint[i] = next[i];
         if constexpr (k_is_vector<V>) {
