@@ -217,6 +217,39 @@ def test_a_block_with_more_numbers_than_threads_sum_at_a_time(threads: int) -> N
     assert_as_good(model, torch.randn(7, width, dtype=torch.float64))
 
 
+class Matrices(nn.Module):
+    """Blocks with matrices `[hidden, width]` and `[width, hidden]`: of each block, of all, or one that is used twice."""
+
+    def __init__(self, kind: str, hidden: int, width: int) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(hidden)
+        pairs = [width**-0.5 * torch.randn(2, hidden, width, generator=draw, dtype=torch.float64) for _ in range(9)]
+        if kind != "of each":
+            pairs = pairs[:1]
+        self.into = nn.ParameterList(nn.Parameter(pair[0].clone()) for pair in pairs)
+        self.back = nn.ParameterList(nn.Parameter(pair[1].T.clone()) for pair in pairs if kind != "used twice")
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in range(9):
+            into = self.into[block % len(self.into)]
+            back = self.back[block % len(self.back)] if len(self.back) else into.T
+            x = x + 0.1 * torch.tanh(x @ into.T) @ back.T
+        return x
+
+
+@pytest.mark.parametrize("kind", ["of each", "of all", "used twice"])
+@pytest.mark.parametrize("hidden, width", [(16, 16), (23, 17), (66, 130)])
+@pytest.mark.parametrize("batch", [1, 7, 16, 45])
+def test_gradients_of_matrices(kind: str, hidden: int, width: int, batch: int, threads: int) -> None:
+    """Large ones are products of matrices where lanes are samples, the last of which may be idle."""
+    for dtype in (torch.float32, torch.float64):
+        model = Matrices(kind, hidden, width).to(dtype)
+        x = torch.randn(batch, width, generator=torch.Generator().manual_seed(batch), dtype=dtype)
+        assert_as_good(model, x)
+        matrices, *_ = by_kernel(model, x).report.chains[0].plan.kernel.summed
+        assert matrices == sum(p.numel() for p in model.parameters()) // (9 if kind == "of each" else 1)
+
+
 class Tabled(nn.Module):
     """Blocks that share a table, of which they read a part."""
 

@@ -1,6 +1,6 @@
 """A chain's body as a small program over small dense tensors, and its printers."""
 
-from pcr_fx.codegen.cpp import print_function
+from pcr_fx.codegen.cpp import matrix_sums, print_function
 from pcr_fx.codegen.ir import Buffer, Function, Unprintable
 from pcr_fx.codegen.lower import lower
 from pcr_fx.codegen.scalars import Known, Scalar, Scalars
@@ -14,6 +14,7 @@ __all__ = [
     "Scalars",
     "Unprintable",
     "lower",
+    "matrix_sums",
     "print_assignments",
     "print_function",
     "print_scalar",

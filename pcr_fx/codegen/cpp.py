@@ -8,32 +8,81 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-from pcr_fx.codegen.ir import Apply, Buffer, Constant, Expression, Function, Load, Loop, View, views
+from pcr_fx.codegen.ir import Apply, Buffer, Constant, Expression, Function, Load, Loop, View, contiguous, views
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _COMBINED = {"add": "{0} + {1}", "maximum": "k_maximum({0}, {1})", "minimum": "k_minimum({0}, {1})"}
 _START = {"add": "real(0)", "maximum": "real(-INFINITY)", "minimum": "real(INFINITY)"}
-# Sums kept in registers at a time where each lane is a sample: enough to hide the latency of a multiply-add.
-_UNROLLED = 4
+# Numbers of a matrix from which on it is better to turn its factors, so that lanes are summed at once, than to sum whole
+# vectors of samples.
+_MATRIX_NUMBERS = 256
 
 
 def print_function(name: str, function: Function) -> str:
-    """`template <class V> void name(const V* or const real* in0, ..., V* out0, ...)`.
+    """`template <class V> void name(const V* or const real* in0, ..., V* or real* out0, ..., int64_t count)`.
 
-    Outputs that are sums over samples are added to: in `V`, so that lanes are added up once, when all have been.
+    Outputs that are sums over samples are added to: in `V`, so that lanes are added up once, when all have been; those
+    in `matrix_sums` in `real`, from the first `count` lanes. There is no `count` where there are no sums.
     """
+    matrices = matrix_sums(function)
     parameters = [f"const {_number(buffer)}* RESTRICT {buffer.name}" for buffer in function.inputs]
-    parameters += [f"V* RESTRICT {buffer.name}" for buffer in function.outputs]
+    parameters += [f"{'real' if buffer in matrices else 'V'}* RESTRICT {buffer.name}" for buffer in function.outputs]
+    sums = {buffer.name for buffer in function.outputs if not buffer.varying}
+    parameters += ["int64_t count"] if sums else []
     lines = [f"template <class V> INLINE void {name}({', '.join(parameters)}) {{"]
     for buffer in function.constants:
         values = ", ".join(map(_literal, buffer.values or ()))
         lines.append(f"  static constexpr real {buffer.name}[] = {{{values}}};")
     lines += [f"  {_number(buffer)} {buffer.name}[{buffer.size}];" for buffer in function.locals]
-    sums = {buffer.name for buffer in function.outputs if not buffer.varying}
     for loop in function.loops:
-        lines += [f"  {line}" for line in _print_loop(loop, loop.out.buffer.name in sums)]
+        if loop.out.buffer in matrices:
+            printed = [_print_product(term) for term in _terms(loop)]
+        else:
+            printed = _print_loop(loop, loop.out.buffer.name in sums)
+        lines += [f"  {line}" for line in printed]
     return "\n".join([*lines, "}"])
+
+
+def matrix_sums(function: Function) -> list[Buffer]:
+    """The outputs that are sums over samples of products `a[i] * b[j]`, and large: the gradients of weights."""
+    found = []
+    for buffer in function.outputs:
+        terms = [term for loop in function.loops if loop.out.buffer == buffer for term in _terms(loop)]
+        if not buffer.varying and buffer.size >= _MATRIX_NUMBERS and terms and all(map(_factors, terms)):
+            found.append(buffer)
+    return found
+
+
+def _terms(loop: Loop) -> list[Loop]:
+    """What adds the same to a sum: a loop for each term of the value."""
+    if isinstance(loop.value, Apply) and loop.value.function == "add" and not loop.reduced:
+        return [term for value in loop.value.arguments for term in _terms(replace(loop, value=value))]
+    return [loop]
+
+
+def _factors(loop: Loop) -> tuple[View, View] | None:
+    """a and b, where a loop is `out[i, j] = a[i] * b[j]` of numbers that each sample has, `out` in order."""
+    value = loop.value
+    if len(loop.shape) != 2 or loop.reduced or loop.out.strides != contiguous(loop.shape):
+        return None
+    if not isinstance(value, Apply) or value.function != "mul":
+        return None
+    found = [one.view for one in value.arguments if isinstance(one, Load) and one.view.buffer.varying]
+    if len(found) != 2:
+        return None
+    left, right = sorted(found, key=lambda view: view.strides[1] != 0)
+    return None if left.strides[1] or right.strides[0] else (left, right)
+
+
+def _print_product(loop: Loop) -> str:
+    factors = _factors(loop)
+    assert factors is not None
+    left, right = factors
+    numbers = ", ".join(map(str, (*loop.shape, left.strides[0], right.strides[1])))
+    places = ", ".join(f"{view.buffer.name} + {view.offset}" for view in (loop.out, left, right))
+    return f"k_add_products<V, {numbers}>({places}, count);"
 
 
 def _number(buffer: Buffer) -> str:
@@ -45,9 +94,11 @@ def _print_loop(loop: Loop, adds: bool) -> list[str]:
         outer = [f"i{dim}" for dim in range(len(loop.shape))]
         store = _store(loop, outer, _expression(loop.value, outer), adds)
         return _nest(list(zip(outer, loop.shape, strict=True)), [store])
-    if loop.shape and _runs_along_the_output(loop):
-        return _print_by_rows(loop, adds)
-    return _print_by_sums(loop, adds)
+    by_sums = _print_by_sums(loop, adds)
+    if not (loop.shape and _runs_along_the_output(loop)):
+        return by_sums
+    # With a sample in each lane nothing has to run along anything, and sums are better kept in registers.
+    return ["if constexpr (k_is_vector<V>) {", *by_sums, "} else {", *_print_by_rows(loop, adds), "}"]
 
 
 def _runs_along_the_output(loop: Loop) -> bool:
@@ -79,27 +130,25 @@ def _print_by_sums(loop: Loop, adds: bool) -> list[str]:
     outer = [f"i{dim}" for dim in range(len(loop.shape))]
     front = list(zip(outer, loop.shape, strict=True))
     if not front:
-        return ["{", *(f"  {line}" for line in _sums(loop, outer, 1, adds)), "}"]
+        return ["{", *(f"  {line}" for line in _sums(loop, outer, False, adds)), "}"]
     *front, (last, size) = front
-    lines = []
-    whole = size - size % _UNROLLED
-    if whole:
-        lines += [
-            f"for (int {last}_ = 0; {last}_ < {whole}; {last}_ += k_unrolled<V>) {{",
-            *(f"  {line}" for line in _sums(loop, outer, _UNROLLED, adds)),
-            "}",
-        ]
-    if size > whole:
-        lines += [
-            f"for (int {last} = {whole}; {last} < {size}; ++{last}) {{",
-            *(f"  {line}" for line in _sums(loop, outer, 1, adds)),
-            "}",
-        ]
+    lines = [
+        "{",
+        f"  constexpr int many = k_unrolled<V>({size}), whole = {size} - {size} % many;",
+        f"  for (int {last}_ = 0; {last}_ < whole; {last}_ += many) {{",
+        *(f"    {line}" for line in _sums(loop, outer, True, adds)),
+        "  }",
+        f"  for (int {last} = whole; {last} < {size}; ++{last}) {{",
+        *(f"    {line}" for line in _sums(loop, outer, False, adds)),
+        "  }",
+        "}",
+    ]
     return _nest(front, lines)
 
 
-def _sums(loop: Loop, outer: Sequence[str], count: int, adds: bool) -> list[str]:
-    """`count` neighbouring sums; one where vectors run along the features, each then in as many parts as a vector has.
+def _sums(loop: Loop, outer: Sequence[str], many: bool, adds: bool) -> list[str]:
+    """`many` neighbouring sums, or one; one where vectors run along the features, each then in as many parts as a
+    vector has.
 
     The parts are written out, for the compiler may not reorder sums: it would reorder all, `a * (1 - b)` included.
     """
@@ -112,15 +161,14 @@ def _sums(loop: Loop, outer: Sequence[str], count: int, adds: bool) -> list[str]
     names = [*outer, *(name for name, _ in before), *([f"({index} + p)"] if inner else [])]
     value = _expression(loop.value, names)
     last = outer[-1] if outer else "i"
-    many = count > 1
-    each = f"UNROLL for (int u = 0; u < k_unrolled<V>; ++u) {{ const int {last} = {last}_ + u; " if many else "{ "
+    each = f"UNROLL for (int u = 0; u < many; ++u) {{ const int {last} = {last}_ + u; " if many else "{ "
     sums = "sum[u]" if many else "sum[0]"
     step = f"UNROLL for (int p = 0; p < parts; ++p) {sums}[p] = {combine.format(f'{sums}[p]', value)};"
     rest = f"{{ constexpr int p = 0; {sums}[p] = {combine.format(f'{sums}[p]', value)}; }}"
     half = f"UNROLL for (int p = 0; p < h; ++p) {sums}[p] = {combine.format(f'{sums}[p]', f'{sums}[p + h]')};"
     return [
         f"constexpr int parts = k_is_vector<V> ? 1 : {parts};",
-        f"{varies} sum[{'k_unrolled<V>' if many else 1}][parts];",
+        f"{varies} sum[{'many' if many else 1}][parts];",
         f"{each}UNROLL for (int p = 0; p < parts; ++p) {sums}[p] = {_filled(varies, loop)}; }}",
         *_nest(
             before,

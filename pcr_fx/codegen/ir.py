@@ -104,9 +104,9 @@ class Function:
 
     @property
     def memory(self) -> int:
-        """Numbers that a call holds beside its inputs and outputs: its locals, and a row that is summed up."""
-        rows = (loop.shape[-1] for loop in self.loops if loop.shape)
-        return sum(buffer.size for buffer in self.locals) + max(rows, default=0)
+        """Numbers that a call holds beside its inputs and outputs: its locals, and the factors of one matrix."""
+        factors = (sum(loop.shape[-2:]) for loop in self.loops)
+        return sum(buffer.size for buffer in self.locals) + max(factors, default=0)
 
     @property
     def operations(self) -> int:

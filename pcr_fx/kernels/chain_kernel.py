@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
-import math
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +19,7 @@ from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.codegen import Unprintable
 from pcr_fx.kernels.build import CompilerError, check_compiler, load
 from pcr_fx.kernels.memory import empty
-from pcr_fx.kernels.source import REALS, chain_source, input_sizes, lower_pullback, lower_step
+from pcr_fx.kernels.source import REALS, chain_source, input_sizes, lower_pullback, lower_step, summed_numbers
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +27,9 @@ log = logging.getLogger(__name__)
 _OPERATIONS_A_THREAD = 2_000_000
 # Samples from which on a vector of samples is filled well enough to beat vectors of one sample's features.
 _VECTOR_SAMPLES = {torch.float32: 6, torch.float64: 4}
-# Bytes that a block and sample may hold on the stack: a small part of what threads have, which is not asked for. And
-# those of a vector, at most.
-_STACK_BYTES = 2**18
+# Bytes that a block may hold on the stack: a small part of what threads have, which is not asked for. Vectors of samples
+# hold one in place of each number. And the bytes of a vector, at most.
+_STACK_BYTES = 2**19
 _VECTOR_BYTES = 64
 # Numbers of per-block gradients up to which the sums over samples, a whole vector each, stay in the nearest cache.
 _VECTOR_GRADIENTS = 512
@@ -61,6 +59,8 @@ class ChainKernel:
         body: one block on one sample.
         operations: scalar operations of a block and sample, forward and backward.
         held: numbers that a block and sample hold on the stack.
+        summed: numbers of gradients that are sums over samples: of matrices, of what else a block has for itself, and of
+            what else all blocks share.
         length: blocks; the code is the same for any number of them.
         failure: why one of its libraries could not be compiled.
     """
@@ -69,6 +69,7 @@ class ChainKernel:
     body: SampleBody
     operations: tuple[int, int]
     held: int
+    summed: tuple[int, int, int]
     length: int
     failure: str | None = None
     _shapes: dict[torch.Size, list[tuple[int, ...] | None]] = field(default_factory=dict)
@@ -102,7 +103,8 @@ class ChainKernel:
         held = max(step.memory, pullback.memory) + 3 * body.dimension + 2 * own
         if held * program.dtype.itemsize > _STACK_BYTES:
             raise Unprintable(f"a block holds {held} numbers of a sample at a time, which is too many for the stack")
-        return cls(program, body, (step.operations, pullback.operations), held, program.length)
+        operations, summed = (step.operations, pullback.operations), summed_numbers(program, body, pullback)
+        return cls(program, body, operations, held, summed, program.length)
 
     def of_length(self, length: int) -> ChainKernel:
         """The kernel of so many blocks in a row."""
@@ -271,16 +273,6 @@ class ChainKernel:
         """Whether the stack has room for a vector in place of each number."""
         return self.held * _VECTOR_BYTES <= _STACK_BYTES
 
-    @functools.cached_property
-    def _gradient_numbers(self) -> tuple[int, int]:
-        """Of a block's own operands, and of those that all share."""
-        signature = self.program.signature
-        own, shared = (
-            sum(math.prod(spec.shape) for spec in specs if spec.is_differentiable)
-            for specs in (signature.operands, signature.shared)
-        )
-        return own, shared
-
     def _samples(self, state: Tensor) -> int:
         return state.numel() // self.body.dimension
 
@@ -296,15 +288,19 @@ class ChainKernel:
 
     def _run(self, direction: str, samples: int) -> Run | None:
         """The compiled function for this many samples; `None` where it cannot be had."""
-        key = direction, direction != "newton" and self._takes_vectors(direction, samples)
+        key = direction, direction != "newton" and self.takes_vectors(direction, samples)
         if key not in self._runs:
             with self._lock:
                 if key not in self._runs:
                     self._runs[key] = self._built(*key)
         return self._runs[key]
 
-    def _takes_vectors(self, direction: str, samples: int) -> bool:
-        """Whether vectors hold a sample in each lane."""
+    def takes_vectors(self, direction: str, samples: int) -> bool:
+        """Whether vectors hold a sample in each lane, for so many samples, and not its features.
+
+        Args:
+            direction: "forward" or "adjoint".
+        """
         program = self.program
         if samples < _VECTOR_SAMPLES[program.dtype] or not self._vectors_fit:
             return False
@@ -312,8 +308,8 @@ class ChainKernel:
             return True
         lanes = _VECTOR_BYTES // program.dtype.itemsize
         filled = samples % lanes == 0 or samples >= 4 * lanes
-        own, shared = self._gradient_numbers
-        return own <= _VECTOR_GRADIENTS and shared <= (_VECTOR_SHARED if filled else _VECTOR_GRADIENTS)
+        matrices, own, shared = self.summed
+        return own <= _VECTOR_GRADIENTS + matrices and shared <= (_VECTOR_SHARED if filled else _VECTOR_GRADIENTS)
 
     @isolated
     def _built(self, direction: str, vectors: bool) -> Run | None:

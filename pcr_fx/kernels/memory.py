@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-# Tensors from here on are mappings of their own (glibc's largest threshold), which are new at every call and given back
-# after it: what is advised about them holds for nothing else.
-LARGE = 2**25
+# Tensors from here on hold at least one huge page. Up to 32 MiB glibc may take them from its heap, where the pages stay huge
+# for whatever lies there next; larger ones are mappings of their own.
+LARGE = 2**22
 
 
 def empty(like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import fx
 
 from pcr_fx.body import Program
 from pcr_fx.body.sample import SampleBody
-from pcr_fx.codegen import Function, lower, print_function
+from pcr_fx.codegen import Function, lower, matrix_sums, print_function
 
 _NATIVE = Path(__file__).parent / "native"
 REALS = {torch.float32: "float", torch.float64: "double"}
@@ -45,6 +45,7 @@ def chain_source(program: Program, body: SampleBody, direction: str, vectors_of_
             f"#define VARYING {'vec' if vectors_of_samples else 'real'}",
             f"#define {direction.upper()}",
             (_NATIVE / "numbers.h").read_text(),
+            (_NATIVE / "products.h").read_text(),
             *(print_function(name, function) for name, function in functions.items()),
             _body_struct(program, body, functions),
             (_NATIVE / "call.h").read_text(),
@@ -72,6 +73,21 @@ def lower_pull(program: Program, body: SampleBody) -> Function:
     return lower(graph, body.pullback, [True, *body.own, True], [False])
 
 
+def summed_numbers(program: Program, body: SampleBody, pullback: Function) -> tuple[int, int, int]:
+    """Numbers of gradients that are sums over samples: of matrices, of what else is a block's, of what else is shared."""
+    sizes, needs, matrix = input_sizes(program, body), differentiable(program), _matrices(program, pullback)
+    summed = [need and not own for need, own in zip(needs, body.own, strict=True)]
+    rest = [s and not m for s, m in zip(summed, matrix, strict=True)]
+    blocks = len(program.signature.operands) + len(program.literals)
+    return _total(sizes, matrix), _total(sizes[:blocks], rest[:blocks]), _total(sizes[blocks:], rest[blocks:])
+
+
+def _matrices(program: Program, pullback: Function) -> list[bool]:
+    """For each operand, literal and shared operand whether its gradient is a sum of matrices."""
+    matrices, outputs = matrix_sums(pullback), iter(pullback.outputs[1:])
+    return [needs and next(outputs) in matrices for needs in differentiable(program)]
+
+
 def differentiable(program: Program) -> list[bool]:
     """For each operand, literal and shared operand whether it has a gradient."""
     literals = [False for _ in program.literals]
@@ -88,14 +104,21 @@ def _body_struct(program: Program, body: SampleBody, functions: dict[str, Functi
     sizes, needs = input_sizes(program, body), differentiable(program)
     operands = len(program.signature.operands) + len(program.literals)
     shared = [index >= operands for index in range(len(sizes))]
-    summed = [need and not own for need, own in zip(needs, body.own, strict=True)]
+    pullback = functions.get("pullback")
+    matrix = [False for _ in sizes] if pullback is None else _matrices(program, pullback)
+    _, own_sums, shared_sums = (0, 0, 0) if pullback is None else summed_numbers(program, body, pullback)
     arguments = [f"static_cast<const {'V' if own else 'real'}*>(in[{index}])" for index, own in enumerate(body.own)]
-    outputs = [f"out[{index}]" for index, need in enumerate(needs) if need]
+    outputs = [
+        f"static_cast<{'real' if m else 'V'}*>(out[{index}])"
+        for index, (need, m) in enumerate(zip(needs, matrix, strict=True))
+        if need
+    ]
+    counted = ["count"] if pullback is not None and any(not buffer.varying for buffer in pullback.outputs) else []
     calls = {
         "step": f"step(const V* z, const void* const* in, V* next) {{ ::step<V>({', '.join(['z', *arguments, 'next'])}); }}",
         "pullback": (
-            "pullback(const V* z, const void* const* in, const V* adjoint, V* before, V* const* out) "
-            f"{{ ::pullback<V>({', '.join(['z', *arguments, 'adjoint', 'before', *outputs])}); }}"
+            "pullback(const V* z, const void* const* in, const V* adjoint, V* before, void* const* out, int64_t count) "
+            f"{{ ::pullback<V>({', '.join(['z', *arguments, 'adjoint', 'before', *outputs, *counted])}); }}"
         ),
         "pull": (
             "pull(const V* z, const void* const* in, const V* adjoint, V* before) "
@@ -107,10 +130,10 @@ def _body_struct(program: Program, body: SampleBody, functions: dict[str, Functi
         "carried": len(program.layout.counts),
         "inputs": len(sizes),
         "own_numbers": sum(size for size, own in zip(sizes, body.own, strict=True) if own),
-        "summed_numbers": _total(sizes, [s and not every for s, every in zip(summed, shared, strict=True)]),
-        "kept_numbers": _total(sizes, [s and every for s, every in zip(summed, shared, strict=True)]),
+        "summed_numbers": own_sums,
+        "kept_numbers": shared_sums,
     }
-    tables = {"own": body.own, "shared": shared, "differentiable": needs}
+    tables = {"own": body.own, "shared": shared, "differentiable": needs, "matrix": matrix}
     return "\n".join(
         [
             "struct Body {",

@@ -34,7 +34,7 @@ class Rates:
 
 
 RATES = {
-    "cpu": Rates((1.5e-6, 3e-5), (4e-12, 2e-9), (4e-12, 2e-9), (1e-5, 2e-4), (0.0, 0.0)),
+    "cpu": Rates((1.5e-6, 3e-5), (1e-12, 2e-9), (1e-12, 2e-9), (1e-5, 2e-4), (0.0, 0.0)),
     "cuda": Rates((2e-6, 2e-5), (1e-14, 1e-10), (1e-13, 1e-9), (5e-6, 1e-4), (2e-8, 5e-6)),
 }
 # Iterations until an iterative solver has converged, at the least and for what is left out at the most.

@@ -1,5 +1,6 @@
 // Scalar functions for one number or a vector of them, and what templates over both need.
 // REAL is float or double. Every function passes NaN on, and takes and gives infinities, as PyTorch's does.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -28,7 +29,19 @@ constexpr int k_lanes = 64 / sizeof(real);
 constexpr bool k_single = sizeof(real) == 4;
 
 template <class V> constexpr bool k_is_vector = !std::is_same_v<V, real>;
-template <class V> constexpr int k_unrolled = k_is_vector<V> ? 4 : 1;
+// Sums of `size` that are kept in registers at a time where each lane is a sample: enough to hide the latency of a
+// multiply-add, if there are as many registers.
+#ifdef __AVX512F__
+constexpr int k_most_unrolled = 8;
+#else
+constexpr int k_most_unrolled = 4;
+#endif
+template <class V> constexpr int k_unrolled(int size) {
+  if (!k_is_vector<V>) return 1;
+  for (int many = k_most_unrolled; many > 4; --many)
+    if (size % many == 0) return many;
+  return size < 4 ? 1 : 4;
+}
 template <class V> using whole = std::conditional_t<k_is_vector<V>, ivec, integer>;
 template <class... A> using wide = std::conditional_t<(k_is_vector<A> || ...), vec, real>;
 

@@ -27,6 +27,8 @@ template <class V> static void k_forward(const Call& call, Samples<V> samples) {
 constexpr int64_t k_together = 1 << 15;
 
 constexpr bool k_summed(int k) { return Body::differentiable[k] && !Body::own[k]; }
+// Sums of whole vectors, whose lanes are added up in the end.
+template <class V> constexpr bool k_in_lanes(int k) { return k_is_vector<V> && k_summed(k) && !Body::matrix[k]; }
 
 // One thread's samples, from the last block to the first.
 template <class V> struct Adjoint {
@@ -53,7 +55,7 @@ template <class V> struct Adjoint {
     V own[Body::own_numbers + 1];
     for (int64_t l = last - 1; l >= first; --l) {
       k_locate<V>(call, l, in);
-      V* out[Body::inputs + 1] = {};
+      void* out[Body::inputs + 1] = {};
       {
         V* sum = sums.data();
         V* keep = kept.data();
@@ -61,14 +63,18 @@ template <class V> struct Adjoint {
         UNROLL for (int k = 0; k < Body::inputs; ++k) {
           if (!Body::differentiable[k]) continue;
           const int size = Body::sizes[k];
-          if (Body::own[k]) { out[k] = mine; mine += size; continue; }
-          if constexpr (k_is_vector<V>) {
-            out[k] = Body::shared[k] ? keep : sum;
-            (Body::shared[k] ? keep : sum) += size;
-            if (!Body::shared[k]) for (int i = 0; i < size; ++i) out[k][i] = V{};
+          if (Body::own[k]) {
+            out[k] = mine;
+            mine += size;
+          } else if (k_in_lanes<V>(k)) {
+            V*& next = Body::shared[k] ? keep : sum;
+            if (!Body::shared[k]) std::fill_n(next, size, V{});
+            out[k] = next;
+            next += size;
           } else {
-            out[k] = gradients[k] + (Body::shared[k] ? 0 : (l - origin) * size);
-            if (!Body::shared[k]) for (int i = 0; i < size; ++i) out[k][i] = 0;
+            real* place = gradients[k] + (Body::shared[k] ? 0 : (l - origin) * size);
+            if (!Body::shared[k]) std::fill_n(place, size, real(0));
+            out[k] = place;
           }
         }
       }
@@ -86,7 +92,7 @@ template <class V> struct Adjoint {
         }
         const bool partial = k_is_vector<V> && count < k_width<V>;
         if (partial) before = kept;
-        Body::pullback<V>(state, in.pointers, adjoint, next, out);
+        Body::pullback<V>(state, in.pointers, adjoint, next, out, count);
         for (int i = 0; i < d; ++i) adjoint[i] = next[i];
         if constexpr (k_is_vector<V>) {
           if (partial) {
@@ -100,20 +106,21 @@ template <class V> struct Adjoint {
           if (!Body::own[k] || !Body::differentiable[k]) continue;
           const int64_t row = (Body::shared[k] ? 0 : l * call.samples) + begin;
           real* rows = call.gradients[k] + row * Body::sizes[k];
+          V* mine = static_cast<V*>(out[k]);
           if (Body::shared[k] && l < call.length - 1) {  // one sample's sum over the blocks
             V total[Body::sizes[k] + 1];
             k_read<V>(total, rows, Body::sizes[k], count);
-            for (int i = 0; i < Body::sizes[k]; ++i) out[k][i] = out[k][i] + total[i];
+            for (int i = 0; i < Body::sizes[k]; ++i) mine[i] = mine[i] + total[i];
           }
-          k_write<V>(out[k], rows, Body::sizes[k], count);
+          k_write<V>(mine, rows, Body::sizes[k], count);
         }
       }
       if constexpr (k_is_vector<V>) {
         for (int k = 0; k < Body::inputs; ++k)
-          if (k_summed(k) && !Body::shared[k])
+          if (k_in_lanes<V>(k) && !Body::shared[k])
             for (int i = 0; i < Body::sizes[k]; ++i) {
               real total = 0;
-              for (int w = 0; w < k_lanes; ++w) total += out[k][i][w];
+              for (int w = 0; w < k_lanes; ++w) total += static_cast<V*>(out[k])[i][w];
               gradients[k][(l - origin) * Body::sizes[k] + i] = total;
             }
       }
@@ -125,7 +132,7 @@ template <class V> struct Adjoint {
     if constexpr (k_is_vector<V>) {
       int used = 0;
       for (int k = 0; k < Body::inputs; ++k)
-        if (k_summed(k) && Body::shared[k])
+        if (k_in_lanes<V>(k) && Body::shared[k])
           for (int i = 0; i < Body::sizes[k]; ++i, ++used) {
             real total = 0;
             for (int w = 0; w < k_lanes; ++w) total += kept[used][w];
