@@ -9,6 +9,7 @@ from functools import partial
 
 from benchmarks.gpu.problem import Measured, Problem, Solved, eager, plain, residual, solved
 from benchmarks.gpu.record import Row, Section
+from benchmarks.gpu.sampling import Drawing
 from benchmarks.gpu.subprocesses import inductor_times
 from benchmarks.gpu.training import WIDTH, ours_and_eager
 
@@ -31,10 +32,13 @@ class Sizes:
     lengths: tuple[int, ...] = (256, 1024, 4096, 16384, 65536)
     grid_lengths: tuple[int, ...] = (1024, 256, 64)
     grid_widths: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
+    steps: int = 1000
+    digits: int = 8
+    training: int = 2000
 
 
 FULL = Sizes()
-TINY = Sizes(5, (2,), (1,), (1,), (2,), (3,), (2,), (3, 5), (3,), (1,))
+TINY = Sizes(5, (2,), (1,), (1,), (2,), (3,), (2,), (3, 5), (3,), (1,), 2, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,16 @@ def training(sizes: Sizes, budget: Budget) -> Iterator[Figure]:
             )
 
 
+def sampling(sizes: Sizes, budget: Budget) -> Iterator[Figure]:
+    drawing = Drawing.of(sizes.steps, sizes.digits, sizes.training)
+    for solver, goal in (("auto", 11), ("newton", None), ("picard", None), ("sequential", None)):
+        for kind in drawing.inputs:
+            what = f"{kind}, T = {sizes.steps}, B = {sizes.digits}: {solver}"
+            yield lambda solver=solver, kind=kind, goal=goal, what=what: compared(  # type: ignore[misc]
+                what, drawing.solved(solver, kind), drawing.eager(kind), goal
+            )
+
+
 def inductor(sizes: Sizes, budget: Budget) -> Iterator[Figure]:
     for length, theirs in inductor_times(4, sizes.inductor_lengths, budget.left - 10):
         yield partial(_against_inductor, residual(length, 4, 1), theirs)
@@ -201,6 +215,13 @@ PARTS = {
         70,
         "One sample, tanh, orthogonal weights, as in the paper's first experiment.",
         verdict,
+    ),
+    "sampling": Part(
+        "Diffusion sampling",
+        sampling,
+        60,
+        "The paper's figure is 11x. Digits drawn by the model and the loop of `examples/diffusion_digits.py`, called from "
+        "Python; errors are those of pixels.",
     ),
     "inductor": Part('Forward against `torch.compile(mode="reduce-overhead")`', inductor, 90),
 }

@@ -35,7 +35,12 @@ def replayed(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def median_us(function: Callable[[], Any], budget_s: float = 0.4) -> float:
-    """The median time of a call in microseconds, warm: of at least three measurements, then as many as time allows."""
+    """The median time of a call in microseconds, warm: of at least three measurements, then as many as time allows.
+
+    Without a GPU nothing is measured, and one call will do.
+    """
+    if not torch.cuda.is_available():
+        return _once_us(function, 1)
     function()
     calls = _CALLS if _once_us(function, 1) < 1e3 else 1
     times: list[float] = []

@@ -288,28 +288,30 @@ class ChainKernel:
 
     def _run(self, direction: str, samples: int) -> Run | None:
         """The compiled function for this many samples; `None` where it cannot be had."""
-        key = direction, direction != "newton" and self.takes_vectors(direction, samples)
+        key = direction, direction != "newton" and self._takes_vectors(direction, samples)
         if key not in self._runs:
             with self._lock:
                 if key not in self._runs:
                     self._runs[key] = self._built(*key)
         return self._runs[key]
 
-    def takes_vectors(self, direction: str, samples: int) -> bool:
-        """Whether vectors hold a sample in each lane, for so many samples, and not its features.
+    def vectors(self, samples: int) -> int:
+        """How many vectors of samples there are, if lanes are samples in both directions; else 0."""
+        return -(-samples // self._lanes) if self._takes_vectors("adjoint", samples) else 0
 
-        Args:
-            direction: "forward" or "adjoint".
-        """
-        program = self.program
-        if samples < _VECTOR_SAMPLES[program.dtype] or not self._vectors_fit:
+    def _takes_vectors(self, direction: str, samples: int) -> bool:
+        """Whether lanes are samples, for so many of them, and not features."""
+        if samples < _VECTOR_SAMPLES[self.program.dtype] or not self._vectors_fit:
             return False
         if direction == "forward":
             return True
-        lanes = _VECTOR_BYTES // program.dtype.itemsize
-        filled = samples % lanes == 0 or samples >= 4 * lanes
+        filled = samples % self._lanes == 0 or samples >= 4 * self._lanes
         matrices, own, shared = self.summed
         return own <= _VECTOR_GRADIENTS + matrices and shared <= (_VECTOR_SHARED if filled else _VECTOR_GRADIENTS)
+
+    @property
+    def _lanes(self) -> int:
+        return _VECTOR_BYTES // self.program.dtype.itemsize
 
     @isolated
     def _built(self, direction: str, vectors: bool) -> Run | None:

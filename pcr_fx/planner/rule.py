@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from pcr_fx.body import Program
 from pcr_fx.kernels import ChainKernel, GpuKernel
 from pcr_fx.options import Options
@@ -32,8 +34,10 @@ BACKWARD_LENGTH = 32
 # Scalar operations of a block, over all samples, from which on PyTorch's own products gain more than its calls cost where
 # a kernel's lanes are features: each sample then goes through all weights. Measured on two cores, forward + backward
 # against eager, w = 256..1024, one sample: 1.1 times faster at 0.26 million, 1.4 at 1.05, 0.8 at 4.2. Where lanes are samples,
-# kernels were 1.6 to 2.4 times faster at up to 540 million (w = 128..512, 8..512 samples).
+# kernels were 1.3 to 2.4 times faster at up to 540 million (w = 128..512, 8..512 samples). There threads share the vectors;
+# PyTorch's share a product, and so gain where there is a vector for less than every other thread.
 KERNEL_OPERATIONS = 1_000_000
+THREADS_A_VECTOR = 2
 # And from which on it is not worth compiling one to see.
 KERNEL_OPERATIONS_MEASURED = 8_000_000
 # On a GPU, estimated and not yet measured: a fused block costs 0.1 to 0.3 us, an iteration of Newton over a thousand
@@ -105,11 +109,11 @@ class Case:
     def fallback_kernel(self) -> ChainKernel | None:
         """The native kernel that goes block by block where an iteration failed, if it pays."""
         kernel = self.usable_kernel
-        return kernel if isinstance(kernel, ChainKernel) and self.suits(kernel, KERNEL_OPERATIONS) else None
-
-    def suits(self, kernel: ChainKernel, operations: int) -> bool:
-        """Whether a block has no more scalar operations than this, or they are done for a vector of samples at once."""
-        return self.operations(kernel) <= operations or kernel.takes_vectors("adjoint", self.samples)
+        if not isinstance(kernel, ChainKernel):
+            return None
+        threads = THREADS_A_VECTOR * kernel.vectors(self.samples)
+        pays = self.operations(kernel) <= KERNEL_OPERATIONS or threads >= torch.get_num_threads()
+        return kernel if pays else None
 
     def operations(self, kernel: ChainKernel) -> int:
         """Scalar operations of a block, over all samples."""
@@ -189,7 +193,8 @@ def _native(case: Case) -> tuple[ChainKernel | None, str]:
     if not isinstance(kernel, ChainKernel):
         return None, f"no kernel: {case.why_no_kernel}"
     if case.fallback_kernel is None:
-        return None, f"no kernel: a block has {case.operations(kernel)} scalar operations, more than {KERNEL_OPERATIONS}"
+        few = f"a block has {case.operations(kernel)} scalar operations, more than {KERNEL_OPERATIONS}"
+        return None, f"no kernel: {few}, and too few samples or too wide states for vectors of samples"
     return kernel, _kernel_words(kernel)
 
 
@@ -213,12 +218,11 @@ def _in_torch_ops(case: Case) -> Choice:
 def candidates(case: Case, direction: str) -> tuple[list[Way], dict[str, str]]:
     """The ways that there are, and by name why others are none."""
     ways, refused, kernel = [], {}, case.usable_kernel
+    operations = case.operations(kernel) if isinstance(kernel, ChainKernel) else 0
     if kernel is None:
         refused[_in_kernel(case.kernel)] = case.why_no_kernel
-    elif isinstance(kernel, ChainKernel) and not case.suits(kernel, KERNEL_OPERATIONS_MEASURED):
-        refused[_in_kernel(kernel)] = (
-            f"a block has {case.operations(kernel)} scalar operations, which suit products of matrices"
-        )
+    elif isinstance(kernel, ChainKernel) and operations > KERNEL_OPERATIONS_MEASURED and not kernel.vectors(case.samples):
+        refused[_in_kernel(kernel)] = f"a block has {operations} scalar operations, which suit products of matrices"
     else:
         ways.append(Way("sequential", kernel))
     ways.append(Way("sequential"))
