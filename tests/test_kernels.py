@@ -2,6 +2,7 @@
 
 import copy
 import math
+import platform
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from models import Diverging, plain_mlp
 from torch import Tensor, nn
 
 import pcr_fx
-from pcr_fx.kernels import ChainKernel
+from pcr_fx.kernels import ChainKernel, build
 
 WIDTH = 6
 
@@ -248,6 +249,29 @@ def test_gradients_of_matrices(kind: str, hidden: int, width: int, batch: int, t
         assert_as_good(model, x)
         matrices, *_ = by_kernel(model, x).report.chains[0].plan.kernel.summed
         assert matrices == sum(p.numel() for p in model.parameters()) // (9 if kind == "of each" else 1)
+
+
+@pytest.fixture(params=[("-mno-avx512f", 32), ("-mno-avx", 16)], ids=["AVX2", "SSE"])
+def narrow_vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Code for processors with narrower vectors than this one may have."""
+    if platform.machine() != "x86_64":
+        pytest.skip("flags of other compilers")
+    flag, size = request.param
+    monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, flag])
+    monkeypatch.setattr("pcr_fx.kernels.chain_kernel._VECTOR_BYTES", size)
+    monkeypatch.setattr("pcr_fx.planner.plan._plans", {})
+    build._toolchain.cache_clear()
+    yield
+    build._toolchain.cache_clear()
+
+
+@pytest.mark.parametrize("batch", [3, 7, 45])
+def test_narrow_vectors(narrow_vectors: None, batch: int) -> None:
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(batch, 17, generator=torch.Generator().manual_seed(batch), dtype=dtype)
+        assert_as_good(Matrices("of each", 23, 17).to(dtype), x)
+        for solver in ("sequential", "newton"):
+            assert_as_good(Deep("gated", 9).to(dtype), states("gated", batch, dtype), solver=solver)
 
 
 class Tabled(nn.Module):

@@ -22,6 +22,7 @@ from pcr_fx.__main__ import main
 from pcr_fx.body.isolation import apart, isolated
 from pcr_fx.kernels import ChainKernel
 from pcr_fx.planner import Plan, measure, plan
+from pcr_fx.planner import cache as planner_cache
 
 DIRECTIONS = ("forward", "backward")
 
@@ -147,6 +148,23 @@ def test_measured_once_for_a_size_and_kept_on_disk(cache: Path, monkeypatch: pyt
         again(torch.randn(6, 3))
     assert len(calls) == 2
     assert chain_of(again)["timings"] == chain_of(fast)["timings"]
+    # One of another version of the package may not be as fast.
+    monkeypatch.setattr(planner_cache, "_code", lambda: "another version")
+    plan._plans.clear()
+    with torch.no_grad():
+        pcr_fx.transform(model, options=in_ops())(torch.randn(6, 3))
+    assert len(calls) == 3
+
+
+def test_samples_that_other_native_code_serves_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, calls = rigged(forward_eager=2.0, forward_sequential=1.0)
+    monkeypatch.setattr(plan, "measure", measured)
+    monkeypatch.setattr("pcr_fx.kernels.chain_kernel._VECTOR_SAMPLES", {lanes: 6 for lanes in (2, 4, 8, 16)})
+    fast = pcr_fx.transform(Net(21, 3))
+    with torch.no_grad():
+        for batch in (4, 5, 6, 7):
+            fast(torch.randn(batch, 3))
+    assert len(calls) == 2
 
 
 def test_options_turn_the_cache_and_the_measuring_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

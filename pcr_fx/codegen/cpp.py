@@ -46,7 +46,10 @@ def print_function(name: str, function: Function) -> str:
 
 
 def matrix_sums(function: Function) -> list[Buffer]:
-    """The outputs that are sums over samples of products `a[i] * b[j]`, and large: the gradients of weights."""
+    """The outputs that are sums over samples of products `a[i] * b[j]`, and large.
+
+    Such are the gradients of weights; not of those that a block scales, adds up or takes a part of first.
+    """
     found = []
     for buffer in function.outputs:
         terms = [term for loop in function.loops if loop.out.buffer == buffer for term in _terms(loop)]
@@ -97,6 +100,8 @@ def _print_loop(loop: Loop, adds: bool) -> list[str]:
     by_sums = _print_by_sums(loop, adds)
     if not (loop.shape and _runs_along_the_output(loop)):
         return by_sums
+    if _type(loop) == "real":
+        return _print_by_rows(loop, adds)
     # With a sample in each lane nothing has to run along anything, and sums are better kept in registers.
     return ["if constexpr (k_is_vector<V>) {", *by_sums, "} else {", *_print_by_rows(loop, adds), "}"]
 

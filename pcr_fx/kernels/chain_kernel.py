@@ -25,12 +25,13 @@ log = logging.getLogger(__name__)
 
 # Scalar operations of a whole call below which a second thread costs more than it saves.
 _OPERATIONS_A_THREAD = 2_000_000
-# Samples from which on a vector of samples is filled well enough to beat vectors of one sample's features.
-_VECTOR_SAMPLES = {torch.float32: 6, torch.float64: 4}
+# Bytes of a vector, as in numbers.h: here they only decide what is worth it.
+_VECTOR_BYTES = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
+# Samples from which on a vector of samples is filled well enough to beat vectors of one sample's features, by its lanes.
+_VECTOR_SAMPLES = {16: 6, 8: 4, 4: 3, 2: 2}
 # Bytes that a block may hold on the stack: a small part of what threads have, which is not asked for. Vectors of samples
-# hold one in place of each number. And the bytes of a vector, at most.
+# hold one in place of each number.
 _STACK_BYTES = 2**19
-_VECTOR_BYTES = 64
 # Numbers of per-block gradients up to which the sums over samples, a whole vector each, stay in the nearest cache.
 _VECTOR_GRADIENTS = 512
 # Those of gradients that all blocks share up to which they stay in the second cache. A vector that samples do not fill
@@ -288,7 +289,7 @@ class ChainKernel:
 
     def _run(self, direction: str, samples: int) -> Run | None:
         """The compiled function for this many samples; `None` where it cannot be had."""
-        key = direction, direction != "newton" and self._takes_vectors(direction, samples)
+        key = direction, direction != "newton" and not self.why_features(direction, samples)
         if key not in self._runs:
             with self._lock:
                 if key not in self._runs:
@@ -297,17 +298,23 @@ class ChainKernel:
 
     def vectors(self, samples: int) -> int:
         """How many vectors of samples there are, if lanes are samples in both directions; else 0."""
-        return -(-samples // self._lanes) if self._takes_vectors("adjoint", samples) else 0
+        return 0 if self.why_features("adjoint", samples) else -(-samples // self._lanes)
 
-    def _takes_vectors(self, direction: str, samples: int) -> bool:
-        """Whether lanes are samples, for so many of them, and not features."""
-        if samples < _VECTOR_SAMPLES[self.program.dtype] or not self._vectors_fit:
-            return False
-        if direction == "forward":
-            return True
+    def why_features(self, direction: str, samples: int) -> str:
+        """Why the lanes of vectors are features of one sample; nothing where each is a sample.
+
+        Args:
+            direction: "forward" or "adjoint".
+        """
+        least = _VECTOR_SAMPLES[self._lanes]
+        if samples < least:
+            return f"there are fewer than {least} samples"
+        if not self._vectors_fit:
+            return "a block is too wide for vectors of samples"
         filled = samples % self._lanes == 0 or samples >= 4 * self._lanes
         matrices, own, shared = self.summed
-        return own <= _VECTOR_GRADIENTS + matrices and shared <= (_VECTOR_SHARED if filled else _VECTOR_GRADIENTS)
+        fit = own <= _VECTOR_GRADIENTS + matrices and shared <= (_VECTOR_SHARED if filled else _VECTOR_GRADIENTS)
+        return "" if fit or direction == "forward" else "gradients are too large to be summed in vectors of samples"
 
     @property
     def _lanes(self) -> int:

@@ -6,12 +6,13 @@ same the last one wins.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from pcr_fx.planner.choice import Timing
 
 log = logging.getLogger(__name__)
 
-# Changed where a measurement means something else than it did.
-_FORMAT = 3
+# Whose code decides how long a way takes and what is measured.
+_PACKAGES = ("body", "codegen", "kernels", "linear", "planner", "solvers")
 
 
 def plan_directory() -> Path:
@@ -32,11 +33,22 @@ def plan_directory() -> Path:
     return cache_directory() / "plans"
 
 
-def measurement_key(plan: str, samples: int, device: torch.device) -> str:
+def measurement_key(plan: str, size: Hashable, device: torch.device) -> str:
     """Names a measurement by all that it depends on: the plan (body, L, shapes, options), batch, device, versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    parts = (_FORMAT, plan, samples, name, torch.get_num_threads(), torch.__version__)
+    parts = (_code(), plan, size, name, torch.get_num_threads(), torch.__version__)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _code() -> str:
+    """This package's own code: what another version measured tells nothing of what this one takes."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for package in _PACKAGES:
+        for path in sorted((root / package).rglob("*")):
+            if path.suffix in (".py", ".h", ".cpp"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def load_timings(key: str) -> tuple[Timing, ...] | None:

@@ -27,6 +27,9 @@ from pcr_fx.solvers import Settings, SolveStats, default_tolerance
 
 log = logging.getLogger(__name__)
 
+# What a choice is for: bits of the number of samples, and whether they are native code's lanes, forward and backward.
+Size = tuple[int, bool, bool]
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -44,8 +47,8 @@ class Plan:
     options: Options
     settings: Settings
     kernel: ChainKernel | GpuKernel | str
-    _choices: dict[int, Choice] = field(default_factory=dict, repr=False)
-    _drifted: set[int] = field(default_factory=set, repr=False)
+    _choices: dict[Size, Choice] = field(default_factory=dict, repr=False)
+    _drifted: set[Size] = field(default_factory=set, repr=False)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def __reduce__(self) -> Any:
@@ -64,7 +67,7 @@ class Plan:
 
     def choice(self, samples: int) -> Choice:
         """What runs so many samples: what was measured, or else what the rule says."""
-        size = samples.bit_length()
+        size = self._size(samples)
         known = self._choices.get(size)
         # A kernel that turned out not to compile is chosen no more.
         if known is None or any(_has_failed(way) for way in (known.forward, known.backward)):
@@ -86,7 +89,7 @@ class Plan:
             with_eager: whether the chain could be left as the model has it.
         """
         samples = self.samples(tensors.initial)
-        size, device = samples.bit_length(), tensors.initial.device
+        size, device = self._size(samples), tensors.initial.device
         with self.lock:
             if not self.wants_measuring(samples, needs_gradient):
                 return self.choice(samples)
@@ -113,7 +116,7 @@ class Plan:
 
     def wants_another_look(self, samples: int) -> bool:
         """Whether solves go otherwise than when they were chosen."""
-        return samples.bit_length() in self._drifted
+        return self._size(samples) in self._drifted
 
     def fallback_kernel(self, samples: int) -> ChainKernel | None:
         """What goes block by block where an iteration failed, if that is a kernel."""
@@ -121,13 +124,19 @@ class Plan:
 
     def learn(self, samples: int, stats: SolveStats) -> None:
         """Take note of how a solve went: where it needs far more iterations than it was chosen for, look again."""
-        choice = self._choices.get(samples.bit_length())
+        choice = self._choices.get(self._size(samples))
         if choice is None or not choice.timings or choice.forward.solver == "sequential":
             return
         expected = next((t.iterations for t in choice.timings if t.way == choice.forward.name and t.iterations), 0)
         if stats.fallback is not None or stats.iterations > 1.5 * expected + 1:
             log.info("%d iterations where %d were measured: measured anew at the next call", stats.iterations, expected)
-            self._drifted.add(samples.bit_length())
+            self._drifted.add(self._size(samples))
+
+    def _size(self, samples: int) -> Size:
+        """What numbers of samples share a choice: those up to the next power of two that the same native code serves."""
+        kernel = self.kernel if isinstance(self.kernel, ChainKernel) else None
+        lanes = [kernel is not None and not kernel.why_features(each, samples) for each in ("forward", "adjoint")]
+        return samples.bit_length(), lanes[0], lanes[1]
 
     def _case(self, samples: int) -> Case:
         return Case(self.program, samples, self.kernel, self.options)

@@ -193,8 +193,9 @@ def _native(case: Case) -> tuple[ChainKernel | None, str]:
     if not isinstance(kernel, ChainKernel):
         return None, f"no kernel: {case.why_no_kernel}"
     if case.fallback_kernel is None:
-        few = f"a block has {case.operations(kernel)} scalar operations, more than {KERNEL_OPERATIONS}"
-        return None, f"no kernel: {few}, and too few samples or too wide states for vectors of samples"
+        few = f"{kernel.vectors(case.samples)} vectors of samples do not feed {torch.get_num_threads()} threads"
+        why = kernel.why_features("adjoint", case.samples) or few
+        return None, f"no kernel: a block has {case.operations(kernel)} scalar operations, and {why}"
     return kernel, _kernel_words(kernel)
 
 
@@ -222,7 +223,8 @@ def candidates(case: Case, direction: str) -> tuple[list[Way], dict[str, str]]:
     if kernel is None:
         refused[_in_kernel(case.kernel)] = case.why_no_kernel
     elif isinstance(kernel, ChainKernel) and operations > KERNEL_OPERATIONS_MEASURED and not kernel.vectors(case.samples):
-        refused[_in_kernel(kernel)] = f"a block has {operations} scalar operations, which suit products of matrices"
+        why = kernel.why_features("adjoint", case.samples)
+        refused[_in_kernel(kernel)] = f"a block has {operations} scalar operations, and {why}"
     else:
         ways.append(Way("sequential", kernel))
     ways.append(Way("sequential"))

@@ -13,6 +13,8 @@
 
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE static inline __attribute__((always_inline))
+// What is long enough for a call to cost nothing, and would be compiled over and over if it were inlined.
+#define OUTLINE static __attribute__((noinline))
 #define RESTRICT __restrict__
 #define UNROLL _Pragma("GCC unroll 8")
 
@@ -22,23 +24,25 @@ namespace {
 
 using real = REAL;
 using integer = std::conditional_t<sizeof(real) == 4, int32_t, int64_t>;
-// 64 bytes wherever it runs: what the processor cannot hold in one register, the compiler holds in several.
-typedef real vec __attribute__((vector_size(64)));
-typedef integer ivec __attribute__((vector_size(64)));
-constexpr int k_lanes = 64 / sizeof(real);
+// As wide as a register: compilers do not hold a wider vector in several, but in memory, a tenth as fast.
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
+typedef integer ivec __attribute__((vector_size(VECTOR_BYTES)));
+constexpr int k_lanes = VECTOR_BYTES / sizeof(real);
 constexpr bool k_single = sizeof(real) == 4;
 
 template <class V> constexpr bool k_is_vector = !std::is_same_v<V, real>;
 // Sums of `size` that are kept in registers at a time where each lane is a sample: enough to hide the latency of a
-// multiply-add, if there are as many registers.
-#ifdef __AVX512F__
-constexpr int k_most_unrolled = 8;
-#else
-constexpr int k_most_unrolled = 4;
-#endif
+// multiply-add, and none left over if that can be.
 template <class V> constexpr int k_unrolled(int size) {
   if (!k_is_vector<V>) return 1;
-  for (int many = k_most_unrolled; many > 4; --many)
+  for (int many = 8; many > 4; --many)
     if (size % many == 0) return many;
   return size < 4 ? 1 : 4;
 }

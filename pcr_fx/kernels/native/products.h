@@ -1,15 +1,10 @@
 // Sums over samples of products of two vectors, which are matrices: the gradients of weights.
 
-// How much of a matrix is summed in registers at a time: rows, and vectors of each.
-constexpr int k_block_rows = 4;
-#ifdef __AVX512F__
-constexpr int k_block_vectors = 4;
-#else
-constexpr int k_block_vectors = 1;
-#endif
+// How much of a matrix is summed in registers at a time: rows, and vectors of each. With AVX-512 there are 32 registers.
+constexpr int k_block_rows = 4, k_block_vectors = VECTOR_BYTES == 64 ? 4 : 2;
 
 // A square of lanes by lanes across its diagonal.
-INLINE void k_turn(vec* square) {
+OUTLINE void k_turn(vec* square) {
 #if defined(__GNUC__) && !defined(__clang__)
   // Halves change places, then halves of halves, down to neighbours.
   UNROLL for (int half = 1; half < k_lanes; half *= 2) {
@@ -72,7 +67,7 @@ INLINE void k_add_columns(real* RESTRICT out, const real* RESTRICT left, const v
 
 // `out[i, j] += a[i] * b[j]`, of the first `count` samples where each lane is one. Then it is a product of matrices.
 template <class V, int rows, int columns, int a_stride, int b_stride>
-INLINE void k_add_products(real* RESTRICT out, const V* RESTRICT a, const V* RESTRICT b, int64_t count) {
+OUTLINE void k_add_products(real* RESTRICT out, const V* RESTRICT a, const V* RESTRICT b, int64_t count) {
   if constexpr (!k_is_vector<V>) {
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < columns; ++j) out[i * columns + j] += a[i * a_stride] * b[j * b_stride];
