@@ -34,7 +34,7 @@ BACKWARD_LENGTH = 32
 # Scalar operations of a block, over all samples, from which on PyTorch's own products gain more than its calls cost where
 # a kernel's lanes are features: each sample then goes through all weights. Measured on two cores, forward + backward
 # against eager, w = 256..1024, one sample: 1.1 times faster at 0.26 million, 1.4 at 1.05, 0.8 at 4.2. Where lanes are samples,
-# kernels were 1.3 to 2.4 times faster at up to 540 million (w = 128..512, 8..512 samples). There threads share the vectors;
+# kernels were 1.1 to 2.8 times faster at up to 540 million (w = 128..740, 8..512 samples). There threads share the vectors;
 # PyTorch's share a product, and so gain where there is a vector for less than every other thread.
 KERNEL_OPERATIONS = 1_000_000
 THREADS_A_VECTOR = 2
