@@ -32,7 +32,7 @@ class Case:
         counts = len(self.states), len(self.operands), len(self.shared)
         return SolveNode(
             Chain(fx.symbolic_trace(self.body), length, *counts, literals=numbers),
-            # In PyTorch's ops; test_kernels.py has native code.
+            # In PyTorch's ops; test_kernels.py and test_native_newton.py have native code.
             Options.of({"solver": "newton", "kernels": False, **options}),
         )
 

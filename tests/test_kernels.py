@@ -1,157 +1,22 @@
-"""Generated kernels against their plain twin: PyTorch's ops, block by block, in float64."""
+"""Generated kernels, block by block, against their plain twin: PyTorch's ops in float64."""
 
-import copy
 import math
 import platform
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from comparison import relative_error, value_and_gradients
-from models import Diverging, plain_mlp
+from kernel_cases import BODIES, WIDTH, Deep, Recurrence, assert_as_good, by_kernel, states
+from models import plain_mlp
 from torch import Tensor, nn
 
 import pcr_fx
 from pcr_fx.kernels import ChainKernel, build
 
-WIDTH = 6
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Kernels compiled by this run, kept for it only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PCR_FX_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
-        yield
-
-
-def linear(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    return F.linear(x, p["w"], p["b"])
-
-
-def gated(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    first, second = torch.cat([linear(x, p), x * p["b"]], -1).chunk(2, -1)
-    return x + 0.5 * torch.sigmoid(first) * second
-
-
-def attention(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """[B, 3, 2]: three tokens of two features."""
-    weights = torch.softmax(x @ x.transpose(-1, -2) / math.sqrt(2), -1)
-    return x + 0.1 * weights @ x @ p["w"][:2, :2]
-
-
-def normed(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    return x + F.layer_norm(linear(x, p), (WIDTH,), p["b"], p["b"])
-
-
-def rms_normed(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    return x + F.rms_norm(linear(x, p), (WIDTH,), p["b"])
-
-
-def batch_normed(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """As in evaluation; PyTorch gives running statistics no gradient."""
-    return F.batch_norm(linear(x, p), torch.zeros_like(p["b"]), torch.full_like(p["b"], 2.0), p["b"], p["b"])
-
-
-def rearranged(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    parts = x.view(-1, 2, 3).permute(0, 2, 1).flip(1)
-    first, second = parts.reshape(-1, WIDTH).split([2, 4], -1)
-    return torch.tanh(torch.cat([second, first[:, :1], first[:, 1:]], -1) + F.pad(linear(x, p)[:, 1:4], (1, 2)))
-
-
-def piecewise(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    y = linear(x, p)
-    return torch.where(y > 0.1, y.clamp(-0.5, 0.7), torch.maximum(0.3 * y, y - 0.4)) + y.abs().sqrt() * 0.1
-
-
-def reduced(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    return x - x.mean(-1, keepdim=True) + x.var(-1, keepdim=True) * p["b"] + 0.1 * x.amax(-1, keepdim=True)
-
-
-def lost_input(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """What the state was does not matter; neither does the matrix."""
-    return torch.zeros_like(x) + p["b"]
-
-
-def powers(y: Tensor) -> Tensor:
-    return y**2 - 0.1 * y**3 + (y.abs() + 1) ** -0.5 - (y.abs() + 1) ** 1.7
-
-
-def activation(function: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    return lambda x, p: 0.5 * x + function(linear(x, p))
-
-
-BODIES: dict[str, Callable[..., Tensor]] = {
-    "residual": lambda x, p: x + 0.1 * torch.tanh(linear(x, p)) @ p["w"],
-    "gated": gated,
-    "attention": attention,
-    "layer norm": normed,
-    "rms norm": rms_normed,
-    "batch norm": batch_normed,
-    "rearranged": rearranged,
-    "piecewise": piecewise,
-    "reduced": reduced,
-    "lost input": lost_input,
-    "softmax": activation(lambda y: F.softmax(y, -1)),
-    "log softmax": activation(lambda y: F.log_softmax(y, -1)),
-    **{
-        name: activation(getattr(F, name))
-        for name in "sigmoid relu gelu silu softplus elu leaky_relu hardswish mish relu6".split()
-    },
-    "tanh gelu": activation(lambda y: F.gelu(y, approximate="tanh")),
-    "powers": lambda x, p: powers(torch.tanh(linear(x, p))),
-    "transcendental": activation(lambda y: torch.sin(y) * torch.exp(-y * y) + torch.log1p(y.abs()) - torch.atan(y)),
-}
-
-
-class Deep(nn.Module):
-    """`length` blocks of one body, each with a matrix and a vector of its own."""
-
-    def __init__(self, name: str, length: int) -> None:
-        super().__init__()
-        self.step = BODIES[name]
-        draw = torch.Generator().manual_seed(length)
-        for kind, scale in (("w", WIDTH**-0.5), ("b", 0.5)):
-            shape = (WIDTH, WIDTH) if kind == "w" else (WIDTH,)
-            values = [scale * torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(length)]
-            self.register_module(kind, nn.ParameterList(map(nn.Parameter, values)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for w, b in zip(self.w, self.b, strict=True):
-            x = self.step(x, {"w": w, "b": b})
-        return x
-
-
-def states(name: str, batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    shape = (batch, 3, 2) if name == "attention" else (batch, WIDTH)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(batch), dtype=torch.float64).to(dtype)
-
-
-def by_kernel(model: nn.Module, x: Tensor, solver: str = "sequential", **options: Any) -> Any:
-    """`model` transformed, its one chain certain to run as a kernel."""
-    fast = pcr_fx.transform(model, x, {"solver": solver, **options})
-    (entry,) = fast.report.chains
-    assert isinstance(entry.plan.kernel, ChainKernel), entry.plan.kernel
-    state = torch.zeros(*x.shape[:1], entry.plan.program.dimension)
-    directions = ("newton",) if solver == "newton" else ("forward", "adjoint")
-    assert all(entry.plan.kernel.is_ready(direction, state) for direction in directions)
-    return fast
-
-
-def assert_as_good(model: nn.Module, x: Tensor, **options: Any) -> None:
-    """The kernel's values and gradients are as near to those in float64 as eager's are."""
-    reference = copy.deepcopy(model).double()
-    exact = value_and_gradients(reference, list(reference.parameters()), x.double())
-    eager = value_and_gradients(model, list(model.parameters()), x)
-    ours = value_and_gradients(by_kernel(model, x, **options), list(model.parameters()), x)
-    # The output; then all gradients together, since rounding makes any one of thousands the worst.
-    for part in (slice(0, 1), slice(1, None)):
-        true, theirs, got = (torch.cat([t.flatten().double() for t in run[part]]) for run in (exact, eager, ours))
-        limit = 1e-11 if x.dtype == torch.float64 else 8 * relative_error(theirs, true) + 2e-6
-        assert relative_error(got, true) <= limit
+pytestmark = pytest.mark.usefixtures("kernel_cache")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -166,16 +31,6 @@ def test_every_body_agrees_with_its_twin(name: str, dtype: torch.dtype) -> None:
 def test_every_length_and_batch(length: int, batch: int) -> None:
     for dtype in (torch.float32, torch.float64):
         assert_as_good(Deep("residual", length).to(dtype), states("residual", batch, dtype), min_length=2)
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """So many threads, however little there is to do."""
-    monkeypatch.setattr("pcr_fx.kernels.chain_kernel._OPERATIONS_A_THREAD", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("batch", [2, 33])
@@ -249,6 +104,20 @@ def test_gradients_of_matrices(kind: str, hidden: int, width: int, batch: int, t
         assert_as_good(model, x)
         matrices, *_ = by_kernel(model, x).report.chains[0].plan.kernel.summed
         assert matrices == sum(p.numel() for p in model.parameters()) // (9 if kind == "of each" else 1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("sample", [0, 18])
+def test_a_sample_that_is_not_finite_in_gradients_of_matrices(sample: int, bad: float) -> None:
+    """The last one, too, which idle lanes repeat: their share is not in the sum, and 0 times infinity is not 0."""
+    model, x = Matrices("of each", 23, 17).float(), torch.randn(19, 17, generator=torch.Generator().manual_seed(0))
+    x[sample, 3] = bad
+    inputs = list(model.parameters())
+    pairs = zip(value_and_gradients(by_kernel(model, x), inputs, x), value_and_gradients(model, inputs, x), strict=True)
+    for ours, theirs in pairs:
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.isinf(), theirs.isinf())
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.fixture(params=[("-mno-avx512f", 32), ("-mno-avx", 16)], ids=["AVX2", "SSE"])
@@ -329,8 +198,9 @@ def test_a_kernel_writes_all_that_it_returns(monkeypatch: pytest.MonkeyPatch) ->
     new_empty, empty_like = Tensor.new_empty, torch.empty_like
     monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: new_empty(*a, **k).fill_(math.nan))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(math.nan))
-    for batch in (1, 3, 9, 33):
-        model, x = Deep("residual", 9), states("residual", batch)
+    small = [(Deep("residual", 9), states("residual", batch)) for batch in (1, 3, 9, 33)]
+    large = [(Matrices("of each", 23, 17).double(), torch.randn(batch, 17).double()) for batch in (3, 9, 33)]
+    for model, x in (*small, *large):
         for got in value_and_gradients(by_kernel(model, x), list(model.parameters()), x):
             assert torch.isfinite(got).all()
 
@@ -350,94 +220,6 @@ def test_nan_and_infinity_go_where_they_go_in_eager(name: str, batch: int, bad: 
     for ours, theirs in pairs:
         assert torch.equal(ours.isnan(), theirs.isnan())
         assert torch.equal(ours.isinf(), theirs.isinf())
-
-
-# --- Newton -----------------------------------------------------------------------------------------------------------
-
-
-def assert_solved(fast: Any, model: nn.Module, x: Tensor, limit: float) -> None:
-    ours = value_and_gradients(fast, list(model.parameters()), x)
-    for got, true in zip(ours, value_and_gradients(model, list(model.parameters()), x), strict=True):
-        assert relative_error(got, true) <= limit
-    (chain,) = fast.report.to_dict()["chains"]
-    assert (chain["solver_forward"], chain["fallbacks"]) == ("newton", 0)
-    assert 0 < chain["iterations"] <= 12
-    assert chain["residual"] <= chain["tolerance"]
-
-
-@pytest.mark.parametrize("name", ["residual", "gated", "attention", "layer norm", "softmax", "gelu"])
-def test_newton_solves_every_body(name: str, threads: int) -> None:
-    model = Deep(name, 9).double()
-    for parameter in model.parameters():
-        parameter.data.mul_(0.5)
-    x = states(name, 3)
-    fast = by_kernel(model, x, "newton")
-    assert_solved(fast, model, x, 1e-11)
-    if name == "residual":
-        twin = pcr_fx.transform(model, x, {"solver": "newton", "kernels": False})
-        assert relative_error(fast(x), twin(x)) <= 1e-12
-        counts = [run.report.to_dict()["chains"][0]["iterations"] for run in (fast, twin)]
-        assert abs(counts[0] - counts[1]) <= 1
-
-
-@pytest.mark.parametrize("batch", [1, 2, 33])
-@pytest.mark.parametrize("length", [2, 3, 4, 5, 6, 7, 8, 9, 127, 128, 129])
-def test_newton_at_every_length_and_batch(length: int, batch: int, threads: int) -> None:
-    model, x = Deep("residual", length), states("residual", batch)
-    for parameter in model.parameters():
-        parameter.data.mul_(0.3)
-    assert_solved(by_kernel(model, x, "newton", min_length=2), model, x, 1e-10)
-
-
-def test_newton_with_more_features_than_lanes(threads: int) -> None:
-    torch.manual_seed(0)
-    for width in (7, 8, 9, 20):
-        model, x = plain_mlp(30, width).double(), torch.randn(2, width, dtype=torch.float64)
-        assert_solved(by_kernel(model, x, "newton"), model, x, 1e-11)
-
-
-def test_newton_in_float32(threads: int) -> None:
-    torch.manual_seed(0)
-    model, x = plain_mlp(300, 17), torch.randn(3, 17)
-    assert_solved(by_kernel(model, x, "newton"), model, x, 1e-5)
-
-
-def test_newton_gives_up_a_chaotic_chain(threads: int) -> None:
-    torch.manual_seed(0)
-    model, x = Diverging(40).double(), torch.randn(3, 5, dtype=torch.float64)
-    fast = by_kernel(model, x, "newton")
-    expected = pcr_fx.transform(model, x, {"solver": "sequential"})(x)
-    assert torch.equal(fast(x), expected)
-    (chain,) = fast.report.to_dict()["chains"]
-    assert chain["fallbacks"] == 1
-    assert chain["iterations"] < 33
-    with pytest.raises(pcr_fx.SolveError):
-        by_kernel(model, x, "newton", on_failure="raise")(x)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_newton_hands_what_is_not_finite_to_the_blocks_themselves(bad: float, threads: int) -> None:
-    model, x = Deep("residual", 9).float(), states("residual", 17, torch.float32)
-    x[1, 2] = bad
-    fast = by_kernel(model, x, "newton")
-    ours, theirs = fast(x), model(x)
-    assert torch.equal(ours.isnan(), theirs.isnan())
-    torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-4, atol=1e-5)
-
-
-def test_newton_of_several_carried_tensors(threads: int) -> None:
-    torch.manual_seed(0)
-    model = Recurrence(nn.LSTMCell(3, 5)).double()
-    inputs = (
-        torch.randn(20, 4, 3, dtype=torch.float64),
-        *(torch.randn(4, 5, dtype=torch.float64) for _ in range(2)),
-    )
-    fast = pcr_fx.transform(model, inputs, {"solver": "newton"})
-    for got, true in zip(fast(*inputs), model(*inputs), strict=True):
-        assert relative_error(got, true) <= 1e-11
-    (chain,) = fast.report.to_dict()["chains"]
-    assert (chain["solver_forward"], chain["fallbacks"]) == ("newton", 0)
-    assert chain["residual"] > 0
 
 
 # --- threads, and what is no kernel ----------------------------------------------------------------------------------
@@ -488,18 +270,6 @@ def test_kernels_can_be_refused() -> None:
     model, x = plain_mlp(9), torch.randn(3, 4)
     fast = pcr_fx.transform(model, x, {"kernels": False})
     assert "kernels=False" in fast.report.chains[0].reason
-
-
-class Recurrence(nn.Module):
-    def __init__(self, cell: nn.Module) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, inputs: Tensor, *states: Tensor) -> Any:
-        state: Any = states[0] if len(states) == 1 else states
-        for value in inputs.unbind(0):
-            state = self.cell(value, state)
-        return state
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5, 33])  # 5 is the width too

@@ -21,7 +21,7 @@ import pcr_fx
 from pcr_fx.__main__ import main
 from pcr_fx.body.isolation import apart, isolated
 from pcr_fx.kernels import ChainKernel
-from pcr_fx.planner import Plan, measure, plan
+from pcr_fx.planner import Plan, measure, plan, rule
 from pcr_fx.planner import cache as planner_cache
 
 DIRECTIONS = ("forward", "backward")
@@ -165,6 +165,17 @@ def test_samples_that_other_native_code_serves_are_measured_apart(monkeypatch: p
         for batch in (4, 5, 6, 7):
             fast(torch.randn(batch, 3))
     assert len(calls) == 2
+
+
+def test_a_kernel_is_refused_where_its_lanes_are_features_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pcr_fx.planner.rule.KERNEL_OPERATIONS_MEASURED", 1)
+    monkeypatch.setattr("pcr_fx.kernels.chain_kernel._VECTOR_GRADIENTS", 0)
+    x = torch.randn(16, 3)
+    planned = pcr_fx.transform(Net(20, 3), x, {"planning": "estimated"}).report.chains[0].plan
+    (_, none), (_, refused) = (rule.candidates(planned._case(16), direction) for direction in DIRECTIONS)
+    kernel = "sequential (native kernel)"
+    assert kernel not in none and "gradients are too large" in refused[kernel]
+    assert "fewer than" in rule.candidates(planned._case(1), "forward")[1][kernel]
 
 
 def test_options_turn_the_cache_and_the_measuring_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

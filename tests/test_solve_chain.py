@@ -11,7 +11,7 @@ from torch import Tensor
 import pcr_fx
 from pcr_fx import Outcome, solve_chain
 
-# In PyTorch's ops; test_kernels.py has native code.
+# In PyTorch's ops; test_kernels.py and test_native_newton.py have native code.
 NEWTON = {"solver": "newton", "kernels": False}
 
 

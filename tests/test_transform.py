@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pcr_fx
 
-# In PyTorch's ops; test_kernels.py has native code.
+# In PyTorch's ops; test_kernels.py and test_native_newton.py have native code.
 NEWTON = {"solver": "newton", "kernels": False}
 
 

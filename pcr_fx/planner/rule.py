@@ -219,11 +219,13 @@ def _in_torch_ops(case: Case) -> Choice:
 def candidates(case: Case, direction: str) -> tuple[list[Way], dict[str, str]]:
     """The ways that there are, and by name why others are none."""
     ways, refused, kernel = [], {}, case.usable_kernel
-    operations = case.operations(kernel) if isinstance(kernel, ChainKernel) else 0
+    operations, why = 0, ""
+    if isinstance(kernel, ChainKernel):
+        operations = case.operations(kernel)
+        why = kernel.why_features("forward" if direction == "forward" else "adjoint", case.samples)
     if kernel is None:
         refused[_in_kernel(case.kernel)] = case.why_no_kernel
-    elif isinstance(kernel, ChainKernel) and operations > KERNEL_OPERATIONS_MEASURED and not kernel.vectors(case.samples):
-        why = kernel.why_features("adjoint", case.samples)
+    elif operations > KERNEL_OPERATIONS_MEASURED and why:
         refused[_in_kernel(kernel)] = f"a block has {operations} scalar operations, and {why}"
     else:
         ways.append(Way("sequential", kernel))
