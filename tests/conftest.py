@@ -1,4 +1,4 @@
-"""Where there is no GPU, Triton interprets its kernels, which it has to know before it is imported."""
+"""What Triton and cuBLAS have to know before they are used, and fixtures of several tests."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Without it PyTorch refuses every product of matrices on a GPU where algorithms are to be deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture
@@ -19,7 +21,8 @@ def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setitem(plan.KERNELS, "cuda" if torch.cuda.is_available() else "cpu", GpuKernel)
     monkeypatch.setattr(plan, "_plans", {})
-    torch.use_deterministic_algorithms(True)
+    # This fills new memory with NaN. What has no deterministic form on a GPU is allowed: results are compared, not bits.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from benchmarks.gpu.__main__ import run
 from benchmarks.gpu.record import Record, Row, Section
 from benchmarks.gpu.sections import PARTS, TINY, Budget, Figure, Part, Sizes
+from benchmarks.gpu.subprocesses import results_of
 from benchmarks.gpu.worker import measure
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +52,15 @@ def test_a_figure_that_fails_is_said_to_and_the_others_are_measured(tmp_path: Pa
     assert section.rows == [row()] and section.problems == ["reason"] and section.ended
     assert pickle.loads((tmp_path / "some").read_bytes()) == section
     assert measure(Part("late", figures, -1), TINY, tmp_path / "late").problems == ["its -1 s were up"]
+
+
+def test_tests_that_fail_or_do_not_end_are_named() -> None:
+    names = [f"tests/test_some.py::test_{name}" for name in ("good", "bad[1-a]", "slow", "late")]
+    outputs = [f"{names[0]} PASSED [ 50%]\n{names[1]} FAILED [100%]\nFAILED {names[1]} - no", f"{names[2]} "]
+    said = results_of(names, outputs)
+    assert said[0] == "1 passed, 1 failed, 2 not run to its end"
+    assert said[1:] == [f"FAILED {names[1]} - no", *(f"not run to its end: {name}" for name in names[2:])]
+    assert results_of([], ["ERROR collecting tests"]) == ["no tests were found", "ERROR collecting tests"]
 
 
 def test_a_record_tells_everything(tmp_path: Path) -> None:

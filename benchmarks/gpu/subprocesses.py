@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -17,13 +19,11 @@ import torch
 from benchmarks.gpu.problem import Measured
 
 ROOT = Path(__file__).parent.parent.parent
-# Each a process: compiling their kernels is what most tests spend their time on.
-_BODIES = ("coupled", "gated", "normed", "piecewise", "attention")
-_TESTS = (
-    ("tests/test_cuda.py",),
-    ("tests/test_gpu_kernels.py", "-k", "not chain_agrees and not compile"),
-    *(("tests/test_gpu_kernels.py", "-k", f"chain_agrees and {body}") for body in _BODIES),
-)
+_TESTS = ("tests/test_cuda.py", "tests/test_gpu_kernels.py", "tests/test_gpu_kernels_wide.py")
+# They need no GPU, and compile for a minute.
+_NOT_HERE = "not kernels_compile"
+# The tests are dealt to as many processes: compiling their kernels is what they spend their time on.
+_PROCESSES = 12
 
 
 def start(*arguments: str, to: IO[str] | None = None) -> subprocess.Popen[str]:
@@ -34,18 +34,30 @@ def start(*arguments: str, to: IO[str] | None = None) -> subprocess.Popen[str]:
 
 
 def run_tests(seconds: float) -> list[str]:
-    """How each part of the CUDA test suite ended: its last line, and what failed."""
+    """The CUDA test suite: how many tests passed in that time, and each that did not."""
+    options = ("-u", "-m", "pytest", "-p", "no:cacheprovider")
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"tests{number}" for number in range(len(_TESTS))]
+        found = Path(folder) / "found"
+        with found.open("w") as stream:
+            start(*options, "-q", "--collect-only", "-k", _NOT_HERE, *_TESTS, to=stream).wait()
+        names = [line for line in found.read_text().splitlines() if line.startswith("tests/") and "::" in line]
+        files = [Path(folder) / f"tests{number}" for number in range(min(_PROCESSES, len(names)))]
         processes = []
-        for file, arguments in zip(files, _TESTS, strict=True):
+        for number, file in enumerate(files):
             with file.open("w") as stream:
-                processes.append(start("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, to=stream))
-        ended = _wait(processes, seconds)
-        return [
-            f"`{' '.join(arguments)}`: {'' if done else f'cut off after {seconds:.0f} s; '}{_summary(file.read_text())}"
-            for file, arguments, done in zip(files, _TESTS, ended, strict=True)
-        ]
+                processes.append(start(*options, "-v", "--tb=line", *names[number :: len(files)], to=stream))
+        _wait(processes, seconds)
+        return results_of(names, [found.read_text(), *(file.read_text() for file in files)])
+
+
+def results_of(names: Sequence[str], outputs: Sequence[str]) -> list[str]:
+    """What pytest, as verbose as can be, said of the tests of these names; no word is of one that did not end."""
+    text = "\n".join(outputs)
+    ended = dict(re.findall(r"^(\S+::\S+) ([A-Z]+)", text, re.MULTILINE))
+    count = Counter(ended.get(name, "not run to its end") for name in names)
+    said = [", ".join(f"{number} {what.lower()}" for what, number in count.items()) or "no tests were found"]
+    said += re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE)
+    return said + [f"not run to its end: {name}" for name in names if name not in ended]
 
 
 def _wait(processes: Sequence[subprocess.Popen[str]], seconds: float) -> list[bool]:
