@@ -222,9 +222,12 @@ class _Assembly:
         return _Input(self.literals.setdefault(tuple(values), f"literal_{len(self.literals)}"))
 
     def _operand(self, index: int, nodes: tuple[fx.Node, ...]) -> Any:
-        sizes = list(map(self.sequence.value, nodes))
-        if isinstance(sizes[0], torch.SymInt):
-            return self._size(index, sizes)
+        values = list(map(self.sequence.value, nodes))
+        # Numbers that the compiler leaves open. Taking the value makes the compiler guard it: another compiles anew.
+        if all(_is_known(value, torch.SymInt) for value in values):
+            return self._size(index, values)
+        if all(_is_known(value, torch.SymFloat) for value in values):
+            return self._literal([float(value) for value in values])
         if all(node is nodes[0] for node in nodes):
             self._check_shared(nodes[0], index)
             return _Input(self.shared.setdefault(nodes[0], f"shared_{len(self.shared)}"))
@@ -232,7 +235,7 @@ class _Assembly:
         return _Input(self.operands.setdefault(nodes, f"operand_{len(self.operands)}"))
 
     def _size(self, index: int, sizes: Sequence[Any]) -> int:
-        """A size that the compiler leaves open. Taking its value makes the compiler guard it: another compiles anew."""
+        """A size that the compiler leaves open: as above, but one for all blocks."""
         for block, size in enumerate(sizes):
             if int(size) != int(sizes[0]):
                 op = self.blocks.op(block, index)
@@ -242,7 +245,9 @@ class _Assembly:
     def _check_shared(self, node: fx.Node, index: int) -> None:
         value = self.sequence.value(node)
         if value is not None and not isinstance(value, torch.Tensor):
-            op, got = self.blocks.op(0, index), say_shape(self.sequence.looks.shape(node))
+            depends = isinstance(value, (torch.SymInt, torch.SymFloat))
+            got = "a number that depends on data" if depends else say_shape(self.sequence.looks.shape(node))
+            op = self.blocks.op(0, index)
             raise Broken(0, f"{op_name(op)} takes {node.name}, which is no tensor but {got}", op)
 
     def _check_stackable(self, nodes: Sequence[fx.Node], index: int) -> None:
@@ -260,6 +265,11 @@ class _Assembly:
                 usual = say_shape(shapes[0])
                 words = f"{op_name(op)} takes an operand of {say_shape(shape)} where the blocks before take {usual}"
             raise Broken(block, words, op)
+
+
+def _is_known(value: Any, kind: type[torch.SymInt] | type[torch.SymFloat]) -> bool:
+    """Whether a number that the compiler leaves open has a value before data are computed."""
+    return isinstance(value, kind) and value.node.hint is not None
 
 
 def _state(index: int, lag: int) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,16 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PCR_FX_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
         yield
+
+
+@pytest.fixture
+def plan_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Measurements of one test alone."""
+    from pcr_fx.planner import plan
+
+    monkeypatch.setenv("PCR_FX_CACHE_DIR", str(tmp_path))
+    plan._plans.clear()
+    return tmp_path / "plans"
 
 
 @pytest.fixture(params=[1, 3])

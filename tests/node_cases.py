@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tolerances import assert_close
 from torch import Tensor, fx
 
@@ -123,6 +124,13 @@ CASES = {
         operands=((D, D),),
     ),
     "batch last": Case(lambda z, w: (torch.tanh(w @ z),), states=((D, "B"),), operands=((D, D),)),
+    "layer norm": Case(
+        lambda z, w, g, b: (z + F.linear(F.layer_norm(z, (D,), g, b), w),), operands=((D, D), (D,), (D,))
+    ),
+    "group norm": Case(lambda z, g, b: (z + 0.3 * F.group_norm(z, 1, g, b),), operands=((D,), (D,))),
+    "two batch dimensions": Case(
+        lambda z, w, g: (z + 0.3 * F.layer_norm(z @ w, (D,), g),), states=(("B", 2, D),), operands=((D, D), (D,))
+    ),
     "one op, many names": Case(
         lambda z, a, b, s: (z + a + b + s,), operands=((D,), (D,)), shared=((D,),)
     ),  # every cotangent is the same tensor

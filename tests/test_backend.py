@@ -86,6 +86,53 @@ def test_one_graph_for_all_batch_sizes(inner: str) -> None:
     assert len(graphs) == 1
 
 
+class Scaled(nn.Module):
+    """Its two numbers are what a compiler that leaves sizes open leaves open as well."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.norm, self.linear, self.scale = nn.LayerNorm(4), nn.Linear(4, 4), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale * torch.tanh(self.linear(self.norm(x)))
+
+
+@pytest.mark.parametrize("step", [0.0, 0.01])
+def test_numbers_of_modules_that_are_left_open(step: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Scaled(0.3 + step * index) for index in range(12))).double()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def counting(graph_module, example_inputs):
+        graphs.append(graph_module)
+        return graph_module
+
+    compiled = torch.compile(model, backend="deeppcr", dynamic=True, options={**EAGER, "inner_backend": counting})
+    for change in (1.0, -0.5):
+        for block in model:
+            block.scale *= change
+        for batch in (5, 2, 7):
+            assert_same(compiled, model, torch.randn(batch, 4, dtype=torch.float64), 1e-10)
+        assert len(pcr_fx.report().chains) == 1
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("kind", [float, int])
+def test_a_number_that_depends_on_data_is_a_reason(kind: type) -> None:
+    class Read(ResidualNet):
+        def forward(self, x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+            x, factor = self.stem(x), number.sum().item()
+            for block in self.blocks:
+                x = x + factor * block(x)
+            return x
+
+    model, inputs = Read(12), (torch.randn(2, 3), torch.tensor(kind(2)))
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(model, backend="deeppcr", fullgraph=True, options=EAGER)
+        torch.testing.assert_close(compiled(*inputs), model(*inputs))
+    assert "no tensor but a number that depends on data" in " ".join(str(pcr_fx.report()).split())
+
+
 def test_no_grad_and_inference_mode() -> None:
     model = ResidualNet(16)
     compiled = torch.compile(model, backend="deeppcr", options=EAGER)

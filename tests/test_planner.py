@@ -1,60 +1,25 @@
-"""The planner that measures: what it chooses, what it keeps, when it looks again, and when it leaves a chain alone."""
+"""The planner that measures: what it chooses, when it looks again, and when it leaves a chain alone."""
 
 import gc
-import json
 import logging
-import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.utils.checkpoint
+from planner_cases import Net, chain_of, in_ops, rigged
 from torch import Tensor, nn
 
 import pcr_fx
-from pcr_fx.__main__ import main
 from pcr_fx.body.isolation import apart, isolated
 from pcr_fx.kernels import ChainKernel
 from pcr_fx.planner import Plan, measure, plan, rule
-from pcr_fx.planner import cache as planner_cache
 
+pytestmark = pytest.mark.usefixtures("plan_cache")
 DIRECTIONS = ("forward", "backward")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Measurements of this test alone."""
-    monkeypatch.setenv("PCR_FX_CACHE_DIR", str(tmp_path))
-    plan._plans.clear()
-    return tmp_path / "plans"
-
-
-class Net(nn.Module):
-    def __init__(self, length: int, width: int) -> None:
-        super().__init__()
-        torch.manual_seed(length)
-        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(length)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + 0.1 * torch.tanh(layer(x))
-        return x
-
-
-def in_ops(**options: Any) -> dict[str, Any]:
-    """Without kernels nothing is compiled, which takes longer than all else here."""
-    return {"kernels": False, **options}
-
-
-def chain_of(fast: Any) -> dict[str, Any]:
-    (chain,) = fast.report.to_dict()["chains"]
-    return chain
 
 
 @pytest.mark.parametrize("length, width, batch", [(600, 2, 1), (40, 3, 5), (9, 48, 33)])
@@ -78,22 +43,6 @@ def test_the_fastest_of_what_was_measured_is_chosen(length: int, width: int, bat
     assert {t["way"] for t in chain["timings"]} >= {"eager", "sequential", "newton", "picard", "jacobi"}
     assert all(t["seconds"] is not None or t["note"] for t in chain["timings"])
     assert "fastest of what was measured" in chain["reason"]
-
-
-def rigged(**seconds: float) -> Any:
-    """`measure` with an outcome of its own: `forward_newton=1e-3`, say."""
-    calls = []
-
-    def measured(case: Any, settings: Any, tensors: Any, needs_gradient: bool, with_eager: bool = True) -> Any:
-        calls.append(needs_gradient)
-        named = ((name.partition("_"), value) for name, value in seconds.items())
-        return tuple(
-            plan.Timing(way, direction, value, iterations=3 if way == "newton" else 0)
-            for (direction, _, way), value in named
-            if needs_gradient or direction == "forward"
-        )
-
-    return measured, calls
 
 
 def test_forward_and_backward_are_chosen_apart(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,42 +80,6 @@ def test_what_eager_does_best_is_left_alone(through: str, monkeypatch: pytest.Mo
     assert "left alone" in str(report()) or "the model's own ops" in str(report())
 
 
-def test_measured_once_for_a_size_and_kept_on_disk(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured, calls = rigged(forward_eager=2.0, forward_sequential=1.0)
-    monkeypatch.setattr(plan, "measure", measured)
-    model = Net(20, 3)
-    fast = pcr_fx.transform(model, options=in_ops())
-    with torch.no_grad():
-        for batch in (5, 6, 7, 5, 17, 16):  # as many bits of samples are one size
-            x = torch.randn(batch, 3)
-            torch.testing.assert_close(fast(x), model(x))
-    assert len(calls) == len(list(cache.glob("*.json"))) == 2
-    # Another process starts with nothing in memory.
-    plan._plans.clear()
-    again = pcr_fx.transform(model, options=in_ops())
-    with torch.no_grad():
-        again(torch.randn(6, 3))
-    assert len(calls) == 2
-    assert chain_of(again)["timings"] == chain_of(fast)["timings"]
-    # One of another version of the package may not be as fast.
-    monkeypatch.setattr(planner_cache, "_code", lambda: "another version")
-    plan._plans.clear()
-    with torch.no_grad():
-        pcr_fx.transform(model, options=in_ops())(torch.randn(6, 3))
-    assert len(calls) == 3
-
-
-def test_samples_that_other_native_code_serves_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured, calls = rigged(forward_eager=2.0, forward_sequential=1.0)
-    monkeypatch.setattr(plan, "measure", measured)
-    monkeypatch.setattr("pcr_fx.kernels.chain_kernel._VECTOR_SAMPLES", {lanes: 6 for lanes in (2, 4, 8, 16)})
-    fast = pcr_fx.transform(Net(21, 3))
-    with torch.no_grad():
-        for batch in (4, 5, 6, 7):
-            fast(torch.randn(batch, 3))
-    assert len(calls) == 2
-
-
 def test_a_kernel_is_refused_where_its_lanes_are_features_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcr_fx.planner.rule.KERNEL_OPERATIONS_MEASURED", 1)
     monkeypatch.setattr("pcr_fx.kernels.chain_kernel._VECTOR_GRADIENTS", 0)
@@ -176,83 +89,6 @@ def test_a_kernel_is_refused_where_its_lanes_are_features_only(monkeypatch: pyte
     kernel = "sequential (native kernel)"
     assert kernel not in none and "gradients are too large" in refused[kernel]
     assert "fewer than" in rule.candidates(planned._case(1), "forward")[1][kernel]
-
-
-def test_options_turn_the_cache_and_the_measuring_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured, calls = rigged(forward_eager=2.0, forward_sequential=1.0)
-    monkeypatch.setattr(plan, "measure", measured)
-    x = torch.randn(4, 3)
-    with torch.no_grad():
-        pcr_fx.transform(Net(20, 3), x, in_ops(plan_cache=False))(x)
-        assert len(calls) == 1 and not cache.exists()
-        fast = pcr_fx.transform(Net(400, 3), x, in_ops(planning="estimated"))
-        fast(x)
-    assert len(calls) == 1 and not cache.exists()
-    assert chain_of(fast)["solver_forward"] == "newton" and chain_of(fast)["timings"] == []
-    assert "auto takes Newton forward up to" in chain_of(fast)["reason"]
-
-
-def test_kept_measurements_are_shown_and_cleared(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    x = torch.randn(4, 3)
-    with torch.no_grad():
-        pcr_fx.transform(Net(20, 3), x, in_ops())(x)
-    (kept,) = pcr_fx.cached_plans()
-    assert (kept["chain"]["length"], kept["chain"]["samples"], kept["chain"]["dimension"]) == (20, 4, 3)
-    main(["plans"])
-    shown = capsys.readouterr().out
-    assert "1 measurements in" in shown and "20 blocks, 4 x 3" in shown and "eager" in shown
-    main(["plans", "--clear"])
-    assert "1 measurements deleted" in capsys.readouterr().out
-    assert pcr_fx.cached_plans() == [] and pcr_fx.clear_plans() == 0
-
-
-@pytest.mark.parametrize("content", ["", "{", '{"timings": 3}', '{"timings": [{"pace": 1}]}'])
-def test_a_measurement_that_cannot_be_read_is_made_anew(
-    content: str, cache: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    model, x = Net(20, 3), torch.randn(4, 3)
-    with torch.no_grad():
-        pcr_fx.transform(model, x, in_ops())(x)
-        (path,) = cache.glob("*.json")
-        path.write_text(content)
-        plan._plans.clear()
-        with caplog.at_level(logging.WARNING, "pcr_fx"):
-            fast = pcr_fx.transform(model, x, in_ops())
-            torch.testing.assert_close(fast(x), model(x))
-    assert "it is made anew" in caplog.text
-    assert json.loads(path.read_text())["timings"]
-
-
-def test_a_folder_that_cannot_be_written_to_does_no_harm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("PCR_FX_CACHE_DIR", str(tmp_path / "file"))
-    model, x = Net(20, 3), torch.randn(4, 3)
-    with torch.no_grad():
-        torch.testing.assert_close(pcr_fx.transform(model, x, in_ops())(x), model(x))
-    assert "measurements cannot be kept" in caplog.text
-
-
-SCRIPT = """
-import torch, pcr_fx
-from test_planner import Net
-model = Net(20, 3)
-for batch in range(1, 9):  # four sizes, with gradients and without
-    x = torch.randn(batch, 3)
-    with torch.no_grad():
-        torch.testing.assert_close(pcr_fx.transform(model, x, {"kernels": False})(x), model(x))
-"""
-
-
-def test_processes_share_a_cache(cache: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(Path.cwd())))}
-    command = [sys.executable, "-c", SCRIPT]
-    with ThreadPoolExecutor(3) as pool:
-        runs = list(pool.map(lambda _: subprocess.run(command, env=environment, capture_output=True, text=True), range(3)))
-    for done in runs:
-        assert done.returncode == 0 and "cannot be" not in done.stderr, done.stderr
-    assert len(pcr_fx.cached_plans()) == len(list(cache.iterdir())) == 8
 
 
 def test_drift_is_noticed_and_measured_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -364,16 +200,6 @@ def test_threads_that_call_first_take_one_way(monkeypatch: pytest.MonkeyPatch) -
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(step, range(2))
     assert torch.equal(first, second)
-
-
-def test_a_measurement_from_disk_is_called_one(cache: Path) -> None:
-    x = torch.randn(4, 3)
-    for found in (False, True):
-        plan._plans.clear()
-        fast = pcr_fx.transform(Net(40, 3), x, in_ops())
-        with torch.no_grad():
-            fast(x)
-        assert chain_of(fast)["reason"].endswith("(by measurements kept on disk)") is found
 
 
 def test_the_budget_bounds_what_measuring_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,18 @@
 """The programs of a body: for which calls one trace serves, and when another is made."""
 
+import math
+
 import pytest
 import torch
 from node_cases import CASES, Case, D, Inputs, check
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pcr_fx import Options, ops
 from pcr_fx.body import program
+from pcr_fx.body.generalise import STAND_INS, generalise
 from pcr_fx.chain import Chain
+from pcr_fx.errors import BodyError
 from pcr_fx.node import SolveNode
 
 
@@ -18,9 +23,8 @@ def programs(node: SolveNode) -> set[str]:
 PER_SAMPLE = Case(lambda z, m: (torch.tanh(z * m),), states=(("B", D),), operands=((5, D),))
 
 
-# Several states are put together by `cat`, whose vmap rule fixes the batch size: they are traced anew for each.
 @pytest.mark.parametrize("first", [1, 2, 5])
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case.states) == 1])
+@pytest.mark.parametrize("name", CASES)
 def test_one_program_serves_every_batch_size(name: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "_of_block", {})  # equal content would share the programs of other tests
     node = CASES[name].node(4)
@@ -93,3 +97,41 @@ def test_constants_of_the_body_tell_programs_apart() -> None:
     inputs = Inputs([torch.ones(2, 3, dtype=torch.float64, requires_grad=True)], [], [])
     for number in (0.25, 0.75):
         check(SolveNode(Chain(body(number), 6), Options(solver="newton")), inputs)
+
+
+def generalised(function, rank: int, offset: int, *others: int) -> fx.GraphModule:
+    """`function` of one tensor `[*offset sizes, *batch, *others]`, traced twice."""
+    shapes = [(3,) * offset + sizes[:rank] + others for sizes in STAND_INS]
+    first, second = (make_fx(function)(torch.zeros(shape, device="meta")) for shape in shapes)
+    return generalise(first, second, rank, offset)
+
+
+def rearranged(x: Tensor) -> Tensor:
+    """Sizes by themselves, multiplied with each other and with a number, repeated, and 1409, which is a width here."""
+    a, b, c = x.shape[-3:]
+    flat = x.reshape(-1, a * b * c).expand(2, -1, -1).reshape(-1, a, b, c)
+    rest = x.new_zeros(x.numel() // (a * b * c), a, b, 1409)
+    return torch.cat([2 * flat[: len(rest)] + a, rest], -1).reshape(-1, b * (c + 1409))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("batch", [(1, 1), (7, 1), (2, 5), (1409, 2)])
+def test_numbers_that_follow_the_batch_are_computed_from_it(batch: tuple[int, int], offset: int) -> None:
+    graph = generalised(rearranged, 2, offset, 3)
+    x = torch.randn((3,) * offset + (*batch, 3))
+    torch.testing.assert_close(graph(x), rearranged(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * math.sqrt(x.shape[0]),
+        lambda x: x.sin() if x.shape[0] == STAND_INS[0][0] else x.cos(),
+        lambda x: x.sin() + 1 if x.shape[0] == STAND_INS[0][0] else x.sin() + 2,
+        lambda x: x[: x.shape[0] - 1],
+        lambda x: torch.cat([x] * (x.shape[0] % 5)),
+    ],
+)
+def test_what_depends_on_the_batch_size_otherwise_is_not_made_general(function) -> None:
+    with pytest.raises(BodyError, match="batch size"):
+        generalised(function, 1, 0, 3)

@@ -7,14 +7,13 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pcr_fx.body.generalise import STAND_INS, generalise
 from pcr_fx.body.layout import StateLayout
 from pcr_fx.body.signature import Generality, Signature
 from pcr_fx.body.written_out import write_out_fused
@@ -25,18 +24,15 @@ log = logging.getLogger(__name__)
 _FAKE_TENSOR_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 
 Run = Callable[..., Any]
-
-# Sizes that stand for the batch while a program is traced for any batch: unequal to 0 and 1, which the tracer would
-# take for constants, and unlikely to equal another size of the body by chance.
-_TRACED_BATCH_SIZES = (1409, 1423, 1427, 1429, 1433, 1439, 1447, 1451)
-
+# Programs whose first input is one state `[*batch, d]`; that of the others is a trajectory `[L, *batch, d]`.
+_OF_ONE_BLOCK = ("step", "step_pullback")
 
 def trace_block(chain: Chain, signature: Signature) -> fx.GraphModule:
     """One block as an aten graph at the sizes of `signature`, with a fake `meta["val"]` on every node."""
     with FakeTensorMode() as mode:
-        arguments = [_fake(mode, spec, ()) for spec in (*signature.states, *signature.operands)]
-        arguments += [_fake(mode, signature.number, ()) for _ in chain.literals]
-        arguments += [_fake(mode, spec, ()) for spec in signature.shared]
+        arguments = [_fake(mode, spec) for spec in (*signature.states, *signature.operands)]
+        arguments += [_fake(mode, signature.number) for _ in chain.literals]
+        arguments += [_fake(mode, spec) for spec in signature.shared]
         body = write_out_fused(chain.body)
         return trace(lambda *tensors: tuple(body(*tensors)), arguments)
 
@@ -73,17 +69,10 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-def _fake(mode: FakeTensorMode, spec: TensorSpec, dynamic: Sequence[int]) -> FakeTensor:
+def _fake(mode: FakeTensorMode, spec: TensorSpec) -> FakeTensor:
     """A distinct fake tensor: the tracer would take one object passed twice for one input."""
     with mode:
-        tensor = torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
-    if not dynamic:
-        return tensor  # type: ignore[return-value]
-    sizes = [DimDynamic.DYNAMIC if dim in dynamic else DimDynamic.STATIC for dim in range(len(spec.shape))]
-    real = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-    fake = mode.from_tensor(real, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
-    with mode:
-        return torch.empty(fake.shape, dtype=spec.dtype, device=spec.device)  # type: ignore[return-value]
+        return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)  # type: ignore[return-value]
 
 
 def trace_graphs(
@@ -92,7 +81,7 @@ def trace_graphs(
     """Every program of the body, for any batch size where the body allows it, else for this one."""
     for generality in _generalities(signature, layout):
         try:
-            return Tracer(chain, signature, layout, generality).graphs(), generality
+            return _trace(chain, signature, layout, generality), generality
         except BodyError as reason:
             if not generality.any_batch:
                 raise
@@ -100,11 +89,19 @@ def trace_graphs(
     raise AssertionError("the last generality has no free size")
 
 
+def _trace(chain: Chain, signature: Signature, layout: StateLayout, generality: Generality) -> dict[str, fx.GraphModule]:
+    if not generality.any_batch:
+        return Tracer(chain, signature, layout, generality).graphs()
+    first, second = (Tracer(chain, signature, layout, generality, sizes).graphs() for sizes in STAND_INS)
+    rank = len(layout.batch_dims)
+    return {name: generalise(first[name], second[name], rank, int(name not in _OF_ONE_BLOCK)) for name in first}
+
+
 def _generalities(signature: Signature, layout: StateLayout) -> list[Generality]:
     """What to try, in order: operands apart from the batch, operands that share its size, this size alone."""
     others = (*signature.operands, *signature.shared)
     fixed: tuple[tuple[int, ...], ...] = ((),) * len(others)
-    if not layout.batch_dims:
+    if not 0 < len(layout.batch_dims) <= len(STAND_INS[0]):
         return [Generality(False, fixed)]
     sizes = {signature.states[0].shape[dim] for dim in layout.batch_dims}
     equal = tuple(tuple(dim for dim, size in enumerate(spec.shape) if size in sizes) for spec in others)
@@ -114,27 +111,35 @@ def _generalities(signature: Signature, layout: StateLayout) -> list[Generality]
 
 
 class Tracer:
-    """Traces the programs of one body with one set of fake tensors."""
+    """Traces the programs of one body with one set of fake tensors.
 
-    def __init__(self, chain: Chain, signature: Signature, layout: StateLayout, generality: Generality) -> None:
+    Args:
+        chain, signature, layout: what is traced.
+        generality: which sizes may be others later.
+        stand_ins: those that are traced in place of the batch's.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        signature: Signature,
+        layout: StateLayout,
+        generality: Generality,
+        stand_ins: Sequence[int] = (),
+    ) -> None:
         self.chain, self.layout, self.generality = chain, layout, generality
         self.body = write_out_fused(chain.body)
-        self.environment = ShapeEnv(duck_shape=False)
-        self.mode = FakeTensorMode(shape_env=self.environment)
+        self.mode = FakeTensorMode()
         state = signature.states[0]
         batch = tuple(state.shape[dim] for dim in layout.batch_dims)
-        # Operands that share the batch's size are traced with the size that stands for it.
-        stand_ins = dict(zip(batch, _TRACED_BATCH_SIZES, strict=False)) if generality.any_batch else {}
-        if generality.any_batch:
-            batch = tuple(stand_ins[size] for size in batch)
-        self.batch_rank = len(batch)
-        flat = TensorSpec((*batch, layout.dimension), state.dtype, state.device)
-        self.state = _fake(self.mode, flat, range(self.batch_rank) if generality.any_batch else ())
+        standing = list(zip(batch, stand_ins, strict=False))
+        batch = tuple(size for _, size in standing) or batch
+        self.state = _fake(self.mode, TensorSpec((*batch, layout.dimension), state.dtype, state.device))
         others = [
-            _fake(self.mode, _with_sizes(spec, dims, stand_ins), dims)
+            _fake(self.mode, _with_sizes(spec, dims, standing))
             for spec, dims in zip((*signature.operands, *signature.shared), generality.operand_dims, strict=True)
         ]
-        literals = [_fake(self.mode, signature.number, ()) for _ in chain.literals]
+        literals = [_fake(self.mode, signature.number) for _ in chain.literals]
         self.operands = [*others[: len(signature.operands)], *literals]
         self.shared = others[len(signature.operands) :]
         # A literal is a number: it has no cotangent.
@@ -155,7 +160,6 @@ class Tracer:
                 "pullback": trace(self.pullback_of(self._evaluate), [*every, torch.empty_like(stacked[0])]),
             }
         graphs["pull"] = _first_output(graphs["pullback"])
-        self._check_any_batch()
         return graphs
 
     def _stack(self, tensor: FakeTensor) -> FakeTensor:
@@ -210,17 +214,6 @@ class Tracer:
 
         return pullback
 
-    def _check_any_batch(self) -> None:
-        """No guard may bind a batch size to a number or a range; operands may be bound to the batch."""
-        if not self.generality.any_batch:
-            return
-        for size in self.state.shape[: self.batch_rank]:
-            if not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None:
-                raise BodyError("the block fixes its batch size")
-        for guard in self.environment.guards:
-            if not isinstance(guard.expr, sympy.Equality):
-                raise BodyError(f"the block is only right for batch sizes with {guard.expr}")
-
 
 def _first_output(graph: fx.GraphModule) -> fx.GraphModule:
     """What computes the first result of `graph` by itself."""
@@ -231,6 +224,12 @@ def _first_output(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph, alone)
 
 
-def _with_sizes(spec: TensorSpec, dims: tuple[int, ...], stand_ins: dict[int, int]) -> TensorSpec:
-    shape = tuple(stand_ins[size] if dim in dims else size for dim, size in enumerate(spec.shape))
-    return TensorSpec(shape, spec.dtype, spec.device)
+def _with_sizes(spec: TensorSpec, dims: tuple[int, ...], standing: Sequence[tuple[int, int]]) -> TensorSpec:
+    """`spec` with the sizes that stand for those of the batch; where several are alike, in their order."""
+    left, shape = list(standing), list(spec.shape)
+    for dim in dims:
+        found = next((pair for pair in left if pair[0] == shape[dim]), None)
+        if found is not None:
+            left.remove(found)
+            shape[dim] = found[1]
+    return TensorSpec(tuple(shape), spec.dtype, spec.device)

@@ -187,6 +187,9 @@ class Lowering:
         assert callable(node.target)
         if op_name(node) == "expand.default":
             value = self.loaded(value)
+        # PyTorch has no negative strides, and not every version says so.
+        if any(stride < 0 for view in views(value.expression) for stride in view.strides):
+            value = self.materialised(value)
         try:
             return self._viewed(node.target, value, rest, node.kwargs)
         except (RuntimeError, ValueError):

@@ -1,0 +1,142 @@
+"""Measurements that are kept on disk: when they are made, read, shown, shared and made anew."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from planner_cases import Net, chain_of, in_ops, rigged
+
+import pcr_fx
+from pcr_fx.__main__ import main
+from pcr_fx.planner import cache, plan
+
+pytestmark = pytest.mark.usefixtures("plan_cache")
+
+
+def test_measured_once_for_a_size_and_kept_on_disk(plan_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, calls = rigged(forward_eager=2.0, forward_sequential=1.0)
+    monkeypatch.setattr(plan, "measure", measured)
+    model = Net(20, 3)
+    fast = pcr_fx.transform(model, options=in_ops())
+    with torch.no_grad():
+        for batch in (5, 6, 7, 5, 17, 16):  # as many bits of samples are one size
+            x = torch.randn(batch, 3)
+            torch.testing.assert_close(fast(x), model(x))
+    assert len(calls) == len(list(plan_cache.glob("*.json"))) == 2
+    # Another process starts with nothing in memory.
+    plan._plans.clear()
+    again = pcr_fx.transform(model, options=in_ops())
+    with torch.no_grad():
+        again(torch.randn(6, 3))
+    assert len(calls) == 2
+    assert chain_of(again)["timings"] == chain_of(fast)["timings"]
+    # One of another version of the package may not be as fast.
+    monkeypatch.setattr(cache, "_code", lambda: "another version")
+    plan._plans.clear()
+    with torch.no_grad():
+        pcr_fx.transform(model, options=in_ops())(torch.randn(6, 3))
+    assert len(calls) == 3
+
+
+def test_samples_that_other_native_code_serves_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, calls = rigged(forward_eager=2.0, forward_sequential=1.0)
+    monkeypatch.setattr(plan, "measure", measured)
+    monkeypatch.setattr("pcr_fx.kernels.chain_kernel._VECTOR_SAMPLES", {lanes: 6 for lanes in (2, 4, 8, 16)})
+    fast = pcr_fx.transform(Net(21, 3))
+    with torch.no_grad():
+        for batch in (4, 5, 6, 7):
+            fast(torch.randn(batch, 3))
+    assert len(calls) == 2
+
+
+def test_options_turn_the_cache_and_the_measuring_off(plan_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured, calls = rigged(forward_eager=2.0, forward_sequential=1.0)
+    monkeypatch.setattr(plan, "measure", measured)
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        pcr_fx.transform(Net(20, 3), x, in_ops(plan_cache=False))(x)
+        assert len(calls) == 1 and not plan_cache.exists()
+        fast = pcr_fx.transform(Net(400, 3), x, in_ops(planning="estimated"))
+        fast(x)
+    assert len(calls) == 1 and not plan_cache.exists()
+    assert chain_of(fast)["solver_forward"] == "newton" and chain_of(fast)["timings"] == []
+    assert "auto takes Newton forward up to" in chain_of(fast)["reason"]
+
+
+def test_kept_measurements_are_shown_and_cleared(plan_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = torch.randn(4, 3)
+    with torch.no_grad():
+        pcr_fx.transform(Net(20, 3), x, in_ops())(x)
+    (kept,) = pcr_fx.cached_plans()
+    assert (kept["chain"]["length"], kept["chain"]["samples"], kept["chain"]["dimension"]) == (20, 4, 3)
+    main(["plans"])
+    shown = capsys.readouterr().out
+    assert "1 measurements in" in shown and "20 blocks, 4 x 3" in shown and "eager" in shown
+    main(["plans", "--clear"])
+    assert "1 measurements deleted" in capsys.readouterr().out
+    assert pcr_fx.cached_plans() == [] and pcr_fx.clear_plans() == 0
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"timings": 3}', '{"timings": [{"pace": 1}]}'])
+def test_a_measurement_that_cannot_be_read_is_made_anew(
+    content: str, plan_cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = Net(20, 3), torch.randn(4, 3)
+    with torch.no_grad():
+        pcr_fx.transform(model, x, in_ops())(x)
+        (path,) = plan_cache.glob("*.json")
+        path.write_text(content)
+        plan._plans.clear()
+        with caplog.at_level(logging.WARNING, "pcr_fx"):
+            fast = pcr_fx.transform(model, x, in_ops())
+            torch.testing.assert_close(fast(x), model(x))
+    assert "it is made anew" in caplog.text
+    assert json.loads(path.read_text())["timings"]
+
+
+def test_a_folder_that_cannot_be_written_to_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PCR_FX_CACHE_DIR", str(tmp_path / "file"))
+    model, x = Net(20, 3), torch.randn(4, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(pcr_fx.transform(model, x, in_ops())(x), model(x))
+    assert "measurements cannot be kept" in caplog.text
+
+
+SCRIPT = """
+import torch, pcr_fx
+from planner_cases import Net
+model = Net(20, 3)
+for batch in range(1, 9):  # four sizes, with gradients and without
+    x = torch.randn(batch, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(pcr_fx.transform(model, x, {"kernels": False})(x), model(x))
+"""
+
+
+def test_processes_share_a_cache(plan_cache: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(Path.cwd())))}
+    command = [sys.executable, "-c", SCRIPT]
+    with ThreadPoolExecutor(3) as pool:
+        runs = list(pool.map(lambda _: subprocess.run(command, env=environment, capture_output=True, text=True), range(3)))
+    for done in runs:
+        assert done.returncode == 0 and "cannot be" not in done.stderr, done.stderr
+    assert len(pcr_fx.cached_plans()) == len(list(plan_cache.iterdir())) == 8
+
+
+def test_a_measurement_from_disk_is_called_one(plan_cache: Path) -> None:
+    x = torch.randn(4, 3)
+    for found in (False, True):
+        plan._plans.clear()
+        fast = pcr_fx.transform(Net(40, 3), x, in_ops())
+        with torch.no_grad():
+            fast(x)
+        assert chain_of(fast)["reason"].endswith("(by measurements kept on disk)") is found
