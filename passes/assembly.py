@@ -206,7 +206,7 @@ class _Assembly:
             elif isinstance(expected, Inside) and expected.index in self.inner:
                 row.append(expected)
             else:
-                row.append(self._operand(index, self._values(index, slot, expected)))
+                row.append(self._operand(index, slot, self._values(index, slot, expected)))
         return row
 
     def _values(self, index: int, slot: int, expected: Binding) -> tuple[fx.Node, ...]:
@@ -221,13 +221,17 @@ class _Assembly:
             return values[0]
         return _Input(self.literals.setdefault(tuple(values), f"literal_{len(self.literals)}"))
 
-    def _operand(self, index: int, nodes: tuple[fx.Node, ...]) -> Any:
+    def _operand(self, index: int, slot: int, nodes: tuple[fx.Node, ...]) -> Any:
         values = list(map(self.sequence.value, nodes))
         # Numbers that the compiler leaves open. Taking the value makes the compiler guard it: another compiles anew.
         if all(_is_known(value, torch.SymInt) for value in values):
             return self._size(index, values)
         if all(_is_known(value, torch.SymFloat) for value in values):
-            return self._literal([float(value) for value in values])
+            numbers = [float(value) for value in values]
+            broken = self.isomorphism.varying(index, slot, numbers)
+            if broken is not None:
+                raise broken
+            return self._literal(numbers)
         if all(node is nodes[0] for node in nodes):
             self._check_shared(nodes[0], index)
             return _Input(self.shared.setdefault(nodes[0], f"shared_{len(self.shared)}"))

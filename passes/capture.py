@@ -59,7 +59,7 @@ def capture_model(model: nn.Module, example_inputs: Any = None) -> Captured:
 
     Args:
         model: the module to read. Tensors that are no attribute of any module become its `_tensor_constant...`.
-        example_inputs: its arguments: a tuple or list of positional ones, a dict of named ones, or one tensor.
+        example_inputs: its arguments: a tuple or list of positional ones, a dict of named ones, one tensor, or bound ones.
 
     Raises:
         CaptureError: the forward branches on the value of a tensor, or otherwise cannot be traced.
@@ -113,6 +113,8 @@ def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
             for p in parameters
             if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         }
+    if isinstance(example_inputs, inspect.BoundArguments):
+        return example_inputs.arguments
     if isinstance(example_inputs, Tensor):
         return bind_arguments(model, (example_inputs,), {})
     if isinstance(example_inputs, Mapping):

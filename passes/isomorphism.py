@@ -215,7 +215,10 @@ class Isomorphism:
     def _varying_literal(self, index: int, slot: int) -> Broken | None:
         if not isinstance(self.bindings[index][slot], Literal):
             return None
-        values = self.column(index, slot)
+        return self.varying(index, slot, self.column(index, slot))
+
+    def varying(self, index: int, slot: int, values: list[Any]) -> Broken | None:
+        """The first block whose number in an argument is another one, where that may not be: where it is no operand."""
         block = next((b for b, value in enumerate(values) if not same_literal(value, values[0])), None)
         if block is None or self._is_scalar_operand(index, slot, values):
             return None

@@ -121,7 +121,7 @@ def _fix_other_sizes(groups: Sequence[Sequence[torch.Tensor]], plan: Plan) -> No
     """
     generality = plan.program.generality
     state_dims = plan.program.layout.batch_dims if generality.any_batch else ()
-    free = [*(state_dims for _ in groups[0]), *generality.operand_dims]
+    free = [*(state_dims for _ in groups[0]), *([dim for dim, _ in pairs] for pairs in generality.follows)]
     for value, dims in zip([value for group in groups for value in group], free, strict=True):
         for dim, size in enumerate(value.shape):
             if dim not in dims:

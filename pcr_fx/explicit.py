@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import operator
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ class TransformedModule(nn.Module):
             if variant.holds() and variant.captured.holds_for(arguments):
                 break
         else:
-            variant = self._rewrite(arguments)
+            variant = self._rewrite(inspect.BoundArguments(self._pcr_signature, OrderedDict(arguments)))
         self._put_first(variant)
         # Past the graph module's own call machinery: hooks were traced, or are this module's own.
         return variant.run.forward(*variant.captured.inputs(arguments))

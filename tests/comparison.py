@@ -13,7 +13,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     if expected.numel() == 0:
         return 0.0
     scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-    return float((got.to(expected.dtype) - expected).abs().max() / scale)
+    return float(((got.to(expected.dtype) - expected).abs().max() / scale).detach())
 
 
 def value_and_gradients(model: Callable[..., Any], parameters: list[Tensor], x: Tensor) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import relative_error
 from gpu_chains import (
     BODIES,
     DEVICE,
@@ -24,6 +25,7 @@ from gpu_chains import (
     net,
     value_and_gradients,
 )
+from shapes import SEQUENCES, D, Net, results
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 
@@ -49,14 +51,58 @@ def test_float32(width: int, length: int, samples: int) -> None:
     check(net(coupled, width, length), torch.randn(samples, width, device=DEVICE), NEWTON, 2e-5)
 
 
-def test_a_chain_longer_than_a_program_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices follow one another, each starting from the correction of the one before."""
+@pytest.fixture(params=["at once", "apart"])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small slices, one after another in one program, or each in a program of its own."""
     from pcr_fx.kernels.gpu import scalar_kernels
 
-    monkeypatch.setattr(scalar_kernels, "TILES", dict.fromkeys([(2, "forward"), (2, "adjoint")], (16, 1)))
-    for length in (15, 16, 17, 47, 48, 49):
-        model = net(coupled, 2, length).double()
-        check(model, torch.randn(3, 2, dtype=torch.float64, device=DEVICE), NEWTON, 1e-12)
+    small = {(d, direction): (16, 1) for d, direction in scalar_kernels.TILES}
+    monkeypatch.setattr(scalar_kernels, "TILES", small)
+    monkeypatch.setattr(scalar_kernels, "SLICES_APART", {"at once": 10**9, "apart": 1}[request.param])
+    return request.param
+
+
+@pytest.mark.parametrize("length", [2, 15, 16, 17, 47, 48, 49])
+def test_chains_of_several_slices(length: int, slices: str) -> None:
+    """Each slice starts from the correction of the one before."""
+    check(net(coupled, 2, length).double(), torch.randn(3, 2, dtype=torch.float64, device=DEVICE), NEWTON, 1e-12)
+
+
+@pytest.mark.parametrize("name, width", [("gated", 4), ("normed", 2), ("piecewise", 3)])
+def test_bodies_in_several_slices(name: str, width: int, slices: str) -> None:
+    model, x = net(BODIES[name], width, 18).double(), torch.randn(2, width, dtype=torch.float64, device=DEVICE)
+    transformed = check(model, x, NEWTON, 1e-12)
+    assert chain_of(transformed)["solver_backward"] == "newton"
+
+
+def test_more_slices_than_a_program_has_lanes(slices: str) -> None:
+    check(net(coupled, 1, 16 * 16 + 1).double(), torch.randn(1, 1, dtype=torch.float64, device=DEVICE), NEWTON, 1e-11)
+
+
+def test_stats_of_several_slices_are_those_of_the_solver_in_pytorch(slices: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pcr_fx.planner import plan
+
+    model, x = net(coupled, 2, 40).double(), torch.randn(2, 2, dtype=torch.float64, device=DEVICE)
+    ours = pcr_fx.transform(model, (x,), options=NEWTON)
+    ours(x)
+    monkeypatch.setattr(plan, "_plans", {})
+    theirs = pcr_fx.transform(model, (x,), options={**NEWTON, "kernels": False})
+    theirs(x)
+    ours, theirs = chain_of(ours), chain_of(theirs)
+    assert abs(ours["iterations"] - theirs["iterations"]) <= 1
+    assert 0 < ours["residual"] < 1e-15 and theirs["residual"] < 1e-15
+
+
+@pytest.mark.parametrize("solver", ["newton", "sequential"])
+@pytest.mark.parametrize("name", ["positions", "one position at first", "one for all samples"])
+def test_shapes_one_after_another(name: str, solver: str) -> None:
+    model, fast = Net(5).double().to(DEVICE), None
+    for batch, shape in SEQUENCES[name]:
+        x = torch.randn(*batch, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        c = torch.randn(*shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        fast = fast or pcr_fx.transform(model, (x, c), {**NEWTON, "solver": solver})
+        for got, expected in zip(results(fast, x, c), results(model, x, c), strict=True):
+            assert relative_error(got, expected) < 1e-9
 
 
 def test_no_samples() -> None:
@@ -76,7 +122,7 @@ def test_shared_weights_and_operands_of_each_sample(solver: str) -> None:
     check(Recurrence(2).double().to(DEVICE), inputs, {**NEWTON, "solver": solver}, 1e-12)
 
 
-def test_samples_that_newton_does_not_solve_are_evaluated_block_by_block() -> None:
+def test_samples_that_newton_does_not_solve_are_evaluated_block_by_block(slices: str) -> None:
     model = net(logistic, 1, 100).double()
     x = torch.tensor([[0.0], [0.3], [0.7]], dtype=torch.float64, device=DEVICE)
     transformed = pcr_fx.transform(model, (x,), options={"solver": "newton"})
@@ -97,14 +143,14 @@ def test_a_solve_that_fails_raises_where_that_is_asked_for(width: int, length: i
 
 
 @pytest.mark.parametrize("width, length", [(1, 20), (5, 12)])
-def test_states_that_become_infinite_are_returned_as_they_are(width: int, length: int) -> None:
+def test_states_that_become_infinite_are_returned_as_they_are(width: int, length: int, slices: str) -> None:
     model = net(lambda x, w, b: x * x + 0 * b, width, length)
     x = torch.tensor([0.5, 3.0, math.nan], device=DEVICE)[:, None].repeat(1, width)
     transformed = pcr_fx.transform(model, (x,), options={"solver": "newton"})
     torch.testing.assert_close(transformed(x), model(x), equal_nan=True)
 
 
-def test_gradients_of_a_growing_adjoint() -> None:
+def test_gradients_of_a_growing_adjoint(slices: str) -> None:
     """A product of many expanding Jacobians is not accurate: what is not is computed block by block."""
     model = net(lambda x, w, b: 1.5 * x + F.linear(torch.sin(x), w), 2, 60).double()
     check(model, torch.randn(2, 2, dtype=torch.float64, device=DEVICE), {"solver": "newton"}, 1e-9)
@@ -234,7 +280,7 @@ def test_kernels_compile_for_a_gpu_and_do_not_spill() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles for GPUs on Linux only")
 def test_kernels_compile_from_the_arguments_they_are_called_with() -> None:
     names = compiled("tests/compiled_launches.py").split()
-    assert [names.count(name) for name in ("newton", "sequential", "gradients")] == [6, 8, 4]
+    assert set(names) == set("newton linearise link correct decide compose apply sequential gradients".split())
 
 
 def test_solve_nodes_have_gpu_kernels() -> None:

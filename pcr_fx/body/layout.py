@@ -33,7 +33,8 @@ class StateLayout:
     @functools.cached_property
     def is_flat(self) -> bool:
         """Whether the one state is flat as it is, as the common `[batch, features]` is: then nothing is to be done."""
-        return len(self.shapes) == 1 and self.batch_dims == tuple(range(len(self.shapes[0]) - 1))
+        (shape, *others) = self.shapes
+        return not others and len(shape) > 0 and self.batch_dims == tuple(range(len(shape) - 1))
 
     @property
     def counts(self) -> list[int]:
@@ -54,7 +55,7 @@ class StateLayout:
             front = state.movedim(self._positions(leading), self._front(leading))
             kept = leading + len(self.batch_dims)
             # One feature dimension is already flat: no op at all for the common [batch, features] state.
-            parts.append(front if len(sizes) == 1 else front.reshape(*front.shape[:kept], math.prod(sizes)))
+            parts.append(front if len(sizes) == 1 else front.reshape((*front.shape[:kept], math.prod(sizes))))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def unflatten(self, flat: Tensor, leading: int = 0) -> tuple[Tensor, ...]:
@@ -64,7 +65,7 @@ class StateLayout:
         parts = (flat,) if len(self.shapes) == 1 else flat.split(self.counts, dim=-1)
         states = []
         for part, sizes in zip(parts, self.features, strict=True):
-            front = part if len(sizes) == 1 else part.reshape(*part.shape[:-1], *sizes)
+            front = part if len(sizes) == 1 else part.reshape((*part.shape[:-1], *sizes))
             states.append(front.movedim(self._front(leading), self._positions(leading)))
         return tuple(states)
 

@@ -58,6 +58,11 @@ class Program:
     pull: Run
     _shorter: dict[int, Program] = field(default_factory=dict, repr=False)
 
+    def called_with(self, signature: Signature) -> Program:
+        """The same for tensors of another signature that it is right for."""
+        shapes = tuple(spec.shape for spec in signature.states)
+        return replace(self, signature=signature, layout=replace(self.layout, shapes=shapes), _shorter={})
+
     def of_length(self, length: int) -> Program:
         """The program of so many of the chain's blocks in a row: whichever these are, given their operands."""
         if length == self.length:
@@ -110,7 +115,7 @@ def build_program(chain: Chain, signature: Signature) -> Program:
         BodyError: the block is random, mutates, changes the shape or dtype of its state, or cannot be traced.
     """
     block = trace_block(chain, signature)
-    same_block = _content_key(chain, signature, (), {"block": block})
+    same_block = _content_key(chain, signature, {"block": block})
     if same_block not in _of_block:
         _of_block[same_block] = _program_for(chain, signature, block)
     return _of_block[same_block]
@@ -127,7 +132,8 @@ def _program_for(chain: Chain, signature: Signature, block: fx.GraphModule) -> P
     layout = StateLayout(tuple(spec.shape for spec in signature.states), batch.dims)
     literals = _literal_tensors(chain, signature)
     graphs, generality = trace_graphs(chain, signature, layout)
-    key = _content_key(chain, signature, layout.batch_dims, graphs)
+    # Where any batch size will do, chains that were first met with different ones have one program.
+    key = _content_key(chain, (generality, *generality.widen(signature, batch.dims)), graphs)
     if key not in _programs:
         runs: dict[str, Any] = {name: graph.forward for name, graph in graphs.items()}
         _programs[key] = Program(
@@ -175,12 +181,16 @@ def _op_names(block: fx.GraphModule) -> tuple[str, ...]:
     )
 
 
-def _content_key(
-    chain: Chain, signature: Signature, batch_dims: tuple[int, ...], graphs: dict[str, fx.GraphModule]
-) -> str:
-    """A hash of all that decides what a program computes."""
+def _content_key(chain: Chain, inputs: Any, graphs: dict[str, fx.GraphModule]) -> str:
+    """A hash of all that decides what a program computes.
+
+    Args:
+        chain: whose blocks are computed.
+        inputs: what they take, with a `repr` that says everything.
+        graphs: how they are computed.
+    """
     digest = hashlib.sha256()
-    for part in (chain.length, chain.literals, signature, batch_dims):
+    for part in (chain.length, chain.literals, inputs):
         digest.update(repr(part).encode())
     for name, graph in graphs.items():
         digest.update(name.encode() + graph.code.encode())

@@ -15,13 +15,16 @@ def check_pure(block: fx.GraphModule) -> None:
     """Check a block's aten graph.
 
     Raises:
-        BodyError: it is random, writes to an input, or updates running statistics.
+        BodyError: it is random, writes to an input, updates running statistics, or has ops without a result, of which
+            nobody knows what they do.
     """
     owner = _storage_owners(block.graph)
     for node in block.graph.nodes:
         if not isinstance(node.target, OpOverload):
             continue
         name = str(node.target).removesuffix(".default")
+        if not node.target._schema.returns:
+            raise BodyError(f"{name} returns nothing")
         if _is_random(node):
             raise BodyError(f"random op {name}: every evaluation of the block would draw other numbers")
         if _updates_statistics(node):

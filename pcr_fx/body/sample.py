@@ -44,6 +44,27 @@ class SampleBody:
     step: fx.GraphModule
     pullback: fx.GraphModule
 
+    def bound_to(self, program: Program) -> tuple[int, ...] | Signature:
+        """The sizes beside those that `program` fixes for which alone this is right.
+
+        Args:
+            program: what it was traced of, for the signature that it was traced at.
+
+        Returns:
+            Those of the batch dimensions that do not tell samples apart here; or all, where it cannot be told how
+            operands follow the others.
+        """
+        if not program.generality.any_batch:
+            return ()
+        free, first = len(self.batch_dims), program.signature.states[0]
+        operands, literals = program.chain.num_operands, len(program.chain.literals)
+        owns = [*self.own[:operands], *self.own[operands + literals :]]
+        samples = tuple((dim, dim) for dim in range(free))
+        for pairs, own in zip(program.generality.follows, owns, strict=True):
+            if tuple(pair for pair in pairs if pair[1] < free) != (samples if own else ()):
+                return program.signature
+        return tuple(first.shape[dim] for dim in program.layout.batch_dims[free:])
+
 
 @isolated
 def trace_sample(program: Program) -> SampleBody:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,22 +29,26 @@ class Generality:
 
     Attributes:
         any_batch: whether the batch dimensions of the state may have any size.
-        operand_dims: for each operand, then each shared operand, the dimensions that may follow the batch.
+        follows: for each operand, then each shared operand, its dimensions that have the size of a batch dimension, whatever
+            that is, each with the number of that batch dimension.
     """
 
     any_batch: bool
-    operand_dims: tuple[tuple[int, ...], ...]
+    follows: tuple[tuple[tuple[int, int], ...], ...]
 
     def widen(self, signature: Signature, batch_dims: tuple[int, ...]) -> tuple[Any, ...]:
         """`signature` with every free size left out: signatures that widen alike share a program."""
-        state_dims = batch_dims if self.any_batch else ()
-        batch = {signature.states[0].shape[dim] for dim in state_dims}
-        states = [_without(spec, state_dims, batch) for spec in signature.states]
-        others = zip((*signature.operands, *signature.shared), self.operand_dims, strict=True)
-        return batch_dims, *states, *(_without(spec, dims, batch) for spec, dims in others)
+        free = tuple((dim, number) for number, dim in enumerate(batch_dims)) if self.any_batch else ()
+        batch = [signature.states[0].shape[dim] for dim, _ in free]
+        states = [_without(spec, free, batch) for spec in signature.states]
+        others = zip((*signature.operands, *signature.shared), self.follows, strict=True)
+        return batch_dims, *states, *(_without(spec, pairs, batch) for spec, pairs in others)
 
 
-def _without(spec: TensorSpec, dims: tuple[int, ...], batch: set[int]) -> TensorSpec:
-    """`spec` without its sizes along `dims` that follow the batch; others, such as 1 to broadcast, are kept."""
-    shape = tuple(-1 if dim in dims and size in batch else size for dim, size in enumerate(spec.shape))
-    return TensorSpec(shape, spec.dtype, spec.device)
+def _without(spec: TensorSpec, follows: Sequence[tuple[int, int]], batch: Sequence[int]) -> TensorSpec:
+    """`spec` without its sizes that follow the batch; others, such as 1 to broadcast, are kept."""
+    shape = list(spec.shape)
+    for dim, number in follows:
+        if dim < len(shape) and shape[dim] == batch[number]:
+            shape[dim] = -1 - number
+    return TensorSpec(tuple(shape), spec.dtype, spec.device)

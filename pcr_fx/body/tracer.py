@@ -100,14 +100,31 @@ def _trace(chain: Chain, signature: Signature, layout: StateLayout, generality: 
 def _generalities(signature: Signature, layout: StateLayout) -> list[Generality]:
     """What to try, in order: operands apart from the batch, operands that share its size, this size alone."""
     others = (*signature.operands, *signature.shared)
-    fixed: tuple[tuple[int, ...], ...] = ((),) * len(others)
+    fixed: tuple[tuple[tuple[int, int], ...], ...] = ((),) * len(others)
     if not 0 < len(layout.batch_dims) <= len(STAND_INS[0]):
         return [Generality(False, fixed)]
-    sizes = {signature.states[0].shape[dim] for dim in layout.batch_dims}
-    equal = tuple(tuple(dim for dim, size in enumerate(spec.shape) if size in sizes) for spec in others)
-    leading = tuple(dims[:1] for dims in equal)
-    tried = dict.fromkeys([fixed, leading, equal])
-    return [*(Generality(True, dims) for dims in tried), Generality(False, fixed)]
+    batch = [signature.states[0].shape[dim] for dim in layout.batch_dims]
+    equal = tuple(_followed(spec.shape, batch) for spec in others)
+    leading = tuple(pairs[:1] for pairs in equal)
+    # Equal from behind, as broadcasting has it.
+    behind = tuple(_mirrored(_followed(spec.shape[::-1], batch[::-1]), len(spec.shape), len(batch)) for spec in others)
+    tried = dict.fromkeys([fixed, leading, equal, behind])
+    return [*(Generality(True, follows) for follows in tried), Generality(False, fixed)]
+
+
+def _followed(shape: Sequence[int], batch: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Dimensions with the size of a batch dimension, each with the number of that; where several are alike, in order."""
+    left, pairs = list(range(len(batch))), []
+    for dim, size in enumerate(shape):
+        number = next((number for number in left if batch[number] == size), None)
+        if number is not None:
+            left.remove(number)
+            pairs.append((dim, number))
+    return tuple(pairs)
+
+
+def _mirrored(pairs: Sequence[tuple[int, int]], rank: int, batch_rank: int) -> tuple[tuple[int, int], ...]:
+    return tuple((rank - 1 - dim, batch_rank - 1 - number) for dim, number in reversed(pairs))
 
 
 class Tracer:
@@ -132,12 +149,11 @@ class Tracer:
         self.mode = FakeTensorMode()
         state = signature.states[0]
         batch = tuple(state.shape[dim] for dim in layout.batch_dims)
-        standing = list(zip(batch, stand_ins, strict=False))
-        batch = tuple(size for _, size in standing) or batch
+        batch = tuple(stand_ins[: len(batch)]) or batch
         self.state = _fake(self.mode, TensorSpec((*batch, layout.dimension), state.dtype, state.device))
         others = [
-            _fake(self.mode, _with_sizes(spec, dims, standing))
-            for spec, dims in zip((*signature.operands, *signature.shared), generality.operand_dims, strict=True)
+            _fake(self.mode, _with_sizes(spec, pairs, batch))
+            for spec, pairs in zip((*signature.operands, *signature.shared), generality.follows, strict=True)
         ]
         literals = [_fake(self.mode, signature.number) for _ in chain.literals]
         self.operands = [*others[: len(signature.operands)], *literals]
@@ -224,12 +240,8 @@ def _first_output(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph, alone)
 
 
-def _with_sizes(spec: TensorSpec, dims: tuple[int, ...], standing: Sequence[tuple[int, int]]) -> TensorSpec:
-    """`spec` with the sizes that stand for those of the batch; where several are alike, in their order."""
-    left, shape = list(standing), list(spec.shape)
-    for dim in dims:
-        found = next((pair for pair in left if pair[0] == shape[dim]), None)
-        if found is not None:
-            left.remove(found)
-            shape[dim] = found[1]
+def _with_sizes(spec: TensorSpec, follows: Sequence[tuple[int, int]], batch: Sequence[int]) -> TensorSpec:
+    shape = list(spec.shape)
+    for dim, number in follows:
+        shape[dim] = batch[number]
     return TensorSpec(tuple(shape), spec.dtype, spec.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import struct
 import threading
@@ -142,7 +143,7 @@ class ChainKernel:
             trajectory.data_ptr(),
             *(0, 0, 0, 0, 0),
         ]
-        columns, _kept = self._columns(operands, shared)
+        columns, _kept = self._columns(samples, operands, shared)
         self._call("forward", samples, [*words, *columns])
         return trajectory
 
@@ -176,7 +177,7 @@ class ChainKernel:
             trajectory.data_ptr(),
             *(0, 0, 0, 0, ctypes.addressof(iteration)),
         ]
-        columns, _kept = self._columns(operands, shared)
+        columns, _kept = self._columns(samples, operands, shared)
         self._call("newton", samples, [*words, *columns])
         _, _, iterations, residual, outcome = iteration
         return trajectory, _OUTCOMES[int(outcome)], int(iterations), residual
@@ -211,7 +212,7 @@ class ChainKernel:
             d_initial.data_ptr(),
             0,
         ]
-        columns, _kept = self._columns(operands, shared)
+        columns, _kept = self._columns(samples, operands, shared)
         addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
         self._call("adjoint", samples, [*words, *columns, *addresses])
         return [d_initial, *(gradient for gradient in gradients if gradient is not None)]
@@ -229,20 +230,28 @@ class ChainKernel:
         return _Given((0, 0, ctypes.addressof(table)), kept)
 
     def _columns(
-        self, operands: Sequence[Tensor | Column], shared: Sequence[Tensor]
+        self, samples: int, operands: Sequence[Tensor | Column], shared: Sequence[Tensor]
     ) -> tuple[list[int], list[Tensor | Column]]:
-        """Where every operand and shared operand lies, and what is to be kept until the call is over."""
+        """Where every operand and shared operand lies, and what is to be kept until the call is over.
+
+        Native code reads what it was compiled for: that much has to be there.
+        """
         words: list[int] = []
         kept: list[Tensor | Column] = []
+        sizes = iter(self._sizes)
         for operand in operands:
+            size, own = next(sizes)
             if isinstance(operand, Tensor):
                 operand = operand.contiguous()
                 words += _column(operand)
+                assert operand.numel() == self.length * size * (samples if own else 1), "another kernel is for these sizes"
             else:
                 words += operand.words
             kept.append(operand)
         for tensor in shared:
+            size, own = next(sizes)
             tensor = tensor.contiguous()
+            assert tensor.numel() == size * (samples if own else 1), "another kernel is for these sizes"
             words += (tensor.data_ptr(), 0, 0)
             kept.append(tensor)
         return words, kept
@@ -269,12 +278,18 @@ class ChainKernel:
         self._shapes[batch] = shapes
         return shapes
 
+    @functools.cached_property
+    def _sizes(self) -> list[tuple[int, bool]]:
+        """The numbers of each input, of a block or of a block and sample, and which of these it is."""
+        return list(zip(input_sizes(self.program, self.body), self.body.own, strict=True))
+
     @property
     def _vectors_fit(self) -> bool:
         """Whether the stack has room for a vector in place of each number."""
         return self.held * _VECTOR_BYTES <= _STACK_BYTES
 
     def _samples(self, state: Tensor) -> int:
+        assert state.numel() % self.body.dimension == 0, "another kernel is for this state"
         return state.numel() // self.body.dimension
 
     def _threads(self, samples: int, operations: int) -> int:

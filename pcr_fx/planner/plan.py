@@ -228,10 +228,16 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
     Raises:
         BodyError: the block cannot be solved as a chain; the message is the reason.
     """
-    program = build_program(chain, signature)
+    program = build_program(chain, signature).called_with(signature)
     # What finds the chain and what compiles the rest does not matter to how it is solved.
     content = replace(options, inner_backend="eager", min_length=2)
-    key = hashlib.sha256(f"{program.key} {content!r}".encode()).hexdigest()[:32]
+    key = _digest(program.key, content)
+    if key in _plans:
+        return _plans[key]
+    kernel = _kernel(program, options)
+    bound = () if isinstance(kernel, str) else kernel.body.bound_to(program)
+    if bound:  # for other sizes there is another kernel
+        key = _digest(program.key, content, bound)
     if key not in _plans:
         tolerance = options.tolerance or default_tolerance(signature.states[0].dtype)
         settings = Settings(
@@ -243,8 +249,12 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
             options.start,
             options.diagonal_probes,
         )
-        _plans[key] = Plan(key, program, options, settings, _kernel(program, options))
+        _plans[key] = Plan(key, program, options, settings, kernel)
     return _plans[key]
+
+
+def _digest(*content: object) -> str:
+    return hashlib.sha256(" ".join(map(repr, content)).encode()).hexdigest()[:32]
 
 
 # Whose kernels run a chain on a device.

@@ -159,3 +159,55 @@ def judge(  # type: ignore[no-untyped-def]
     outcome = tl.where(residual < float("inf"), outcome, 3)
     residual = tl.where((outcome < 2) & (outcome >= 0) & (residual > tolerance), against, residual)
     return outcome, residual, best, best_at
+
+
+@triton.jit
+def decide_sample(  # type: ignore[no-untyped-def]
+    ratios,
+    stats,
+    history,
+    sample,
+    count,
+    samples,
+    iteration,
+    limit,
+    tolerance,
+    rounding: tl.constexpr,
+    patience: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What becomes of a sample's iteration, from `count` ratios of either kind, `[2, samples, count]`; the outcome.
+
+    `stats` `[samples, 3]` are outcome (-1 while there is none), iteration and residual; `history` `[samples, 3]` the
+    residual before, the smallest so far and the iteration that had it.
+    """
+    lane = tl.arange(0, BLOCK)
+    residuals = tl.zeros([BLOCK], stats.dtype.element_ty)
+    againsts = tl.zeros([BLOCK], stats.dtype.element_ty)
+    for first in range(0, count, BLOCK):
+        place = ratios + sample * count + first + lane
+        live = first + lane < count
+        residuals = tl.maximum(residuals, tl.load(place, mask=live, other=0))
+        againsts = tl.maximum(againsts, tl.load(place + samples.to(tl.int64) * count, mask=live, other=0))
+    record = stats + sample * 3
+    past = history + sample * 3
+    residual = tl.max(residuals, 0)
+    outcome, shown, best, best_at = judge(
+        residual,
+        tl.max(againsts, 0),
+        tl.load(past),
+        tl.load(past + 1),
+        tl.load(past + 2),
+        iteration,
+        limit,
+        tolerance,
+        rounding,
+        patience,
+    )
+    tl.store(record, outcome.to(stats.dtype.element_ty))
+    tl.store(record + 1, iteration.to(stats.dtype.element_ty))
+    tl.store(record + 2, shown)
+    tl.store(past, residual)
+    tl.store(past + 1, best)
+    tl.store(past + 2, best_at)
+    return outcome

@@ -18,6 +18,13 @@ REALS = {torch.float32: "tl.float32", torch.float64: "tl.float64"}
 # be: as in pcr_fx/solvers/iteration.py, which explains them.
 PATIENCE = 8
 ROUNDING_EPS = 8.0
+# Iterations that are sent to the GPU, done or not, where each is launches of its own: nobody waits to see. Launches that find
+# nothing to do cost some 2 us each. Chains that Newton's method is good for need 3 to 8 iterations, and a chain that needs
+# more has no use for it: each costs as much as a few dozen blocks one after another at the least. An adjoint is solved at
+# once, and refined once.
+MOST_ITERATIONS = {"forward": 12, "adjoint": 2}
+# Lanes of the program that decides what becomes of a sample.
+DECIDING_LANES = 256
 HEADER = """
 import triton
 import triton.language as tl

@@ -17,7 +17,7 @@ import math
 import triton
 import triton.language as tl
 
-from pcr_fx.kernels.gpu.functions import judge
+from pcr_fx.kernels.gpu.functions import decide_sample
 
 # Columns of a map that one program makes, and the slices in which products go through their inner dimension: as small as
 # `tl.dot` takes them, for one program's products are one after another, and programs are what there is room for.
@@ -47,43 +47,12 @@ def decide(  # type: ignore[no-untyped-def]
     patience: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a sample: from each column's ratios `[2, samples, columns]` to what becomes of the iteration.
-
-    `stats` `[samples, 3]` are outcome (-1 while there is none), iteration and residual; `history` `[samples, 3]` the
-    residual before, the smallest so far and the iteration that had it.
-    """
+    """One program a sample: from each column's ratios to what becomes of the iteration."""
     sample = tl.program_id(0).to(tl.int64)
-    record = stats + sample * 3
-    if tl.load(record) >= 0:
-        return
-    lane = tl.arange(0, BLOCK)
-    residuals = tl.zeros([BLOCK], stats.dtype.element_ty)
-    againsts = tl.zeros([BLOCK], stats.dtype.element_ty)
-    for first in range(0, columns, BLOCK):
-        place = ratios + sample * columns + first + lane
-        live = first + lane < columns
-        residuals = tl.maximum(residuals, tl.load(place, mask=live, other=0))
-        againsts = tl.maximum(againsts, tl.load(place + samples.to(tl.int64) * columns, mask=live, other=0))
-    past = history + sample * 3
-    residual = tl.max(residuals, 0)
-    outcome, shown, best, best_at = judge(
-        residual,
-        tl.max(againsts, 0),
-        tl.load(past),
-        tl.load(past + 1),
-        tl.load(past + 2),
-        iteration,
-        limit,
-        tolerance,
-        rounding,
-        patience,
-    )
-    tl.store(record, outcome.to(stats.dtype.element_ty))
-    tl.store(record + 1, iteration.to(stats.dtype.element_ty))
-    tl.store(record + 2, shown)
-    tl.store(past, residual)
-    tl.store(past + 1, best)
-    tl.store(past + 2, best_at)
+    if tl.load(stats + sample * 3) < 0:
+        decide_sample(
+            ratios, stats, history, sample, columns, samples, iteration, limit, tolerance, rounding, patience, BLOCK
+        )
 
 
 @triton.jit(do_not_specialize=["columns", "chunk", "chunks"])

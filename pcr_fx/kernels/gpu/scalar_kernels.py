@@ -7,14 +7,14 @@ from functools import cached_property
 
 from torch import Tensor
 
-from pcr_fx.kernels.gpu.inputs import Call, Input
+from pcr_fx.kernels.gpu.inputs import DECIDING_LANES, MOST_ITERATIONS, Call, Input
 from pcr_fx.kernels.gpu.launches import Launch, Loader
 from pcr_fx.kernels.gpu.source_scalars import ScalarSource
 
 # The largest d with a block, its operands and its Jacobian in one thread's registers: at d = 8 and one column a thread
 # `newton` spills 1.9 kB, after 72 s of compiling.
 MAX_DIMENSION = 4
-# By d and direction the columns that a program of `newton` holds at once, and its warps: the most that does not spill
+# By d and direction the columns that a program holds at once, and its warps: the most that does not spill
 # for sm_90 (`benchmarks.gpu_resources`).
 TILES = {
     (1, "forward"): (1024, 8),
@@ -26,10 +26,15 @@ TILES = {
     (4, "forward"): (256, 8),
     (4, "adjoint"): (128, 4),
 }
+# From so many slices of columns on, and up to so many samples, each slice has a program of its own. Estimated and not yet
+# measured: a slice costs some 1 us, three launches 8, and more samples fill a GPU with a program each.
+SLICES_APART = 16
+SAMPLES_APART = 64
 # Lanes of one warp: a sample in each, or a block.
 _LANES = 32
-_NAMES = [(name, direction) for name in ("newton", "sequential") for direction in ("forward", "adjoint")]
-_NAMES.append(("gradients", "adjoint"))
+_DIRECTIONS = ("forward", "adjoint")
+_NAMES = [(name, direction) for name in ("newton", "linearise", "sequential") for direction in _DIRECTIONS]
+_NAMES += [("link", "forward"), ("correct", "forward"), ("gradients", "adjoint")]
 
 
 class ScalarKernels:
@@ -43,11 +48,19 @@ class ScalarKernels:
     def solve_newton(
         self, direction: str, call: Call, result: Tensor, tolerance: float, max_iterations: int
     ) -> Tensor:
-        """All iterations of all samples in one launch, into `result` as from `solve`.
+        """Newton's method for all samples, into `result` as from `solve`.
 
         Returns:
             The stats `[samples, 3]` that `GpuKernel.solve_newton` describes.
         """
+        if self._is_apart(direction, call.samples):
+            return self._solve_apart(direction, call, result, tolerance, max_iterations)
+        return self._solve_at_once(direction, call, result, tolerance, max_iterations)
+
+    def _solve_at_once(
+        self, direction: str, call: Call, result: Tensor, tolerance: float, max_iterations: int
+    ) -> Tensor:
+        """All iterations in one launch."""
         stats = call.initial.new_empty((call.samples, 3))
         columns = self._columns(direction)
         states = call.initial.new_empty((2, call.samples, self.source.dimension, columns + 1))
@@ -66,6 +79,36 @@ class ScalarKernels:
             BLOCK=block,
             num_warps=warps,
         )
+        return stats
+
+    def _solve_apart(
+        self, direction: str, call: Call, result: Tensor, tolerance: float, max_iterations: int
+    ) -> Tensor:
+        """Three launches an iteration, and a program for each slice."""
+        samples, d, columns = call.samples, self.source.dimension, self._columns(direction)
+        block, warps = self._tile(direction)
+        slices = -(-columns // block)
+        new = call.initial.new_empty
+        maps, carries = new((samples, d * d + d, columns)), new((samples, d, slices))
+        ratios, states = new((2, samples, slices)), new((samples, d, columns + 1))
+        stats, history = new((samples, 3)).fill_(-1), new((samples, 3)).fill_(float("inf"))
+        # Adjoints start from nothing, states from where the chain does.
+        states.copy_(call.initial.reshape(samples, d, 1)) if direction == "forward" else states.zero_()
+        programs, tile = (samples * slices,), {"BLOCK": block, "num_warps": warps}
+        kernel, limit = self._loader.kernel, min(max_iterations, MOST_ITERATIONS[direction])
+        linking = {"SLICE": block, "BLOCK": min(block, DECIDING_LANES), "num_warps": warps}
+        for iteration in range(limit + 1):
+            kernel("linearise", direction)[programs](
+                call.packed, *call.shared, call.initial, states, maps, ratios, stats,
+                self.source.program.length, samples, **tile,
+            )  # fmt: skip
+            kernel("link", "forward")[(samples,)](
+                maps, carries, ratios, stats, history, columns, samples, iteration, limit, tolerance, **linking
+            )
+            if iteration < limit:
+                kernel("correct", "forward")[programs](states, maps, carries, stats, columns, **tile)
+        found = states[:, :, 1:].permute(2, 0, 1)
+        result.view(columns, samples, d).copy_(found if direction == "forward" else found.flip(0))
         return stats
 
     def solve(self, direction: str, call: Call, result: Tensor, stats: Tensor | None) -> None:
@@ -91,7 +134,7 @@ class ScalarKernels:
 
     def gradients(self, call: Call, adjoints: Tensor, parts: Sequence[Tensor], group: int) -> None:
         """Those of what is differentiable, in parts that are to be summed."""
-        self._loader.kernel("gradients", "adjoint")[(self.tiles(), -(-call.samples // group))](
+        self._loader.kernel("gradients", "adjoint")[(self.tiles() * -(-call.samples // group),)](
             call.packed,
             *call.shared,
             call.initial,
@@ -109,17 +152,24 @@ class ScalarKernels:
         return -(-self.source.program.length // _LANES)
 
     def scratch_numbers(self, samples: int, solver: str) -> int:
-        """Numbers beside results: operands and states packed, adjoints; for Newton's method two buffers of states."""
+        """Numbers beside results: operands and states packed, adjoints; for Newton's method states twice, or once and maps."""
+        d, columns = self.source.dimension, self._columns("adjoint")
         packed = sum(one.size * (samples if one.own else 1) for one in self._inputs if not one.shared)
-        return (packed + (5 if solver == "newton" else 3) * samples * self.source.dimension) * self._columns("adjoint")
+        own = 3 * d
+        if solver == "newton":
+            own += d * (d + 3) if any(self._is_apart(direction, samples) for direction in _DIRECTIONS) else 2 * d
+        return (packed + own * samples) * columns
 
     def launches(self) -> list[Launch]:
         """Every kernel, to be compiled without being run."""
         found = []
         for name, direction in _NAMES:
-            block, warps = self._tile(direction) if name == "newton" else (_LANES, 1)
+            block, warps = (_LANES, 1) if name in ("sequential", "gradients") else self._tile(direction)
+            constants = {"BLOCK": block}
+            if name == "link":
+                constants = {"SLICE": block, "BLOCK": min(block, DECIDING_LANES)}
             function, dtype = self._loader.kernel(name, direction), self.source.program.dtype
-            found.append(Launch.of(f"{name}, {direction}", function, dtype, {"BLOCK": block}, warps))
+            found.append(Launch.of(f"{name}, {direction}", function, dtype, constants, warps))
         return found
 
     @cached_property
@@ -129,8 +179,13 @@ class ScalarKernels:
     def _columns(self, direction: str) -> int:
         return self.source.program.length + (direction == "adjoint")
 
+    def _is_apart(self, direction: str, samples: int) -> bool:
+        """Whether each slice has a program of its own."""
+        block, _ = self._tile(direction)
+        return self._columns(direction) > (SLICES_APART - 1) * block and samples <= SAMPLES_APART
+
     def _tile(self, direction: str) -> tuple[int, int]:
-        """Columns that a program of `newton` holds at once, a power of two, and its warps."""
+        """Columns of a slice, which a program holds at once, a power of two, and its warps."""
         block, warps = TILES[self.source.dimension, direction]
         block = min(block, max(16, 1 << (self._columns(direction) - 1).bit_length()))
         return block, min(warps, max(1, block // 32))

@@ -87,14 +87,16 @@ def linearise(
     tl.store(ratios + (samples + sample) * columns + column, against)
 """
 
-# One program a run of blocks and a group of samples; what is summed over them is added up in memory of its own.
+# One program a run of blocks and a group of samples; what is summed over them is added up in memory of its own. Programs
+# are counted along one axis: a GPU takes no more than 65,535 of them along any other.
 _GRADIENTS = """
 @triton.jit(do_not_specialize=["length", "samples", "group", "run"])
 def gradients({parameters}, initial, trajectory, adjoints, {results}scratch, length, samples, group, run):
     wide = tl.full((), 0, tl.int64) + length
-    tile = tl.program_id(0).to(tl.int64)
-    team = tl.program_id(1).to(tl.int64)
-    scratch = scratch + (team * tl.num_programs(0) + tile) * {scratch}
+    tiles = (wide + run - 1) // run
+    tile = tl.program_id(0) % tiles
+    team = tl.program_id(0) // tiles
+    scratch = scratch + tl.program_id(0).to(tl.int64) * {scratch}
     place = tl.arange(0, {padded})
     live = place < {d}
     first_block = tile * run
@@ -383,7 +385,7 @@ class TileSource:
         place, first = {
             (False, False): ("team * wide + block", "sample == first_sample"),
             (False, True): ("block * samples + sample", None),
-            (True, False): ("team * tl.num_programs(0) + tile", "(block == first_block) & (sample == first_sample)"),
+            (True, False): ("team * tiles + tile", "(block == first_block) & (sample == first_sample)"),
             (True, True): ("tile * samples + sample", "block == first_block"),
         }[one.shared, one.own]
         return Sum(f"(d_{one.name} + ({place}) * {one.size})", first)

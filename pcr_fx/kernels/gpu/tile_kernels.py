@@ -11,19 +11,14 @@ import torch
 from torch import Tensor
 
 from pcr_fx.codegen.tiles import padded, warps_for
-from pcr_fx.kernels.gpu.inputs import PATIENCE, ROUNDING_EPS, Call
+from pcr_fx.kernels.gpu.inputs import DECIDING_LANES, MOST_ITERATIONS, PATIENCE, ROUNDING_EPS, Call
 from pcr_fx.kernels.gpu.launches import Launch, Loader
 from pcr_fx.kernels.gpu.source_tiles import TILE_BYTES, Text, TileSource
 
 # The largest d: a matrix of 128 x 128 float64 is what a program can still hold.
 MAX_DIMENSION = 128
-# Iterations that are sent to the GPU, done or not: nobody waits to see. Four launches each that find nothing to do cost
-# some 8 us. Chains that Newton's method is good for need 3 to 8, and a chain that needs more has no use for it: each
-# costs as much as a few dozen blocks one after another at the least. An adjoint is solved at once, and refined once.
-_MOST_ITERATIONS = {"forward": 12, "adjoint": 2}
 # Blocks that one program adds up the gradients of shared operands of, so that there are not as many parts as blocks.
 _RUN = 8
-_DECIDING_LANES = 256
 _NAMES = [(name, direction) for name in ("linearise", "sequential") for direction in ("forward", "adjoint")]
 _NAMES.append(("gradients", "adjoint"))
 
@@ -59,7 +54,7 @@ class TileKernels:
             result[1:] = call.cotangents
         else:
             result.copy_(call.initial)
-        limit = min(max_iterations, _MOST_ITERATIONS[direction])
+        limit = min(max_iterations, MOST_ITERATIONS[direction])
         reduce = self._reduction(backward, call, columns, jacobians, residuals, result, stats)
         for iteration in range(limit + 1):
             self._run(
@@ -98,8 +93,8 @@ class TileKernels:
 
     def gradients(self, call: Call, adjoints: Tensor, parts: Sequence[Tensor], group: int) -> None:
         """Those of what is differentiable, in parts that are to be summed."""
-        grid = (self.tiles(), -(-call.samples // group))
-        self._run(("gradients", "adjoint"), grid, call, call.trajectory, adjoints, *parts, extra=[group, self._run_length])
+        programs = self.tiles() * -(-call.samples // group)
+        self._run(("gradients", "adjoint"), programs, call, call.trajectory, adjoints, *parts, extra=[group, self._run_length])
 
     def tiles(self) -> int:
         """Runs of blocks, each worked on by programs of its own for gradients."""
@@ -138,15 +133,12 @@ class TileKernels:
     # --- one launch each ------------------------------------------------------------------------------------
 
     def _run(
-        self, name: tuple[str, str], grid: int | tuple[int, ...], call: Call, *tensors: Any, extra: Sequence[int] = ()
+        self, name: tuple[str, str], programs: int, call: Call, *tensors: Any, extra: Sequence[int] = ()
     ) -> None:
         """A printed kernel, with memory for what its programs keep."""
-        text, grid = self._texts[name], (grid,) if isinstance(grid, int) else grid
-        programs = 1
-        for size in grid:
-            programs *= size
+        text = self._texts[name]
         scratch = call.initial.new_empty(programs * text.scratch)
-        self._loader.kernel(*name)[grid](
+        self._loader.kernel(*name)[(programs,)](
             *call.operands,
             *call.shared,
             self._constants_on(call.initial),
@@ -210,7 +202,7 @@ class TileKernels:
     @cached_property
     def _judged(self) -> dict[str, Any]:
         rounding = ROUNDING_EPS * torch.finfo(self.source.program.dtype).eps
-        return {"rounding": rounding, "patience": PATIENCE, "BLOCK": _DECIDING_LANES}
+        return {"rounding": rounding, "patience": PATIENCE, "BLOCK": DECIDING_LANES}
 
     @cached_property
     def _warps(self) -> dict[str, int]:

@@ -1,0 +1,66 @@
+"""One transformed model called with one shape after another: what is made for the first has to be right for all, or made anew."""
+
+from typing import Any
+
+import pytest
+import torch
+from comparison import relative_error
+from shapes import SEQUENCES, D, Net, results
+from torch import Tensor, nn
+
+import pcr_fx
+
+pytestmark = pytest.mark.usefixtures("kernel_cache")
+OPTIONS: list[dict[str, Any]] = [
+    {"planning": "estimated"},
+    {"solver": "sequential"},
+    {"solver": "newton"},
+    {"solver": "newton", "kernels": False},
+    {"solver": "sequential", "kernels": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.parametrize("normalised", [False, True])
+def test_shapes_one_after_another(name: str, options: dict[str, Any], normalised: bool) -> None:
+    model, fast = Net(8, normalised).double(), None
+    for batch, shape in SEQUENCES[name]:
+        if normalised and shape[-1] != D:
+            continue
+        x = torch.randn(*batch, D, dtype=torch.float64, requires_grad=True)
+        c = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        fast = fast or pcr_fx.transform(model, (x, c), options)
+        for got, expected in zip(results(fast, x, c), results(model, x, c), strict=True):
+            assert relative_error(got, expected) < 1e-9
+        with torch.no_grad():
+            assert relative_error(fast(x, c), model(x, c)) < 1e-9
+
+
+def test_plans_are_shared_where_one_is_right_for_all_sizes() -> None:
+    """Kernels are not printed anew for each batch size, but for each number of positions that they are bound to."""
+    for shapes, plans in ((SEQUENCES["positions of one length"], 1), (SEQUENCES["positions"], 5)):
+        fast = pcr_fx.transform(Net(8), None, {"solver": "sequential"})
+        for batch, shape in shapes:
+            fast(torch.randn(*batch, D), torch.randn(*shape))
+        (node,) = (node for node in fast._pcr_variants[0].run.children() if hasattr(node, "_planned"))
+        assert len({plan.key for plan in node._planned.values()}) == plans
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:], ids=lambda options: "-".join(map(str, options.values())))
+def test_a_state_without_dimensions(options: dict[str, Any]) -> None:
+    class Scalar(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factors = nn.ParameterList([torch.tensor(0.1 * index) for index in range(9)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for factor in self.factors:
+                x = 0.9 * x + 0.1 * torch.tanh(x * factor)
+            return x
+
+    model, x = Scalar().double(), torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    fast = pcr_fx.transform(model, (x,), options)
+    assert len(fast.report.chains) == 1
+    for got, expected in zip(*(torch.autograd.grad(m(x), [x, *m.parameters()]) for m in (fast, model)), strict=True):
+        assert relative_error(got, expected) < 1e-12
