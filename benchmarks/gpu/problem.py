@@ -14,6 +14,7 @@ from benchmarks.gpu.timing import median_us, replayed
 from benchmarks.models import residual_block
 from pcr_fx.chain import Chain
 from pcr_fx.kernels import GpuKernel
+from pcr_fx.kernels.gpu import scalar_kernels
 from pcr_fx.node import SolveNode
 from pcr_fx.ops import operators_for, waits
 from pcr_fx.options import Options
@@ -170,6 +171,17 @@ def solved(problem: Problem, solver: str, direction: str, with_error: bool = Tru
     if with_error:
         off = error(got, problem.exact_forward if direction == "forward" else problem.exact_backward)
     return Measured(ours.described(direction), us, off, ours.iterations() if direction == "forward" else None)
+
+
+def in_slices(problem: Problem, apart: bool) -> Measured:
+    """Newton forward with a program for each slice of a chain, or with one for all of them, one after another."""
+    before = scalar_kernels.SLICES_APART, scalar_kernels.SAMPLES_APART
+    scalar_kernels.SLICES_APART, scalar_kernels.SAMPLES_APART = (1, 2**31) if apart else (2**31, 0)
+    try:
+        found = solved(problem, "newton", "forward", with_error=False)
+    finally:
+        scalar_kernels.SLICES_APART, scalar_kernels.SAMPLES_APART = before
+    return replace(found, name="slices apart" if apart else "one program a sample")
 
 
 def eager(problem: Problem, direction: str, graph: bool = False) -> Measured:
