@@ -9,6 +9,8 @@ from shapes import SEQUENCES, D, Net, results
 from torch import Tensor, nn
 
 import pcr_fx
+from pcr_fx.body import program
+from pcr_fx.planner import plan
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")
 OPTIONS: list[dict[str, Any]] = [
@@ -18,6 +20,13 @@ OPTIONS: list[dict[str, Any]] = [
     {"solver": "newton", "kernels": False},
     {"solver": "sequential", "kernels": False},
 ]
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal content of other tests would hide what is made for the first of several shapes."""
+    monkeypatch.setattr(program, "_of_block", {})
+    monkeypatch.setattr(plan, "_plans", {})
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
@@ -45,6 +54,14 @@ def test_plans_are_shared_where_one_is_right_for_all_sizes() -> None:
             fast(torch.randn(*batch, D), torch.randn(*shape))
         (node,) = (node for node in fast._pcr_variants[0].run.children() if hasattr(node, "_planned"))
         assert len({plan.key for plan in node._planned.values()}) == plans
+
+
+def test_what_is_too_large_for_a_kernel_is_so_for_its_size_only() -> None:
+    fast = pcr_fx.transform(Net(8), None, {"solver": "sequential"})
+    for positions, name in ((20000, "too many for the stack"), (7, "native kernel")):
+        with torch.no_grad():
+            fast(torch.randn(2, positions, D), torch.randn(positions, D))
+        assert name in " ".join(str(fast.report).split())
 
 
 @pytest.mark.parametrize("options", OPTIONS[1:], ids=lambda options: "-".join(map(str, options.values())))

@@ -127,7 +127,8 @@ def _program_for(chain: Chain, signature: Signature, block: fx.GraphModule) -> P
     batch = prove_batch_dimensions(block, chain.num_states)
     for program in _of_chain.setdefault(chain, []):
         widen = program.generality.widen
-        if widen(signature, batch.dims) == widen(program.signature, program.batch.dims):
+        alike = program.batch.dims == batch.dims  # else what follows a batch dimension may follow nothing here
+        if alike and widen(signature, batch.dims) == widen(program.signature, batch.dims):
             return program
     layout = StateLayout(tuple(spec.shape for spec in signature.states), batch.dims)
     literals = _literal_tensors(chain, signature)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pcr_fx.body import Program, Signature, build_program
 from pcr_fx.body.isolation import apart, is_undisturbed, isolated
+from pcr_fx.body.sample import trace_sample
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.kernels import ChainKernel, GpuKernel
@@ -235,7 +236,7 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
     if key in _plans:
         return _plans[key]
     kernel = _kernel(program, options)
-    bound = () if isinstance(kernel, str) else kernel.body.bound_to(program)
+    bound = _bound_to(program, kernel) if options.kernels else ()
     if bound:  # for other sizes there is another kernel
         key = _digest(program.key, content, bound)
     if key not in _plans:
@@ -251,6 +252,18 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
         )
         _plans[key] = Plan(key, program, options, settings, kernel)
     return _plans[key]
+
+
+def _bound_to(program: Program, kernel: ChainKernel | GpuKernel | str) -> tuple[int, ...] | Signature:
+    """The sizes for which alone there is this kernel, or none: `SampleBody.bound_to`."""
+    if not isinstance(kernel, str):
+        return kernel.body.bound_to(program)
+    if not any(program.generality.follows):
+        return ()
+    try:
+        return trace_sample(program).bound_to(program)
+    except BodyError:
+        return program.signature
 
 
 def _digest(*content: object) -> str:

@@ -204,6 +204,7 @@ def decide_sample(  # type: ignore[no-untyped-def]
         rounding,
         patience,
     )
+    tl.debug_barrier()  # every thread has read what one now writes
     tl.store(record, outcome.to(stats.dtype.element_ty))
     tl.store(record + 1, iteration.to(stats.dtype.element_ty))
     tl.store(record + 2, shown)

@@ -155,10 +155,13 @@ class ScalarKernels:
         """Numbers beside results: operands and states packed, adjoints; for Newton's method states twice, or once and maps."""
         d, columns = self.source.dimension, self._columns("adjoint")
         packed = sum(one.size * (samples if one.own else 1) for one in self._inputs if not one.shared)
-        own = 3 * d
+        own = 3 * d * columns
         if solver == "newton":
-            own += d * (d + 3) if any(self._is_apart(direction, samples) for direction in _DIRECTIONS) else 2 * d
-        return (packed + own * samples) * columns
+            own += 2 * d * (columns + 1)
+            if any(self._is_apart(direction, samples) for direction in _DIRECTIONS):
+                slices = -(-columns // min(self._tile(direction)[0] for direction in _DIRECTIONS))
+                own += d * (d + 1) * columns + (d + 2) * slices
+        return packed * columns + own * samples
 
     def launches(self) -> list[Launch]:
         """Every kernel, to be compiled without being run."""
