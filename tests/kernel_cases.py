@@ -124,7 +124,7 @@ def by_kernel(model: nn.Module, x: Tensor, solver: str = "sequential", **options
     fast = pcr_fx.transform(model, x, {"solver": solver, **options})
     (entry,) = fast.report.chains
     assert isinstance(entry.plan.kernel, ChainKernel), entry.plan.kernel
-    state = torch.zeros(*x.shape[:1], entry.plan.program.dimension)
+    state = entry.plan.program.layout.flatten([x])
     directions = ("newton",) if solver == "newton" else ("forward", "adjoint")
     assert all(entry.plan.kernel.is_ready(direction, state) for direction in directions)
     return fast
