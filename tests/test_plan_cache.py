@@ -115,7 +115,7 @@ SCRIPT = """
 import torch, pcr_fx
 from planner_cases import Net
 model = Net(20, 3)
-for batch in range(1, 9):  # four sizes, with gradients and without
+for batch in range(1, 9):  # four sizes: as many bits of samples are one
     x = torch.randn(batch, 3)
     with torch.no_grad():
         torch.testing.assert_close(pcr_fx.transform(model, x, {"kernels": False})(x), model(x))
@@ -129,7 +129,7 @@ def test_processes_share_a_cache(plan_cache: Path) -> None:
         runs = list(pool.map(lambda _: subprocess.run(command, env=environment, capture_output=True, text=True), range(3)))
     for done in runs:
         assert done.returncode == 0 and "cannot be" not in done.stderr, done.stderr
-    assert len(pcr_fx.cached_plans()) == len(list(plan_cache.iterdir())) == 8
+    assert len(pcr_fx.cached_plans()) == len(list(plan_cache.iterdir())) == 4
 
 
 def test_a_measurement_from_disk_is_called_one(plan_cache: Path) -> None:
