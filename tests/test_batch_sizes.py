@@ -81,3 +81,14 @@ def test_a_state_without_dimensions(options: dict[str, Any]) -> None:
     assert len(fast.report.chains) == 1
     for got, expected in zip(*(torch.autograd.grad(m(x), [x, *m.parameters()]) for m in (fast, model)), strict=True):
         assert relative_error(got, expected) < 1e-12
+
+
+def test_models_of_equal_content_have_reports_and_measurements_of_their_own_shapes() -> None:
+    for batch in (5, 3):
+        model, x = Net(9), torch.randn(batch, D)
+        fast = pcr_fx.transform(model, (x, x), {"kernels": False, "planning": "estimated"})
+        assert fast.report.to_dict()["chains"][0]["state_shape"] == [batch, D]
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="deeppcr", options={"kernels": False, "inner_backend": "eager"})
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x, 2 * x), model(x, 2 * x))

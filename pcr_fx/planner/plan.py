@@ -56,6 +56,10 @@ class Plan:
         # Made again from what it was made of: native code and caches stay with their process.
         return make_plan, (self.program.chain, self.program.signature, self.options)
 
+    def called_with(self, signature: Signature) -> Plan:
+        """The same plan, choices and all, for tensors of another signature that it serves."""
+        return replace(self, program=self.program.called_with(signature))
+
     def samples(self, state: Tensor) -> int:
         """Independent samples in a flat state `[*batch, d]`."""
         return int(math.prod(state.shape[:-1]))  # `torch.jit.trace` makes tensors of sizes
@@ -224,7 +228,7 @@ def plan_by_key(key: str) -> Plan:
 
 @isolated
 def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
-    """The plan of `chain` for tensors of `signature`; equal content gives one plan.
+    """The plan of `chain` for tensors of `signature`; equal content gives one plan, but for the signature.
 
     Raises:
         BodyError: the block cannot be solved as a chain; the message is the reason.
@@ -234,7 +238,7 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
     content = replace(options, inner_backend="eager", min_length=2)
     key = _digest(program.key, content)
     if key in _plans:
-        return _plans[key]
+        return _plans[key].called_with(signature)
     kernel = _kernel(program, options)
     bound = _bound_to(program, kernel) if options.kernels else ()
     if bound:  # for other sizes there is another kernel
@@ -251,7 +255,7 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
             options.diagonal_probes,
         )
         _plans[key] = Plan(key, program, options, settings, kernel)
-    return _plans[key]
+    return _plans[key].called_with(signature)
 
 
 def _bound_to(program: Program, kernel: ChainKernel | GpuKernel | str) -> tuple[int, ...] | Signature:
