@@ -119,9 +119,9 @@ def _fix_other_sizes(groups: Sequence[Sequence[torch.Tensor]], plan: Plan) -> No
 
     Taking the value of a symbolic size makes the compiler guard it: another size then compiles anew.
     """
-    generality = plan.program.generality
-    state_dims = plan.program.layout.batch_dims if generality.any_batch else ()
-    free = [*(state_dims for _ in groups[0]), *([dim for dim, _ in pairs] for pairs in generality.follows)]
+    program, count = plan.program, plan.free_batch_dims
+    free = [list(program.layout.batch_dims[:count]) for _ in groups[0]]
+    free += [[dim for dim, number in pairs if number < count] for pairs in program.generality.follows]
     for value, dims in zip([value for group in groups for value in group], free, strict=True):
         for dim, size in enumerate(value.shape):
             if dim not in dims:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from comparison import relative_error
@@ -81,6 +82,20 @@ def check(model: nn.Module, x: Tensor, options: Any, tolerance: float) -> Any:
         assert ours.shape == theirs.shape
         assert relative_error(ours.double(), theirs) < tolerance
     return transformed
+
+
+def check_stats(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iterations and residual of kernels against those of the solver in PyTorch's ops, in float64."""
+    from pcr_fx.planner import plan
+
+    ours = pcr_fx.transform(model, (x,), options=NEWTON)
+    ours(x)
+    monkeypatch.setattr(plan, "_plans", {})
+    theirs = pcr_fx.transform(model, (x,), options={**NEWTON, "kernels": False})
+    theirs(x)
+    ours, theirs = chain_of(ours), chain_of(theirs)
+    assert abs(ours["iterations"] - theirs["iterations"]) <= 1
+    assert 0 < ours["residual"] < 1e-15 and theirs["residual"] < 1e-15
 
 
 class Recurrence(nn.Module):

@@ -1,7 +1,10 @@
 """Sequences of shapes that one transformed model is called with, and a model that takes them."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from comparison import relative_error
 from torch import Tensor, nn
 
 D = 4
@@ -36,6 +39,19 @@ class Net(nn.Module):
         return x
 
 
-def results(model: nn.Module, x: Tensor, c: Tensor) -> list[Tensor]:
+def assert_agree(make: Callable[[Tensor, Tensor], nn.Module], model: nn.Module, sequence: list[tuple[Shape, Shape]]) -> None:
+    """What `make` makes of the first tensors agrees with `model`, in float64, for all: values and all gradients."""
+    made, device = None, next(model.parameters()).device
+    for batch, shape in sequence:
+        x = torch.randn(*batch, D, dtype=torch.float64, device=device, requires_grad=True)
+        c = torch.randn(*shape, dtype=torch.float64, device=device, requires_grad=True)
+        made = make(x, c) if made is None else made
+        for got, expected in zip(_results(made, x, c), _results(model, x, c), strict=True):
+            assert relative_error(got, expected) < 1e-9
+        with torch.no_grad():
+            assert relative_error(made(x, c), model(x, c)) < 1e-9
+
+
+def _results(model: nn.Module, x: Tensor, c: Tensor) -> list[Tensor]:
     out = model(x, c)
     return [out, *torch.autograd.grad(out.square().sum(), [x, c, *model.parameters()])]

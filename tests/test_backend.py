@@ -117,6 +117,23 @@ def test_numbers_of_modules_that_are_left_open(step: float) -> None:
     assert len(graphs) == 2
 
 
+def test_numbers_left_open_that_no_tensor_can_stand_for_end_a_chain() -> None:
+    """A slope is an argument of its op: blocks with another one are another chain, as they are without `dynamic`."""
+
+    class Leaky(nn.Module):
+        def __init__(self, slope: float) -> None:
+            super().__init__()
+            self.linear, self.slope = nn.Linear(4, 4), slope
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 0.1 * nn.functional.leaky_relu(self.linear(x), self.slope)
+
+    model = nn.Sequential(*(Leaky(0.1 if index < 10 else 0.2) for index in range(20))).double()
+    compiled = torch.compile(model, backend="deeppcr", dynamic=True, options=EAGER)
+    assert_same(compiled, model, torch.randn(3, 4, dtype=torch.float64), 1e-10)
+    assert [entry["length"] for entry in pcr_fx.report().to_dict()["chains"]] == [10, 10]
+
+
 @pytest.mark.parametrize("kind", [float, int])
 def test_a_number_that_depends_on_data_is_a_reason(kind: type) -> None:
     class Read(ResidualNet):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import relative_error
-from shapes import SEQUENCES, D, Net, results
+from shapes import SEQUENCES, D, Net, assert_agree
 from torch import Tensor, nn
 
 import pcr_fx
@@ -33,17 +33,19 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", SEQUENCES)
 @pytest.mark.parametrize("normalised", [False, True])
 def test_shapes_one_after_another(name: str, options: dict[str, Any], normalised: bool) -> None:
-    model, fast = Net(8, normalised).double(), None
-    for batch, shape in SEQUENCES[name]:
-        if normalised and shape[-1] != D:
-            continue
-        x = torch.randn(*batch, D, dtype=torch.float64, requires_grad=True)
-        c = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-        fast = fast or pcr_fx.transform(model, (x, c), options)
-        for got, expected in zip(results(fast, x, c), results(model, x, c), strict=True):
-            assert relative_error(got, expected) < 1e-9
-        with torch.no_grad():
-            assert relative_error(fast(x, c), model(x, c)) < 1e-9
+    sequence = [(batch, shape) for batch, shape in SEQUENCES[name] if not normalised or shape[-1] == D]
+    model = Net(8, normalised).double()
+    assert_agree(lambda x, c: pcr_fx.transform(model, (x, c), options), model, sequence)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("name", ["positions", "positions of one length", "one position at first", "one for all positions"])
+def test_shapes_that_a_compiler_leaves_open(name: str, options: dict[str, Any]) -> None:
+    """A compiled graph names its plan: it is compiled anew for sizes that the plan is not for."""
+    torch._dynamo.reset()
+    model = Net(8).double()
+    compiled = torch.compile(model, backend="deeppcr", dynamic=True, options={**options, "inner_backend": "aot_eager"})
+    assert_agree(lambda x, c: compiled, model, SEQUENCES[name])
 
 
 def test_plans_are_shared_where_one_is_right_for_all_sizes() -> None:

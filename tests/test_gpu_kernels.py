@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import relative_error
 from gpu_chains import (
     BODIES,
     DEVICE,
@@ -20,12 +19,13 @@ from gpu_chains import (
     Recurrence,
     chain_of,
     check,
+    check_stats,
     coupled,
     logistic,
     net,
     value_and_gradients,
 )
-from shapes import SEQUENCES, D, Net, results
+from shapes import SEQUENCES, Net, assert_agree
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 
@@ -80,29 +80,26 @@ def test_more_slices_than_a_program_has_lanes(slices: str) -> None:
 
 
 def test_stats_of_several_slices_are_those_of_the_solver_in_pytorch(slices: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pcr_fx.planner import plan
-
     model, x = net(coupled, 2, 40).double(), torch.randn(2, 2, dtype=torch.float64, device=DEVICE)
-    ours = pcr_fx.transform(model, (x,), options=NEWTON)
-    ours(x)
-    monkeypatch.setattr(plan, "_plans", {})
-    theirs = pcr_fx.transform(model, (x,), options={**NEWTON, "kernels": False})
-    theirs(x)
-    ours, theirs = chain_of(ours), chain_of(theirs)
-    assert abs(ours["iterations"] - theirs["iterations"]) <= 1
-    assert 0 < ours["residual"] < 1e-15 and theirs["residual"] < 1e-15
+    check_stats(model, x, monkeypatch)
+
+
+def test_memory_of_slices_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An affine map for each block, d x d and d numbers, beside what one program for all slices needs."""
+    from pcr_fx.kernels.gpu import scalar_kernels
+
+    transformed = pcr_fx.transform(net(coupled, 3, 5000), (torch.randn(2, 3, device=DEVICE),), options=NEWTON)
+    (item,) = (one.plan for one in transformed.report.chains)
+    apart = item.kernel.scratch_bytes(2, "newton")
+    monkeypatch.setattr(scalar_kernels, "SLICES_APART", 10**9)
+    assert 0 <= apart - item.kernel.scratch_bytes(2, "newton") - 2 * 5001 * 12 * 4 < 2 * 5001
 
 
 @pytest.mark.parametrize("solver", ["newton", "sequential"])
 @pytest.mark.parametrize("name", ["positions", "one position at first", "one for all samples"])
 def test_shapes_one_after_another(name: str, solver: str) -> None:
-    model, fast = Net(5).double().to(DEVICE), None
-    for batch, shape in SEQUENCES[name]:
-        x = torch.randn(*batch, D, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        c = torch.randn(*shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        fast = fast or pcr_fx.transform(model, (x, c), {**NEWTON, "solver": solver})
-        for got, expected in zip(results(fast, x, c), results(model, x, c), strict=True):
-            assert relative_error(got, expected) < 1e-9
+    model = Net(5).double().to(DEVICE)
+    assert_agree(lambda x, c: pcr_fx.transform(model, (x, c), {**NEWTON, "solver": solver}), model, SEQUENCES[name])
 
 
 def test_no_samples() -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from gpu_chains import BODIES, DEVICE, NEWTON, Recurrence, attention, chain_of, check, coupled, net, normed
+from gpu_chains import BODIES, DEVICE, NEWTON, Recurrence, attention, chain_of, check, check_stats, coupled, net, normed
 from torch import Tensor
 
 import pcr_fx
@@ -96,17 +96,7 @@ def test_one_sample_that_newton_does_not_solve() -> None:
 
 
 def test_iterations_and_residual_are_those_of_the_solver_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pcr_fx.planner import plan
-
-    model, x = net(coupled, 6, 12).double(), states(1, 6)
-    ours = pcr_fx.transform(model, (x,), options=NEWTON)
-    ours(x)
-    monkeypatch.setattr(plan, "_plans", {})
-    theirs = pcr_fx.transform(model, (x,), options={**NEWTON, "kernels": False})
-    theirs(x)
-    ours, theirs = chain_of(ours), chain_of(theirs)
-    assert abs(ours["iterations"] - theirs["iterations"]) <= 1
-    assert 0 < ours["residual"] < 1e-15 and theirs["residual"] < 1e-15
+    check_stats(net(coupled, 6, 12).double(), states(1, 6), monkeypatch)
 
 
 def test_gradients_of_a_growing_adjoint() -> None:

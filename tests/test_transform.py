@@ -300,3 +300,33 @@ def test_a_packed_module_can_be_printed() -> None:
     fast = pcr_fx.transform(model, torch.randn(2, 3), pack_parameters=True)
     assert "Linear(in_features=3, out_features=3, bias=True)" in repr(fast)
     assert torch.equal(fast(torch.ones(2, 3)), fast(torch.ones(2, 3)))
+
+
+def test_any_number_of_tensors_with_other_shapes_later() -> None:
+    class Several(ResidualNet):
+        def forward(self, *tensors: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+            x = self.stem(tensors[0] * tensors[1].shape[0])
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    model, inputs = Several(12), lambda batch: (torch.randn(batch, 3), torch.randn(batch))
+    fast = pcr_fx.transform(model, inputs(3), NEWTON)
+    for batch in (3, 5):
+        tensors = inputs(batch)
+        torch.testing.assert_close(fast(*tensors), model(*tensors))
+    assert len(fast.report.chains) == 1
+
+
+def test_an_op_without_a_result_is_a_reason() -> None:
+    class Solving(ResidualNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            for block in self.blocks:
+                x = x + 0.1 * torch.linalg.solve(3 * torch.eye(4) + block.inner.weight.new_ones(4, 4), x.T).T
+            return self.head(x)
+
+    model, x = Solving(12), torch.randn(5, 3)
+    fast = pcr_fx.transform(model, (x,))
+    torch.testing.assert_close(fast(x), model(x))
+    assert "returns nothing" in str(fast.report)

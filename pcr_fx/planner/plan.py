@@ -40,6 +40,7 @@ class Plan:
 
     Attributes:
         kernel: the chain's native kernel, or why it has none.
+        bound: the sizes beside those of its program that alone the plan is for, as from `SampleBody.bound_to`.
         lock: held where the way of a first call is found, which other threads' first calls then take too.
     """
 
@@ -48,6 +49,7 @@ class Plan:
     options: Options
     settings: Settings
     kernel: ChainKernel | GpuKernel | str
+    bound: tuple[int, ...] | Signature = ()
     _choices: dict[Size, Choice] = field(default_factory=dict, repr=False)
     _drifted: set[Size] = field(default_factory=set, repr=False)
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
@@ -59,6 +61,13 @@ class Plan:
     def called_with(self, signature: Signature) -> Plan:
         """The same plan, choices and all, for tensors of another signature that it serves."""
         return replace(self, program=self.program.called_with(signature))
+
+    @property
+    def free_batch_dims(self) -> int:
+        """How many batch dimensions, from the first on, may have any size."""
+        if not self.program.generality.any_batch or isinstance(self.bound, Signature):
+            return 0
+        return len(self.program.layout.batch_dims) - len(self.bound)
 
     def samples(self, state: Tensor) -> int:
         """Independent samples in a flat state `[*batch, d]`."""
@@ -254,7 +263,7 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
             options.start,
             options.diagonal_probes,
         )
-        _plans[key] = Plan(key, program, options, settings, kernel)
+        _plans[key] = Plan(key, program, options, settings, kernel, bound)
     return _plans[key].called_with(signature)
 
 
