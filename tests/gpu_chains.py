@@ -58,6 +58,11 @@ def net(body: Callable[..., Tensor], width: int, length: int) -> nn.Sequential:
     return nn.Sequential(*(Block(body, width) for _ in range(length))).to(DEVICE)
 
 
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same numbers wherever the tests run: a GPU would draw others."""
+    return torch.randn(*shape, dtype=dtype).to(DEVICE)
+
+
 def chain_of(model: Any) -> dict[str, Any]:
     (chain,) = model.report.to_dict()["chains"]
     return chain
@@ -80,7 +85,8 @@ def check(model: nn.Module, x: Tensor, options: Any, tolerance: float) -> Any:
     model.to(dtype)
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.shape == theirs.shape
-        assert relative_error(ours.double(), theirs) < tolerance
+        error = relative_error(ours.double(), theirs)
+        assert error < tolerance, f"{error} is not below {tolerance}"
     return transformed
 
 

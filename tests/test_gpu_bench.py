@@ -55,7 +55,7 @@ def test_a_figure_that_fails_is_said_to_and_the_others_are_measured(tmp_path: Pa
 
 
 def test_tests_that_fail_or_do_not_end_are_named() -> None:
-    names = [f"tests/test_some.py::test_{name}" for name in ("good", "bad[1-a]", "slow", "late")]
+    names = [f"tests/test_some.py::test_{name}" for name in ("good[at once]", "bad[1-a]", "slow", "late")]
     outputs = [f"{names[0]} PASSED [ 50%]\n{names[1]} FAILED [100%]\nFAILED {names[1]} - no", f"{names[2]} "]
     said = results_of(names, outputs)
     assert said[0] == "1 passed, 1 failed, 2 not run to its end"

@@ -23,6 +23,7 @@ from gpu_chains import (
     coupled,
     logistic,
     net,
+    normal,
     value_and_gradients,
 )
 from shapes import SEQUENCES, Net, assert_agree
@@ -41,14 +42,14 @@ pytestmark = pytest.mark.usefixtures("gpu_kernels")
 @pytest.mark.parametrize("name", BODIES)
 def test_a_chain_agrees_with_the_model(name: str, width: int, length: int, samples: int, solver: str) -> None:
     model = net(BODIES[name], width, length).double()
-    x = torch.randn(samples, width, dtype=torch.float64, device=DEVICE)
+    x = normal(samples, width, dtype=torch.float64)
     transformed = check(model, x, {**NEWTON, "solver": solver}, 1e-12)
     assert chain_of(transformed)["solver_forward"] == chain_of(transformed)["solver_backward"] == solver
 
 
 @pytest.mark.parametrize("width, length, samples", [(1, 2, 1), (1, 33, 35), (3, 40, 2)])
 def test_float32(width: int, length: int, samples: int) -> None:
-    check(net(coupled, width, length), torch.randn(samples, width, device=DEVICE), NEWTON, 2e-5)
+    check(net(coupled, width, length), normal(samples, width), NEWTON, 2e-5)
 
 
 @pytest.fixture(params=["at once", "apart"])
@@ -65,22 +66,22 @@ def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 47, 48, 49])
 def test_chains_of_several_slices(length: int, slices: str) -> None:
     """Each slice starts from the correction of the one before."""
-    check(net(coupled, 2, length).double(), torch.randn(3, 2, dtype=torch.float64, device=DEVICE), NEWTON, 1e-12)
+    check(net(coupled, 2, length).double(), normal(3, 2, dtype=torch.float64), NEWTON, 1e-12)
 
 
 @pytest.mark.parametrize("name, width", [("gated", 4), ("normed", 2), ("piecewise", 3)])
 def test_bodies_in_several_slices(name: str, width: int, slices: str) -> None:
-    model, x = net(BODIES[name], width, 18).double(), torch.randn(2, width, dtype=torch.float64, device=DEVICE)
+    model, x = net(BODIES[name], width, 18).double(), normal(2, width, dtype=torch.float64)
     transformed = check(model, x, NEWTON, 1e-12)
     assert chain_of(transformed)["solver_backward"] == "newton"
 
 
 def test_more_slices_than_a_program_has_lanes(slices: str) -> None:
-    check(net(coupled, 1, 16 * 16 + 1).double(), torch.randn(1, 1, dtype=torch.float64, device=DEVICE), NEWTON, 1e-11)
+    check(net(coupled, 1, 16 * 16 + 1).double(), normal(1, 1, dtype=torch.float64), NEWTON, 1e-11)
 
 
 def test_stats_of_several_slices_are_those_of_the_solver_in_pytorch(slices: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = net(coupled, 2, 40).double(), torch.randn(2, 2, dtype=torch.float64, device=DEVICE)
+    model, x = net(coupled, 2, 40).double(), normal(2, 2, dtype=torch.float64)
     check_stats(model, x, monkeypatch)
 
 
@@ -88,7 +89,7 @@ def test_memory_of_slices_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """An affine map for each block, d x d and d numbers, beside what one program for all slices needs."""
     from pcr_fx.kernels.gpu import scalar_kernels
 
-    transformed = pcr_fx.transform(net(coupled, 3, 5000), (torch.randn(2, 3, device=DEVICE),), options=NEWTON)
+    transformed = pcr_fx.transform(net(coupled, 3, 5000), (normal(2, 3),), options=NEWTON)
     (item,) = (one.plan for one in transformed.report.chains)
     apart = item.kernel.scratch_bytes(2, "newton")
     monkeypatch.setattr(scalar_kernels, "SLICES_APART", 10**9)
@@ -104,18 +105,18 @@ def test_shapes_one_after_another(name: str, solver: str) -> None:
 
 def test_no_samples() -> None:
     model = net(coupled, 2, 9)
-    check(model, torch.randn(0, 2, device=DEVICE), {**NEWTON, "solver": "sequential"}, 1e-6)
+    check(model, normal(0, 2), {**NEWTON, "solver": "sequential"}, 1e-6)
 
 
 def test_inputs_that_are_not_contiguous() -> None:
     model = net(coupled, 3, 9).double()
-    check(model, torch.randn(3, 4, dtype=torch.float64, device=DEVICE).mT, NEWTON, 1e-12)
+    check(model, normal(3, 4, dtype=torch.float64).mT, NEWTON, 1e-12)
 
 
 @pytest.mark.parametrize("solver", ["newton", "sequential"])
 def test_shared_weights_and_operands_of_each_sample(solver: str) -> None:
     torch.manual_seed(0)
-    inputs = torch.randn(37, 5, 3, dtype=torch.float64, device=DEVICE)
+    inputs = normal(37, 5, 3, dtype=torch.float64)
     check(Recurrence(2).double().to(DEVICE), inputs, {**NEWTON, "solver": solver}, 1e-12)
 
 
@@ -133,7 +134,7 @@ def test_samples_that_newton_does_not_solve_are_evaluated_block_by_block(slices:
 # Two numbers a sample take the kernels of scalars, five and six those of tiles.
 @pytest.mark.parametrize("width, length", [(2, 30), (6, 9)])
 def test_a_solve_that_fails_raises_where_that_is_asked_for(width: int, length: int) -> None:
-    model, x = net(coupled, width, length), torch.randn(2, width, device=DEVICE)
+    model, x = net(coupled, width, length), normal(2, width)
     raising = pcr_fx.transform(model, (x,), options={**NEWTON, "max_iterations": 1})
     with pytest.raises(pcr_fx.SolveError, match="iteration limit"):
         raising(x)
@@ -149,30 +150,38 @@ def test_states_that_become_infinite_are_returned_as_they_are(width: int, length
 
 def test_gradients_of_a_growing_adjoint(slices: str) -> None:
     """A product of many expanding Jacobians is not accurate: what is not is computed block by block."""
-    model = net(lambda x, w, b: 1.5 * x + F.linear(torch.sin(x), w), 2, 60).double()
-    check(model, torch.randn(2, 2, dtype=torch.float64, device=DEVICE), {"solver": "newton"}, 1e-9)
+    model = net(lambda x, w, b: 1.5 * x + F.linear(x, w, b), 2, 60).double()
+    check(model, normal(2, 2, dtype=torch.float64), {"solver": "newton"}, 1e-12)
 
 
 def test_auto_goes_by_length_and_samples() -> None:
     model = net(coupled, 1, 130)
     for samples, expected in ((1, "newton"), (300, "sequential")):
-        x = torch.randn(samples, 1, device=DEVICE)
+        x = normal(samples, 1)
         transformed = pcr_fx.transform(model, (x,), options={"planning": "estimated"})
         assert chain_of(transformed)["solver_forward"] == expected
+
+
+def test_what_is_measured_is_right_after() -> None:
+    """A GPU's kernels are for all blocks of a chain: no fewer may be measured."""
+    transformed = check(net(coupled, 2, 30).double(), normal(3, 2, dtype=torch.float64), {"plan_cache": False}, 1e-12)
+    (item,) = (one.plan for one in transformed.report.chains)
+    timings = item.choice(3).timings
+    assert {"forward", "backward"} <= {one.direction for one in timings if "fused" in one.way and one.seconds}
 
 
 def test_memory_that_is_not_there_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
     from pcr_fx.planner import rule
 
     monkeypatch.setattr(rule, "BYTES_UNASKED", 10)
-    model, x = net(coupled, 2, 20), torch.randn(3, 2, device=DEVICE)
+    model, x = net(coupled, 2, 20), normal(3, 2)
     transformed = pcr_fx.transform(model, (x,), options={"solver": "sequential", "memory_limit": 1000})
     torch.testing.assert_close(transformed(x), model(x))
     assert "fused kernels need 1.969 KiB" in str(transformed.report)
 
 
 def test_a_node_waits_for_nothing_until_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = net(coupled, 2, 20), torch.randn(3, 2, device=DEVICE)
+    model, x = net(coupled, 2, 20), normal(3, 2)
     transformed = pcr_fx.transform(model, (x,), options={"solver": "newton"})
     with monkeypatch.context() as patch:
         patch.setattr(pcr_fx.record.Pending, "take", lambda pending: pytest.fail("read on the host"))
@@ -199,7 +208,7 @@ def test_a_cuda_graph_may_hold_what_nothing_waits_for(options: dict[str, Any], w
         graphs.append(graph)
         return graph
 
-    model, x = net(coupled, 2, 130), torch.randn(3, 2, device=DEVICE)
+    model, x = net(coupled, 2, 130), normal(3, 2)
     inner = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     value_and_gradients(torch.compile(model, backend="deeppcr", options={**options, "inner_backend": inner}), x)
     called = [
@@ -214,7 +223,7 @@ def test_a_cuda_graph_may_hold_what_nothing_waits_for(options: dict[str, Any], w
 
 def test_a_solve_keeps_none_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a CUDA graph it would be the graph's."""
-    model, x = net(coupled, 2, 20), torch.randn(3, 2, device=DEVICE)
+    model, x = net(coupled, 2, 20), normal(3, 2)
     transformed, made, solve = pcr_fx.transform(model, (x,), options=NEWTON), [], GpuKernel.solve_newton
 
     def watched(*arguments: Any, **named: Any) -> Any:
@@ -282,6 +291,6 @@ def test_kernels_compile_from_the_arguments_they_are_called_with() -> None:
 
 def test_solve_nodes_have_gpu_kernels() -> None:
     """That the other tests test what they say."""
-    transformed = pcr_fx.transform(net(coupled, 2, 9), (torch.randn(1, 2, device=DEVICE),))
+    transformed = pcr_fx.transform(net(coupled, 2, 9), (normal(1, 2),))
     plans = [item.plan for item in transformed.report.chains]
     assert all(isinstance(item.kernel, GpuKernel) for item in plans if item is not None) and plans

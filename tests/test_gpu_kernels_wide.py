@@ -4,7 +4,20 @@ import math
 
 import pytest
 import torch
-from gpu_chains import BODIES, DEVICE, NEWTON, Recurrence, attention, chain_of, check, check_stats, coupled, net, normed
+from gpu_chains import (
+    BODIES,
+    DEVICE,
+    NEWTON,
+    Recurrence,
+    attention,
+    chain_of,
+    check,
+    check_stats,
+    coupled,
+    net,
+    normal,
+    normed,
+)
 from torch import Tensor
 
 import pcr_fx
@@ -16,7 +29,7 @@ POINTWISE_AND_NORMS = [name for name in BODIES if name != "attention"]
 
 
 def states(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, device=DEVICE)
+    return normal(*shape, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("solver", ["newton", "sequential"])
@@ -54,7 +67,7 @@ def test_operands_that_are_too_many_to_be_held(solver: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("width, samples", [(6, 3), (17, 1), (33, 1)])
 def test_float32(width: int, samples: int) -> None:
-    check(net(coupled, width, 2), torch.randn(samples, width, device=DEVICE), NEWTON, 2e-5)
+    check(net(coupled, width, 2), normal(samples, width), NEWTON, 2e-5)
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 9, 10])
@@ -73,7 +86,7 @@ def test_shared_weights_and_operands_of_each_sample(solver: str) -> None:
 
 
 def test_no_samples() -> None:
-    check(net(coupled, 7, 4), torch.randn(0, 7, device=DEVICE), NEWTON, 1e-6)
+    check(net(coupled, 7, 4), normal(0, 7), NEWTON, 1e-6)
 
 
 def test_inputs_that_are_not_contiguous() -> None:
@@ -133,13 +146,13 @@ def test_the_reduction_agrees_with_that_in_pytorch() -> None:
 
 
 def test_more_numbers_than_kernels_are_made_for_are_declined() -> None:
-    model, x = net(coupled, 130, 9), torch.randn(1, 130, device=DEVICE)
+    model, x = net(coupled, 130, 9), normal(1, 130)
     transformed = pcr_fx.transform(model, (x,))
     assert "fused kernels take 1 to 128" in " ".join(str(transformed.report).split())
 
 
 def test_memory_is_counted_with_jacobians() -> None:
-    transformed = pcr_fx.transform(net(coupled, 8, 20), (torch.randn(3, 8, device=DEVICE),), options=NEWTON)
+    transformed = pcr_fx.transform(net(coupled, 8, 20), (normal(3, 8),), options=NEWTON)
     (item,) = (one.plan for one in transformed.report.chains)
     assert isinstance(item.kernel, GpuKernel)
     assert 3 * 21 * 8 * 8 * 4 < item.kernel.scratch_bytes(3, "newton") < 2 * 3 * 21 * 8 * 8 * 4
@@ -160,6 +173,6 @@ def test_where_jacobians_do_not_fit_it_goes_block_by_block(monkeypatch: pytest.M
 
 def test_auto_goes_by_jacobian_entries() -> None:
     for width, expected in ((64, "newton"), (65, "sequential")):
-        model, x = net(coupled, width, 128), torch.randn(1, width, device=DEVICE)
+        model, x = net(coupled, width, 128), normal(1, width)
         transformed = pcr_fx.transform(model, (x,), options={"planning": "estimated"})
         assert chain_of(transformed)["solver_forward"] == expected

@@ -53,7 +53,8 @@ def run_tests(seconds: float) -> list[str]:
 def results_of(names: Sequence[str], outputs: Sequence[str]) -> list[str]:
     """What pytest, as verbose as can be, said of the tests of these names; no word is of one that did not end."""
     text = "\n".join(outputs)
-    ended = dict(re.findall(r"^(\S+::\S+) ([A-Z]+)", text, re.MULTILINE))
+    # Names may have spaces in them.
+    ended = dict(re.findall(r"^(\S+::.*?) ([A-Z]{4,})(?: |$)", text, re.MULTILINE))
     count = Counter(ended.get(name, "not run to its end") for name in names)
     said = [", ".join(f"{number} {what.lower()}" for what, number in count.items()) or "no tests were found"]
     said += re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE)

@@ -271,10 +271,11 @@ class _Measurement:
         make = self._forward_by if direction == "forward" else self._backward_by
         if isinstance(way.kernel, ChainKernel) and not self._compiles(way.kernel, direction):
             return Timing(way.name, direction, None, note=way.kernel.failure or "it cannot be called")
-        self._compile(partial(make, way, min(2, self.case.program.length)))
-        fused = isinstance(way.kernel, GpuKernel)
+        # A GPU's kernel is for all blocks and no fewer.
+        fused, length = isinstance(way.kernel, GpuKernel), self.case.program.length
+        self._compile(partial(make, way, length if fused else min(2, length)))
         # Several calls have to fit: the first with memory that the machine had not used yet take ten times as long.
-        count = self.case.program.length if fused else self._count(partial(make, way), 4)
+        count = length if fused else self._count(partial(make, way), 4)
         return self._timing(way.name, direction, make(way, count), count)
 
     def _compile(self, make: Callable[[], Callable[[], Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +20,11 @@ REALS = {torch.float32: "tl.float32", torch.float64: "tl.float64"}
 PATIENCE = 8
 ROUNDING_EPS = 8.0
 # Iterations that are sent to the GPU, done or not, where each is launches of its own: nobody waits to see. Launches that find
-# nothing to do cost some 2 us each. Chains that Newton's method is good for need 3 to 8 iterations, and a chain that needs
-# more has no use for it: each costs as much as a few dozen blocks one after another at the least. An adjoint is solved at
-# once, and refined once.
-MOST_ITERATIONS = {"forward": 12, "adjoint": 2}
+# nothing to do cost some 1.1 us each. The iterations that chains need grow as the root of their length where rounding
+# matters at all: 3 for 1,024 blocks x + W2 tanh(W1 x), 18 for 65,536. An adjoint is solved at once, and refined once.
+_FEWEST_SENT = 12
+_SENT_A_ROOT = 1 / 8
+_SENT_BACKWARD = 2
 # Lanes of the program that decides what becomes of a sample.
 DECIDING_LANES = 256
 HEADER = """
@@ -47,6 +49,13 @@ def inputs_of(program: Program, body: SampleBody) -> list[Input]:
     operands = len(program.signature.operands) + len(program.literals)
     sizes = zip(input_sizes(program, body), body.own, strict=True)
     return [Input(f"in{index}", size, own, index >= operands) for index, (size, own) in enumerate(sizes)]
+
+
+def iterations_sent(direction: str, length: int, limit: int) -> int:
+    """How many iterations to send of at most `limit`."""
+    if direction == "adjoint":
+        return min(limit, _SENT_BACKWARD)
+    return min(limit, max(_FEWEST_SENT, math.ceil(_SENT_A_ROOT * math.sqrt(length))))
 
 
 def smallest_scale(dtype: torch.dtype) -> float:

@@ -7,7 +7,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from pcr_fx.kernels.gpu.inputs import DECIDING_LANES, MOST_ITERATIONS, Call, Input
+from pcr_fx.kernels.gpu.inputs import DECIDING_LANES, Call, Input, iterations_sent
 from pcr_fx.kernels.gpu.launches import Launch, Loader
 from pcr_fx.kernels.gpu.source_scalars import ScalarSource
 
@@ -95,7 +95,7 @@ class ScalarKernels:
         # Adjoints start from nothing, states from where the chain does.
         states.copy_(call.initial.reshape(samples, d, 1)) if direction == "forward" else states.zero_()
         programs, tile = (samples * slices,), {"BLOCK": block, "num_warps": warps}
-        kernel, limit = self._loader.kernel, min(max_iterations, MOST_ITERATIONS[direction])
+        kernel, limit = self._loader.kernel, iterations_sent(direction, self.source.program.length, max_iterations)
         linking = {"SLICE": block, "BLOCK": min(block, DECIDING_LANES), "num_warps": warps}
         for iteration in range(limit + 1):
             kernel("linearise", direction)[programs](

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pcr_fx.codegen.tiles import padded, warps_for
-from pcr_fx.kernels.gpu.inputs import DECIDING_LANES, MOST_ITERATIONS, PATIENCE, ROUNDING_EPS, Call
+from pcr_fx.kernels.gpu.inputs import DECIDING_LANES, PATIENCE, ROUNDING_EPS, Call, iterations_sent
 from pcr_fx.kernels.gpu.launches import Launch, Loader
 from pcr_fx.kernels.gpu.source_tiles import TILE_BYTES, Text, TileSource
 
@@ -54,7 +54,7 @@ class TileKernels:
             result[1:] = call.cotangents
         else:
             result.copy_(call.initial)
-        limit = min(max_iterations, MOST_ITERATIONS[direction])
+        limit = iterations_sent(direction, self.source.program.length, max_iterations)
         reduce = self._reduction(backward, call, columns, jacobians, residuals, result, stats)
         for iteration in range(limit + 1):
             self._run(
