@@ -333,6 +333,8 @@ def is_fresh(node: fx.Node) -> bool:
 
 def is_pytorchs(function: Any) -> bool:
     """Whether a function is one of PyTorch's or Python's; those of a model's author may bear any name."""
+    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(function).startswith("aten.")
     module = getattr(function, "__module__", None) or "torch"
     return module.partition(".")[0] in ("torch", "_operator")
 

@@ -64,6 +64,7 @@ def normalise_graph(graph: fx.Graph) -> None:
         if is_idle_dropout(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    _read_tuples_once(graph)
     _free_from_values(graph)
     for node in list(graph.nodes):
         _take_all_results(node)
@@ -78,6 +79,39 @@ def _only_computes(node: fx.Node) -> bool:
         return False
     known = node.op == "call_method" or is_pytorchs(node.target)
     return known and (is_fresh(node) or op_name(node) in _VIEW_NAMES)
+
+
+def _read_tuples_once(graph: fx.Graph) -> None:
+    """Let all who read an item of a tuple read it once, before anything else happens: a tuple cannot change.
+
+    `steps.scale[t]` in a loop is an item of another node in each block otherwise, and of one tensor then.
+    """
+    read: dict[Any, fx.Node] = {}
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    latest: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        if not _reads_tuple(node):
+            continue
+        source, item = node.args
+        first = read.setdefault((node.target, source, item), node)
+        if first is node:
+            at = inputs[-1] if source.op == "placeholder" else source
+            latest.get(at, at).append(node)
+            latest[at] = node
+        else:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+
+
+def _reads_tuple(node: fx.Node) -> bool:
+    """Whether a node is an item of a tuple, by number or by name; a property may be computed anew each time."""
+    if node.target not in (getattr, operator.getitem) or len(node.args) != 2 or not isinstance(node.args[0], fx.Node):
+        return False
+    source, item = node.args
+    value = source.meta.get("example_value")
+    if node.target is getattr:
+        return isinstance(value, tuple) and item in getattr(type(value), "_fields", ())
+    return isinstance(value, tuple) and type(item) is int
 
 
 def _free_from_values(graph: fx.Graph) -> None:

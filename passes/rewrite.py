@@ -11,9 +11,10 @@ import networkx as nx
 import torch
 from torch import fx
 
+from pcr_fx.operands import stack_parts
 from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.detect import FoundChain
-from pcr_fx.passes.effects import argument, hides_ops, is_random, op_name, written_memory
+from pcr_fx.passes.effects import argument, hides_ops, is_pytorchs, is_random, op_name, written_memory
 from pcr_fx.passes.inline import copy_node
 
 Stack = Callable[[fx.Graph, Sequence[fx.Node], dict[fx.Node, fx.Node]], fx.Node]
@@ -68,22 +69,39 @@ def rewrite_chains(graph: fx.Graph, chains: Sequence[FoundChain], names: Sequenc
     """
     order = _order(graph, chains)
     assert order is not None, "chains that cannot be sorted are to be dropped before"
-    new, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    new, copies, regions = fx.Graph(), dict[fx.Node, fx.Node](), _regions(graph)
     new.set_codegen(graph._codegen)
     for item in order:
         if isinstance(item, int):
-            _emit(new, chains[item], names[item], stack, copies)
+            _emit(new, chains[item], names[item], stack, copies, regions)
         else:
             copies[item] = copy_node(new, item, copies)
     for node in reversed(list(new.nodes)):
-        if not node.users and (node.op == "get_attr" or op_name(node) in ("unbind", "getitem")):
+        if not node.users and (node.op == "get_attr" or any(_is(node, name) for name in ("unbind", "getitem", "select"))):
             new.erase_node(node)
     return new
 
 
-def _emit(new: fx.Graph, found: FoundChain, name: str, stack: Stack, copies: dict[fx.Node, fx.Node]) -> None:
+def _regions(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For each node how many ops before it change how all later ops run."""
+    return dict(zip(graph.nodes, itertools.accumulate(map(is_barrier, graph.nodes)), strict=True))
+
+
+def _emit(
+    new: fx.Graph,
+    found: FoundChain,
+    name: str,
+    stack: Stack,
+    copies: dict[fx.Node, fx.Node],
+    regions: dict[fx.Node, int],
+) -> None:
     initial = [copies[node] for node in found.initial]
-    operands = [_cut_before(new, column, copies) or stack(new, column, copies) for column in found.operands]
+    here = {regions[node] for node in found.nodes}
+    operands = []
+    for column in found.operands:
+        # Parts that were taken elsewhere, without gradients, say, are taken there.
+        whole = _cut_before(new, column, copies) if {regions[node] for node in _cutting(column)} == here else None
+        operands.append(whole or stack(new, column, copies))
     shared = [copies[node] for node in found.shared]
     taps = new.call_module(name, (initial, operands, shared))
     for position, (index, block) in enumerate(found.taps):
@@ -94,22 +112,47 @@ def _emit(new: fx.Graph, found: FoundChain, name: str, stack: Stack, copies: dic
 
 def _cut_before(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """A per-block operand that one tensor was cut into, as that tensor: an unrolled recurrence has one at each step."""
-    source = column[0].args[0] if column[0].args else None
-    cuts = [node.args for node in column if node.target is operator.getitem and not node.kwargs]
-    if not isinstance(source, fx.Node) or len(cuts) < len(column) or any(cut[0] is not source for cut in cuts):
+    cuts = [cut for cut in map(_cut, column) if cut is not None]
+    if len(cuts) < len(column) or len({cut[:2] for cut in cuts}) > 1:
         return None
-    indices = [cut[1] for cut in cuts]
-    first = indices[0]
-    if not isinstance(first, int) or first < 0 or indices != list(range(first, first + len(column))):
+    if any(user.op == "output" for node in column for user in node.users):
+        return None  # who gets a part may ask for its gradient
+    whole, dim, first = cuts[0]
+    indices = [index for _, _, index in cuts]
+    step = indices[1] - first if len(indices) > 1 else 1
+    if step == 0 or indices != list(range(first, first + step * len(indices), step)):
         return None
-    if op_name(source) == "unbind":
-        whole, dim = source.args[0], argument(source, "dim", 1, 0)
-    else:
-        whole, dim = source, 0
-    if not isinstance(whole, fx.Node) or not isinstance(dim, int) or not _is_tensor(whole):
+    return new.call_function(stack_parts, (copies[whole], dim, first, len(indices), step))
+
+
+def _cutting(column: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes that cut a tensor into these parts."""
+    return {*column, *(source for node in column for source in node.all_input_nodes if _is(source, "unbind"))}
+
+
+def _is(node: fx.Node, name: str) -> bool:
+    """Whether a node is PyTorch's or Python's op of this name, and not one that a model's author called so."""
+    known = node.op == "call_method" or (node.op == "call_function" and is_pytorchs(node.target))
+    return known and op_name(node) == name
+
+
+def _cut(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """The tensor, dimension and index of `x[i]`, `x[:, i]`, `x.select(1, i)` and `x.unbind(1)[i]`."""
+    whole, *where = node.args or (None,)
+    dim: Any = 0
+    index: Any = where[-1] if where else None
+    if node.kwargs or not isinstance(whole, fx.Node):
         return None
-    front = new.call_method("movedim", (copies[whole], dim, 0)) if dim else copies[whole]
-    return new.call_method("narrow", (front, 0, first, len(column)))
+    if _is(node, "select") and len(where) == 2:
+        dim = where[0]
+    elif node.target is not operator.getitem:
+        return None
+    elif _is(whole, "unbind"):
+        whole, dim = argument(whole, "input", 0), argument(whole, "dim", 1, 0)
+    elif isinstance(index, tuple) and index and all(one == slice(None) for one in index[:-1]):
+        dim, index = len(index) - 1, index[-1]
+    is_cut = type(index) is int and index >= 0 and type(dim) is int and isinstance(whole, fx.Node) and _is_tensor(whole)
+    return (whole, dim, index) if is_cut else None
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -290,7 +290,10 @@ class _KnownProxy(_Proxy):
         value = self.node.meta.get("example_value")
         if isinstance(value, Tensor) and not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
-        return super().__getattr__(name)
+        attribute = super().__getattr__(name)
+        if isinstance(inspect.getattr_static(type(value), name, None), property) and not isinstance(value, Tensor):
+            _ = attribute.node  # computed now, and not where it is first used
+        return attribute
 
     def __len__(self) -> int:
         return len(self._known())

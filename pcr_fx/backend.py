@@ -15,7 +15,7 @@ from torch.fx.passes.split_module import split_module
 
 from pcr_fx.errors import OptionError
 from pcr_fx.node import SolveNode
-from pcr_fx.operands import InputColumn, stack_operands
+from pcr_fx.operands import InputColumn, stack_operands, stack_parts
 from pcr_fx.options import Options
 from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.inline import holds_regions, inline_regions
@@ -114,12 +114,16 @@ def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any
 
     A compiler has nothing to add to a native kernel, and checks each of thousands of inputs at each call.
     """
-    own = {name for name, module in graph_module.named_children() if isinstance(module, SolveNode | InputColumn)}
+    modules = {name for name, module in graph_module.named_children() if isinstance(module, SolveNode | InputColumn)}
+
+    def is_called(node: fx.Node) -> bool:
+        return node.target is stack_parts or (node.op == "call_module" and node.target in modules)
+
     part, was_own, parts = 0, None, dict[fx.Node, int]()
     for node in graph_module.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        is_own = node.op == "call_module" and node.target in own
+        is_own = is_called(node)
         # What a solve node returned is unpacked beside it.
         is_own = is_own or (node.target is operator.getitem and parts.get(node.args[0], -1) == part and bool(was_own))
         part += was_own is not None and is_own != was_own
@@ -129,7 +133,7 @@ def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any
         return graph_module.forward
     split = split_module(graph_module, None, parts.__getitem__)  # type: ignore[arg-type]
     for name, module in list(split.named_children()):
-        if not any(node.op == "call_module" and node.target in own for node in module.graph.nodes):
+        if not any(is_called(node) for node in module.graph.nodes):
             inputs = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
             split.add_submodule(name, _Compiled(compile_rest(module, inputs)))
     return split.forward

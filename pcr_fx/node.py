@@ -276,7 +276,9 @@ def _look(tensors: Sequence[Tensor | PointerTable]) -> Any:
     """All that decides which kernel a plain call may go to; `None` where it may go to none."""
     looks: list[Any] = [torch.is_grad_enabled()]
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or (type(tensor) is not PointerTable and tensor.device.type != "cpu"):
+        if type(tensor) not in _PLAIN:
+            return None
+        if type(tensor) is not PointerTable and (tensor.device.type != "cpu" or tensor.is_neg()):
             return None
         looks.append((type(tensor) is PointerTable, tensor.shape, tensor.dtype))
     return tuple(looks)

@@ -36,6 +36,16 @@ def stack_operands(tensors: Sequence[Tensor]) -> Tensor:
     return _Stack.apply(*tensors)
 
 
+def stack_parts(whole: Tensor, dim: int, first: int, count: int, step: int) -> Tensor:
+    """`torch.stack` of `count` parts `whole.select(dim, index)`, from index `first` on in steps, at once.
+
+    In memory of its own like a stack, which a backward finds as it was.
+    """
+    last = first + step * (count - 1)
+    parts = whole.movedim(dim, 0)[min(first, last) : max(first, last) + 1 : abs(step)]
+    return parts.clone(memory_format=torch.contiguous_format) if step > 0 else parts.flip(0).contiguous()
+
+
 def parts_of(operand: Operand) -> Sequence[Tensor]:
     """The tensor of each block."""
     if isinstance(operand, StackedAttributes):
