@@ -49,7 +49,10 @@ def resources(launch: Launch) -> list[object]:
     """Warps, registers a thread, bytes of stack (what is spilled), bytes of shared memory, seconds to compile."""
     began = time.perf_counter()
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    source = ASTSource(launch.function, launch.signature, launch.constants)
+    # As at a launch: tensors start where several numbers can be read at once.
+    pointers = [index for index, kind in enumerate(launch.signature.values()) if kind.startswith("*")]
+    aligned = {(index,): [["tt.divisibility", 16]] for index in pointers}
+    source = ASTSource(launch.function, launch.signature, launch.constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     seconds = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:

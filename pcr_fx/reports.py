@@ -92,7 +92,7 @@ class ChainEntry:
             if way is None or self._solver(direction) == "sequential":
                 continue
             if isinstance(way.kernel, GpuKernel):
-                needed = max(needed, way.kernel.scratch_bytes(samples))
+                needed = max(needed, way.kernel.scratch_bytes(samples, plan.settings.limit("newton", plan.program.length)))
             else:
                 held = samples if way.kernel is None else min(samples, torch.get_num_threads())
                 window = way.window or plan.program.length
@@ -126,6 +126,7 @@ class ChainEntry:
             "left_alone": self.is_left_alone,
             "solver_forward": self._solver("forward"),
             "solver_backward": self._solver("backward"),
+            "kernel_kind": "fused" if plan is not None and isinstance(plan.kernel, GpuKernel) else "native",
             "native_forward": self._is_native("forward"),
             "native_backward": self._is_native("backward"),
             "window": way.window if way else None,
@@ -291,8 +292,8 @@ def _chain_table(number: int, entry: dict[str, Any]) -> str:
 def _solver(entry: dict[str, Any], direction: str) -> str:
     if entry["left_alone"]:
         return f"{direction} the model's own ops"
-    native = " (native kernel)" if entry[f"native_{direction}"] else ""
-    return f"{direction} {entry[f'solver_{direction}']}{native}"
+    kernel = f" ({entry['kernel_kind']} kernel)" if entry[f"native_{direction}"] else ""
+    return f"{direction} {entry[f'solver_{direction}']}{kernel}"
 
 
 def _measured(entry: dict[str, Any]) -> list[tuple[str, str]]:

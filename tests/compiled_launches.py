@@ -20,7 +20,6 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu_resources import kernel
 from pcr_fx.kernels import GpuKernel
-from pcr_fx.kernels.gpu import scalar_kernels
 
 
 class NoGPU:
@@ -66,7 +65,6 @@ def call_everything(fused: GpuKernel) -> None:
 if __name__ == "__main__":
     names = compile_only()
     for dtype in (torch.float32, torch.float64):
-        for width, slices in ((1, 1), (1, 10**9), (6, 1)):  # each slice by itself, all in one program; wide
-            scalar_kernels.SLICES_APART = slices
+        for width in (1, 6):  # scalars, tiles
             call_everything(kernel(width, dtype))
     print(*names)

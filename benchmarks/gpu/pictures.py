@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from benchmarks.gpu.record import Row, Section
@@ -51,13 +52,15 @@ def draw_gains(section: Section, file: Path) -> None:
         lengths, widths = (sorted(set(values)) for values in zip(*gains, strict=True))
         table = [[gains.get((length, width), float("nan")) for width in widths] for length in lengths]
         image = axis.imshow(table, norm="log", cmap="viridis", aspect="auto")
+        middle = math.sqrt(min(gains.values()) * max(gains.values()))
         for i, row in enumerate(table):
             for j, value in enumerate(row):
-                axis.text(j, i, f"{value:.3g}x", ha="center", va="center", color="white")
+                colour = "black" if value > middle else "white"
+                axis.text(j, i, f"{value:,.0f}x", ha="center", va="center", color=colour)
         axis.set(title=f"{direction}: times faster than eager", xlabel="width", ylabel="layers")
         axis.set_xticks(range(len(widths)), [str(width) for width in widths])
         axis.set_yticks(range(len(lengths)), [str(length) for length in lengths])
-        figure.colorbar(image, ax=axis)
+        figure.colorbar(image, ax=axis, format="{x:,.0f}x").ax.yaxis.set_minor_formatter("")
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     plt.close(figure)

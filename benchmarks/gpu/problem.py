@@ -14,11 +14,10 @@ from benchmarks.gpu.timing import median_us, replayed
 from benchmarks.models import residual_block
 from pcr_fx.chain import Chain
 from pcr_fx.kernels import GpuKernel
-from pcr_fx.kernels.gpu import scalar_kernels
 from pcr_fx.node import SolveNode
 from pcr_fx.ops import operators_for, waits
 from pcr_fx.options import Options
-from pcr_fx.planner import Plan
+from pcr_fx.planner import Plan, Tensors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -95,6 +94,9 @@ class Solved:
             raise plan
         self.plan = plan
         self.initial = plan.program.layout.flatten([problem.x])
+        if solver == "auto":  # chosen as for a training step, but not against eager, which takes seconds
+            every = [*problem.operands, *plan.program.literals]
+            plan.measure(Tensors(self.initial, every, []), needs_gradient=True, with_eager=False)
 
     def forward(self) -> list[Tensor]:
         with torch.no_grad():
@@ -171,17 +173,6 @@ def solved(problem: Problem, solver: str, direction: str, with_error: bool = Tru
     if with_error:
         off = error(got, problem.exact_forward if direction == "forward" else problem.exact_backward)
     return Measured(ours.described(direction), us, off, ours.iterations() if direction == "forward" else None)
-
-
-def in_slices(problem: Problem, apart: bool) -> Measured:
-    """Newton forward with a program for each slice of a chain, or with one for all of them, one after another."""
-    before = scalar_kernels.SLICES_APART, scalar_kernels.SAMPLES_APART
-    scalar_kernels.SLICES_APART, scalar_kernels.SAMPLES_APART = (1, 2**31) if apart else (2**31, 0)
-    try:
-        found = solved(problem, "newton", "forward", with_error=False)
-    finally:
-        scalar_kernels.SLICES_APART, scalar_kernels.SAMPLES_APART = before
-    return replace(found, name="slices apart" if apart else "one program a sample")
 
 
 def eager(problem: Problem, direction: str, graph: bool = False) -> Measured:

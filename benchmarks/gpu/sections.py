@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.gpu.problem import Measured, Problem, Solved, eager, in_slices, plain, residual, solved
+from benchmarks.gpu.problem import Measured, Problem, Solved, eager, plain, residual, solved
 from benchmarks.gpu.record import Row, Section
 from benchmarks.gpu.sampling import Drawing
 from benchmarks.gpu.subprocesses import inductor_times
@@ -30,8 +30,6 @@ class Sizes:
     inductor_lengths: tuple[int, ...] = (128, 1024)
     batches: tuple[int, ...] = (32, 256)
     lengths: tuple[int, ...] = (256, 1024, 4096, 16384, 65536)
-    slice_lengths: tuple[int, ...] = (1024, 2048, 4096, 16384)
-    slice_samples: tuple[int, ...] = (1, 32, 128)
     grid_lengths: tuple[int, ...] = (1024, 256, 64)
     grid_widths: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     steps: int = 1000
@@ -40,7 +38,7 @@ class Sizes:
 
 
 FULL = Sizes()
-TINY = Sizes(5, (2,), (1,), (1,), (2,), (3,), (2,), (3, 5), (18,), (1,), (3,), (1,), 2, 1, 1)
+TINY = Sizes(5, (2,), (1,), (1,), (2,), (3,), (2,), (3, 5), (3,), (1,), 2, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -123,16 +121,6 @@ def growth(sizes: Sizes, budget: Budget) -> Iterator[Figure]:
         problem = residual(length, 4, 1)
         for direction in DIRECTIONS:
             yield partial(against_sequential, problem, direction)
-
-
-def slices(sizes: Sizes, budget: Budget) -> Iterator[Figure]:
-    for length in sizes.slice_lengths:
-        for samples in sizes.slice_samples:
-            yield partial(_apart_and_at_once, residual(length, 4, samples))
-
-
-def _apart_and_at_once(problem: Problem) -> Row:
-    return compared(_name(problem, "forward"), in_slices(problem, True), in_slices(problem, False))
 
 
 def paper(sizes: Sizes, budget: Budget) -> Iterator[Figure]:
@@ -220,13 +208,6 @@ PARTS = {
         growth,
         30,
         f"Errors are measured up to {LONGEST_EXACT} blocks.",
-    ),
-    "slices": Part(
-        "A program for each slice of a chain, or one for all",
-        slices,
-        25,
-        "Where the first is faster is where `SLICES_APART` and `SAMPLES_APART` (`pcr_fx/kernels/gpu/scalar_kernels.py`) are to "
-        "say so.",
     ),
     "paper": Part(
         "The paper's grid: plain MLP against eager",

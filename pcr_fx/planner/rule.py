@@ -23,7 +23,7 @@ from pcr_fx.kernels import ChainKernel, GpuKernel
 from pcr_fx.options import Options
 from pcr_fx.planner.choice import Choice, Way
 from pcr_fx.planner.memory import MIN_WINDOW, fitting_window, in_units, memory_limit
-from pcr_fx.solvers import ITERATIVE_SOLVERS
+from pcr_fx.solvers import DEFAULT_MAX_ITERATIONS, ITERATIVE_SOLVERS
 
 # Jacobian entries of one block (samples x d x d) up to which a reduction beats the calls of the block's ops.
 FORWARD_ENTRIES = 512
@@ -40,12 +40,13 @@ KERNEL_OPERATIONS = 1_000_000
 THREADS_A_VECTOR = 2
 # And from which on it is not worth compiling one to see.
 KERNEL_OPERATIONS_MEASURED = 8_000_000
-# On a GPU, estimated and not yet measured: a fused block costs 0.1 to 0.3 us, an iteration of Newton over a thousand
-# blocks some 3 us, and a program for each sample fills a large GPU at about this many.
-GPU_NEWTON_LENGTH = 128
-GPU_NEWTON_SAMPLES = 256
-# Jacobian entries of one block up to which an iteration is worth what it saves: as many samples as above at d = 4, and
-# one at d = 64. Products of matrices cost d times that, block by block nothing of the kind. Likewise estimated.
+# On a GPU (an H200, float32). Where Newton's method is one launch (d <= 4) 1,024 blocks take it 15 to 25 us, and block by block 90
+# to 250: it wins from here on, and until so many samples fill the GPU with slices.
+GPU_NEWTON_LENGTH = 64
+GPU_NEWTON_SAMPLES = 512
+# Otherwise four launches an iteration cost a caller in Python more than going block by block forward (1.2 ms against 0.3 at
+# d = 8), but not so for the one iteration of an adjoint: 62 us against 390 at d = 8, 366 against 2,900 at d = 64, up to so
+# many Jacobian entries of one block.
 GPU_NEWTON_ENTRIES = 4096
 # Memory that is taken without asking how much is free, which takes a while.
 BYTES_UNASKED = 2**26
@@ -90,7 +91,7 @@ class Case:
         """The way forward by an iterative solver, or why there is none."""
         kernel = self.usable_kernel
         if isinstance(kernel, GpuKernel) and solver == "newton" and self._is_plain:
-            needed = kernel.scratch_bytes(self.samples, solver)
+            needed = kernel.scratch_bytes(self.samples, self.options.max_iterations or DEFAULT_MAX_ITERATIONS[solver])
             if needed <= BYTES_UNASKED or needed <= self.limit:
                 return Way(solver, kernel)
         window = fitting_window(solver, self.program, self.samples, self.limit, self.options.window)
@@ -178,13 +179,17 @@ def _on_gpu(case: Case, kernel: GpuKernel) -> Choice:
     if isinstance(newton, str) or newton.kernel is not kernel:
         reason = "fused kernels, block by block: Newton's method takes more memory there, or not these options"
         return Choice(sequential, sequential, reason)
-    pays = length >= GPU_NEWTON_LENGTH and samples <= GPU_NEWTON_SAMPLES and entries <= GPU_NEWTON_ENTRIES
+    if kernel.is_one_launch:
+        forward = backward = length >= GPU_NEWTON_LENGTH and samples <= GPU_NEWTON_SAMPLES
+        most = f"both ways, for up to {GPU_NEWTON_SAMPLES} samples"
+    else:
+        forward, backward = False, length >= GPU_NEWTON_LENGTH and entries <= GPU_NEWTON_ENTRIES
+        most = f"backward, for up to {GPU_NEWTON_ENTRIES} Jacobian entries a block"
     reason = (
-        f"fused kernels; auto takes Newton from {GPU_NEWTON_LENGTH} blocks on, for up to {GPU_NEWTON_SAMPLES} samples and "
-        f"{GPU_NEWTON_ENTRIES} Jacobian entries a block ({length} blocks, {samples} samples, {entries} entries)"
+        f"fused kernels; auto takes Newton from {GPU_NEWTON_LENGTH} blocks on {most} "
+        f"({length} blocks, {samples} samples, {entries} entries)"
     )
-    way = newton if pays else sequential
-    return Choice(way, way, reason)
+    return Choice(newton if forward else sequential, newton if backward else sequential, reason)
 
 
 def _native(case: Case) -> tuple[ChainKernel | None, str]:

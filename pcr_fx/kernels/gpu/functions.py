@@ -212,3 +212,68 @@ def decide_sample(  # type: ignore[no-untyped-def]
     tl.store(past + 1, best)
     tl.store(past + 2, best_at)
     return outcome
+
+
+@triton.jit
+def send(place, number, is_end: tl.constexpr, mask):  # type: ignore[no-untyped-def]
+    """Send a number to another program: each word has 32 bits of it and a tag, so that no order of words matters.
+
+    A word that was not sent is 0; the tag is 1, or 2 where nothing follows.
+    """
+    tag: tl.constexpr = (is_end + 1) * 2**32
+    if number.dtype == tl.float32:
+        bits = number.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        tl.atomic_xchg(place, bits | tag, mask=mask, sem="relaxed")
+    else:
+        bits = number.to(tl.int64, bitcast=True)
+        tl.atomic_xchg(place, (bits & 0xFFFFFFFF) | tag, mask=mask, sem="relaxed")
+        tl.atomic_xchg(place + 1, ((bits >> 32) & 0xFFFFFFFF) | tag, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def float32_in(word):  # type: ignore[no-untyped-def]
+    """The number that was sent."""
+    return word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def float64_in(low, high):  # type: ignore[no-untyped-def]
+    """The number that was sent."""
+    return ((high << 32) | (low & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def ends_with(word):  # type: ignore[no-untyped-def]
+    """Whether nothing follows."""
+    return word >= 2 * 2**32
+
+
+@triton.jit
+def read2(place, mask):  # type: ignore[no-untyped-def]
+    """Two neighbouring numbers in each lane, by one instruction where they are aligned; 0 where the mask is not."""
+    places = place[:, None] + tl.arange(0, 2)[None, :]
+    return tl.split(tl.load(places) if mask is None else tl.load(places, mask=mask[:, None], other=0))
+
+
+@triton.jit
+def read4(place, mask):  # type: ignore[no-untyped-def]
+    """Four, likewise."""
+    places = place[:, None] + tl.arange(0, 4)[None, :]
+    numbers = tl.load(places) if mask is None else tl.load(places, mask=mask[:, None], other=0)
+    even, odd = tl.split(tl.reshape(numbers, [place.shape[0], 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def write2(place, first, second, mask):  # type: ignore[no-untyped-def]
+    """Two neighbouring numbers in each lane, by one instruction where they are aligned."""
+    tl.store(place[:, None] + tl.arange(0, 2)[None, :], tl.join(first, second), mask=mask[:, None])
+
+
+@triton.jit
+def write4(place, first, second, third, fourth, mask):  # type: ignore[no-untyped-def]
+    """Four, likewise."""
+    numbers = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [place.shape[0], 4])
+    tl.store(place[:, None] + tl.arange(0, 4)[None, :], numbers, mask=mask[:, None])

@@ -150,11 +150,21 @@ class GpuKernel:
         self.kernels.solve("adjoint", call, adjoints, stats)
         return [adjoints[0], *self._gradients(call, adjoints)], stats
 
-    def scratch_bytes(self, samples: int, solver: str = "sequential") -> int:
-        """Memory that a solve and its adjoint by `solver` need beside their results, at the most."""
+    @property
+    def is_one_launch(self) -> bool:
+        """Whether all iterations of Newton's method are one launch."""
+        return isinstance(self.kernels, ScalarKernels)
+
+    def scratch_bytes(self, samples: int, iterations: int = 0) -> int:
+        """Memory that a solve and its adjoint need beside their results, at the most.
+
+        Args:
+            iterations: the most that Newton's method may take; 0 for block by block.
+        """
+        most = max(iterations, _ADJOINT_ITERATIONS) if iterations else 0
         shapes = (self._parts(one, samples) for one, need in self._inputs() if need)
         parts = sum(math.prod(shape) for shape in shapes if shape[0] > 1)
-        return (self.kernels.scratch_numbers(samples, solver) + parts) * self.program.dtype.itemsize
+        return (self.kernels.scratch_numbers(samples, most) + parts) * self.program.dtype.itemsize
 
     def launches(self) -> list[Launch]:
         """Every kernel, to be compiled without being run."""

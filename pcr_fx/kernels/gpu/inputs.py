@@ -63,8 +63,19 @@ def smallest_scale(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny / torch.finfo(dtype).eps
 
 
+def words_of(dtype: torch.dtype) -> int:
+    """Words of 64 bits that a number is sent in between programs: each holds 32 bits of it, and a tag."""
+    return dtype.itemsize // 4
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, from where a GPU can read several numbers at once: kernels that do are much slower elsewhere."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
 class Call:
-    """The tensors of one solve, all contiguous.
+    """The tensors of one solve, all contiguous and aligned.
 
     Attributes:
         initial: `[*batch, d]`.
@@ -82,11 +93,11 @@ class Call:
         trajectory: Tensor | None = None,
         cotangents: Tensor | None = None,
     ) -> None:
-        self.initial = initial.contiguous()
-        self.operands = [tensor.contiguous() for tensor in operands]
-        self.shared = [tensor.contiguous() for tensor in shared]
-        self.trajectory = None if trajectory is None else trajectory.contiguous()
-        self.cotangents = None if cotangents is None else cotangents.contiguous()
+        self.initial = aligned(initial)
+        self.operands = [aligned(tensor) for tensor in operands]
+        self.shared = [aligned(tensor) for tensor in shared]
+        self.trajectory = None if trajectory is None else aligned(trajectory)
+        self.cotangents = None if cotangents is None else aligned(cotangents)
 
     @property
     def samples(self) -> int:

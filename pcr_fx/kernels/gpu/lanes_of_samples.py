@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pcr_fx.codegen import Scalar, Scalars, print_assignments, print_scalar
 from pcr_fx.kernels.gpu.lanes import Lanes, indent
 
-# One lane a sample, block after block; the next block's operands are on their way while one is computed. Samples that
-# are solved already (`stats`, from `newton`) are left as they are.
+# One lane a sample, block after block. Samples that are solved already (`stats`, from `newton`) are left as they are.
+#
+# A turn of the loop works on two halves of some columns each, from registers of their own: while one half is computed,
+# what the other needs is on its way, and nothing is copied from register to register.
 _SEQUENTIAL = """
 @triton.jit(do_not_specialize=["length", "samples", "skip_solved"])
 def sequential({parameters}, stats, length, samples, skip_solved, BLOCK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    wide = tl.full((), 0, tl.int64) + length
     wanted = sample < samples
     if skip_solved:
         wanted = wanted & (tl.load(stats + sample * 3, mask=wanted, other=0) > 1)
-    steps = tl.where(tl.max(wanted.to(tl.int32), 0) > 0, wide + {extra}, 0)
+    columns = length + {extra}
+    end = tl.where(wanted, columns, 0)
+    # Lanes past the last sample read it again, so that reading needs no mask.
+    sample = tl.minimum(sample, samples - 1)
+    if tl.max(end, 0) > 0:
 {start}
 {prefetch}
-    for column in range(0, steps):
-{fetch_next}
-{step}
-{store}
-{advance}
+        for column in range(0, columns, {turn}):
+{halves}
 """
+# Registers of 32 bits that numbers on their way from memory may take, and lines that a turn may have: with more of either,
+# compiling takes many seconds.
+_FETCHED_REGISTERS = 88
+_LINES = 256
+# The most numbers that an instruction reads or writes, by the bytes of one.
+_AT_ONCE = {4: 4, 8: 2}
 
 
 @dataclass(frozen=True)
@@ -35,46 +45,76 @@ class LanesOfSamples(Lanes):
     def sequential(self, direction: str) -> str:
         """A chain block by block, `"forward"` or `"adjoint"`."""
         backward = direction == "adjoint"
-        d = range(self.dimension)
-        fetched = self._fetched("n_", "after", backward)
-        names = [name for name, _ in fetched]
-        first = self._fetched("c_", "0", backward)
-        scalars = Scalars()
-        state: list[Scalar] = [f"x{i}" for i in d]
-        inputs = self._lane_inputs("c_")
-        if backward:
-            (result,) = scalars.run(self.pull, [[f"c_z{i}" for i in d], *inputs, state])
-            # The first column has no block: it is the last cotangent, which pulls back nothing.
-            result = [scalars.apply("add", f"c_g{i}", value) for i, value in zip(d, result, strict=True)]
-        else:
-            (result,) = scalars.run(self.step, [state, *inputs])
-        step = [*print_assignments(scalars.assignments, self.real)]
-        step += [f"v{i} = {print_scalar(value, self.real)} + {self.zeros}" for i, value in zip(d, result, strict=True)]
+        half = self._columns_a_half(backward)
+        names = [*(one.name for one in self.inputs), "initial", "trajectory", "cotangents", "result"]
+        return _SEQUENTIAL.format(
+            parameters=", ".join(names),
+            extra=int(backward),
+            start=indent(self._started(backward), 2),
+            prefetch=indent([line for u in range(2 * half) for line in self._fetched(u, str(u), backward)], 2),
+            turn=2 * half,
+            halves=indent([*self._half(0, half, backward), *self._half(half, half, backward)], 3),
+        )
+
+    def _columns_a_half(self, backward: bool) -> int:
+        lines = self._column(0, backward)
+        registers = len(set(re.findall(r"\bc0_\w+", "\n".join(lines)))) * self.program.dtype.itemsize // 4
+        fits = (half for half in (4, 2) if 2 * half * registers <= _FETCHED_REGISTERS and 2 * half * len(lines) <= _LINES)
+        return next(fits, 1)
+
+    def _started(self, backward: bool) -> list[str]:
+        """The state before the first column, and what is read once."""
+        d = self.dimension
+        initial = self._read([f"initial{i}" for i in range(d)], f"initial + sample * {d}")
+        start = [f"x{i} = {self.zeros if backward else f'initial{i}'}" for i in range(d)]
         shared = [
-            f"{one.name}_{e} = tl.load({one.name} + {'sample * ' + str(one.size) + ' + ' if one.own else ''}{e}"
-            f"{', mask=wanted, other=0' if one.own else ''})"
+            f"{one.name}_{e} = tl.load({one.name} + {'sample * ' + str(one.size) + ' + ' if one.own else ''}{e})"
             for one in self.inputs
             if one.shared
             for e in range(one.size)
         ]
-        load = "tl.load(initial + sample * {d} + {i}, mask=wanted, other=0)"
-        start = [
-            f"x{i} = {load.format(d=self.dimension, i=i) if not backward else self.zeros}" for i in d
+        return [*initial, *start, *shared]
+
+    def _half(self, first: int, half: int, backward: bool) -> list[str]:
+        """Columns `first` and on of a turn.
+
+        Compilers wait for all loads that are on their way across a branch, not for some: those of the other half set
+        out once the first number of this one is there. To compilers there is no hurry, nobody asks before the next turn. So
+        they are in a branch, and what follows needs something of it: that the state is still the state.
+        """
+        lines = [line for u in range(first, first + half) for line in self._column(u, backward)]
+        there = next((at for at, line in enumerate(lines) if f"c{first}_" in line), None)
+        if there is None:
+            return lines
+        number, _ = lines[there].split(" = ", 1)
+        after = range(first + half, first + 2 * half)
+        fetch = [line for u in after for line in self._fetched(u % (2 * half), f"column + {u}", backward)]
+        fetch += [f"x{i} = tl.where(samples > 0, x{i}, {number})" for i in range(self.dimension)]
+        return [*lines[: there + 1], f"if column + {first + half} < columns:", indent(fetch, 1), *lines[there + 1 :]]
+
+    def _column(self, u: int, backward: bool) -> list[str]:
+        """Column `u` of a turn. Past the end nothing is stored, and no column comes after that would read the state."""
+        prefix, d, scalars = f"c{u}_", range(self.dimension), Scalars(f"s{u}_")
+        state: list[Scalar] = [f"x{i}" for i in d]
+        inputs = self._lane_inputs(prefix)
+        if backward:
+            (result,) = scalars.run(self.pull, [[f"{prefix}z{i}" for i in d], *inputs, state])
+            # The first column has no block: it is the last cotangent, which pulls back nothing, be a block infinite.
+            result = [scalars.apply("add", f"{prefix}g{i}", value) for i, value in zip(d, result, strict=True)]
+        else:
+            (result,) = scalars.run(self.step, [state, *inputs])
+        row = f"length - column - {u}" if backward else f"column + {u}"
+        before = [
+            f"{prefix}z{i} = tl.where({self._block(f'column + {u}', True)} > 0, {prefix}z{i}, initial{i})" for i in d if backward
         ]
-        return _SEQUENTIAL.format(
-            parameters=", ".join(
-                [*(one.name for one in self.inputs), "initial", "trajectory", "cotangents", "result"]
-            ),
-            extra=int(backward),
-            start=indent([*start, *shared], 1),
-            prefetch=indent(self._addressed("0", backward) + [f"c_{name[2:]} = {value}" for name, value in first], 1),
-            fetch_next=indent(
-                ["after = column + 1", *self._addressed("after", backward), *(f"{n} = {v}" for n, v in fetched)], 2
-            ),
-            step=indent(step, 2),
-            store=indent(self._stored(backward), 2),
-            advance=indent([*(f"x{i} = v{i}" for i in d), *(f"c_{name[2:]} = {name}" for name in names)], 2),
-        )
+        return [
+            *before,
+            *print_assignments(scalars.assignments, self.real),
+            *(f"v{i} = tl.broadcast_to({print_scalar(value, self.real)}, [BLOCK])" for i, value in enumerate(result)),
+            *(f"v{i} = tl.where(column > 0, v{i}, {prefix}g{i})" for i in d if backward and u == 0),
+            *(f"x{i} = v{i}" for i in d),
+            *self._written(f"result + {self._row(row)} * {self.dimension}", [f"x{i}" for i in d], f"column + {u} < end"),
+        ]
 
     def _lane_inputs(self, prefix: str) -> list[list[Scalar]]:
         return [
@@ -82,40 +122,55 @@ class LanesOfSamples(Lanes):
             for one in self.inputs
         ]
 
-    def _addressed(self, column: str, backward: bool) -> list[str]:
-        """The block of a column, such that reading it is allowed: past the end the last one is read again."""
-        if backward:
-            return [
-                f"block = tl.minimum(tl.maximum(wide - {column}, 0), wide - 1)",
-                f"given = wide - 1 - {column}",
-                # In each lane: the interpreter makes a number of "and" between a tensor and a scalar.
-                "inside = wanted & (block + sample * 0 > 0)",
-                "is_given = wanted & (given + sample * 0 >= 0)",
-            ]
-        return [f"block = tl.minimum({column} + wide * 0, wide - 1)"]
+    def _row(self, index: str) -> str:
+        """Where the numbers of each sample lie, of a block or a column."""
+        return f"(tl.cast({index}, tl.int64) * samples + sample)"
 
-    def _fetched(self, prefix: str, column: str, backward: bool) -> list[tuple[str, str]]:
-        d, fetched = self.dimension, []
+    def _block(self, column: str, backward: bool) -> str:
+        """The block of a column, the nearest where it has none."""
+        if backward:
+            return f"tl.maximum(tl.minimum(length - ({column}), length - 1), 0)"
+        return f"tl.minimum({column}, length - 1)"
+
+    def _fetched(self, u: int, column: str, backward: bool) -> list[str]:
+        """Loads what a column reads. Past the end it is the last block again, so that reading is allowed."""
+        d = range(self.dimension)
+        lines = [f"block = {self._block(column, backward)}"]
         for one in self.inputs:
-            for e in range(one.size):
-                if one.shared:
-                    continue
-                if one.own:
-                    place = f"{one.name} + (block * samples + sample) * {one.size} + {e}, mask=wanted, other=0"
-                else:
-                    place = f"{one.name} + block * {one.size} + {e}"
-                fetched.append((f"{prefix}{one.name}_{e}", f"tl.load({place})"))
-        if backward:
-            for i in range(d):
-                mask = "mask=inside, other=0"
-                before = f"tl.load(trajectory + ((block - 1) * samples + sample) * {d} + {i}, {mask})"
-                start = f"tl.load(initial + sample * {d} + {i}, mask=wanted, other=0)"
-                fetched.append((f"{prefix}z{i}", f"tl.where(inside, {before}, {start})"))
-                mask = "mask=is_given, other=0"
-                fetched.append((f"{prefix}g{i}", f"tl.load(cotangents + (given * samples + sample) * {d} + {i}, {mask})"))
-        return fetched
+            if not one.shared:
+                row = self._row("block") if one.own else "(tl.cast(block, tl.int64) + sample * 0)"
+                lines += self._read([f"c{u}_{one.name}_{e}" for e in range(one.size)], f"{one.name} + {row} * {one.size}")
+        if not backward:
+            return lines if len(lines) > 1 else []
+        # In each lane: the interpreter does not take a number for a mask.
+        lines += [f"given = length - 1 - ({column})", "is_given = given + sample * 0 >= 0"]
+        before = f"trajectory + {self._row('tl.maximum(block - 1, 0)')} * {self.dimension}"
+        lines += self._read([f"c{u}_z{i}" for i in d], before)
+        return lines + self._read(
+            [f"c{u}_g{i}" for i in d], f"cotangents + {self._row('given')} * {self.dimension}", "is_given"
+        )
 
-    def _stored(self, backward: bool) -> list[str]:
-        d = self.dimension
-        row = "wide - column" if backward else "column"
-        return [f"tl.store(result + (({row}) * samples + sample) * {d} + {i}, v{i}, mask=wanted)" for i in range(d)]
+    def _at_once(self, count: int) -> int:
+        """How many of `count` neighbouring numbers to read or write at once, such that all groups are as large."""
+        most = _AT_ONCE[self.program.dtype.itemsize]
+        return next(size for size in (4, 2, 1) if size <= most and count % size == 0)
+
+    def _read(self, names: Sequence[str], place: str, mask: str = "") -> list[str]:
+        size = self._at_once(len(names))
+        lines, masked = [f"place = {place}"], f", mask={mask}, other=0" if mask else ""
+        for e in range(0, len(names), size):
+            if size == 1:
+                lines.append(f"{names[e]} = tl.load(place + {e}{masked})")
+            else:
+                lines.append(f"{', '.join(names[e : e + size])} = read{size}(place + {e}, {mask or 'None'})")
+        return lines
+
+    def _written(self, place: str, names: Sequence[str], mask: str) -> list[str]:
+        size = self._at_once(len(names))
+        lines = [f"place = {place}"]
+        for e in range(0, len(names), size):
+            if size == 1:
+                lines.append(f"tl.store(place + {e}, {names[e]}, mask={mask})")
+            else:
+                lines.append(f"write{size}(place + {e}, {', '.join(names[e : e + size])}, {mask})")
+        return lines

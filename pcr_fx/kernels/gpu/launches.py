@@ -11,6 +11,7 @@ import torch
 from pcr_fx.body.isolation import isolated
 
 _WHOLE = ("length", "samples", "limit", "group", "run", "skip_solved", "columns", "chunk", "chunks", "iteration")
+_WORDS = ("messages", "ends", "ticket")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Launch:
     ) -> Launch:
         real = {torch.float32: "fp32", torch.float64: "fp64"}[dtype]
         # A number of Python's is a float32 to Triton, whatever the tensors are.
-        kinds = {**dict.fromkeys(_WHOLE, "i32"), "tolerance": "fp32", **dict.fromkeys(constants, "constexpr")}
+        kinds = {**dict.fromkeys(_WHOLE, "i32"), **dict.fromkeys(_WORDS, "*i64"), "tolerance": "fp32"}
+        kinds.update(dict.fromkeys(constants, "constexpr"))
         signature = {argument: kinds.get(argument, f"*{real}") for argument in function.arg_names}
         return cls(name, function, signature, constants, warps, stages)
 

@@ -1,9 +1,11 @@
-"""The Triton source of Newton's method with a lane for each block.
+"""The Triton source of Newton's method with a lane for each block: all iterations of a chain in one launch.
 
-One program can hold a sample's whole chain, slice after slice, and iterate until it is solved: one launch. Where a chain
-has many slices and there are few samples, most of a GPU would idle; then each slice has a program of its own, and an
-iteration is three launches: `linearise` makes of each column one affine map of all of its slice up to there, `link` goes
-through the maps of whole slices and judges, and `correct` applies the maps to what comes in front of their slice.
+A program holds a slice of a sample's chain, and makes of each column one affine map of all of its slice up to there. What
+its corrections depend on beside is the correction in front of its slice, which the slice before passes on at every
+iteration: slices wait for those before them only. So no more of them need to run at once than a GPU has room for, and one
+after another, as in Triton's interpreter, they find everything that they wait for.
+
+A slice whose residual is small ends once the slice before has ended: what comes in front of it is final then.
 """
 
 from __future__ import annotations
@@ -13,245 +15,152 @@ from dataclasses import dataclass
 import torch
 
 from pcr_fx.codegen import Known, Scalar, Scalars, print_assignments, print_scalar
-from pcr_fx.kernels.gpu.inputs import PATIENCE, ROUNDING_EPS, smallest_scale
+from pcr_fx.kernels.gpu.inputs import PATIENCE, ROUNDING_EPS, smallest_scale, words_of
 from pcr_fx.kernels.gpu.lanes import indent, largest
 from pcr_fx.kernels.gpu.lanes_of_blocks import LanesOfBlocks
 
-# One program a sample; the states of all columns in two buffers [2, samples, d, columns + 1], read from one and
-# written to the other in turn. Column 0 is where the chain starts.
+# One program a slice of a sample, numbered as they start, all samples' first slices first, so that a program waits only for
+# programs that were started before it. By program: `states` `[programs, d, BLOCK]`; `messages` `[limit + 1, programs, d]`,
+# the corrections of each slice's last column, until it ends; `ends` `[programs, 3]` as `stats`, of all slices so far.
 _NEWTON = """
 @triton.jit(do_not_specialize=["length", "samples", "limit"])
-def newton({parameters}, states, stats, length, samples, tolerance, limit, BLOCK: tl.constexpr):
-    sample = tl.program_id(0).to(tl.int64)
+def newton({parameters}, states, messages, ends, ticket, stats, length, samples, tolerance, limit, BLOCK: tl.constexpr):
     wide = tl.full((), 0, tl.int64) + length
     columns = wide + {extra}
-    stride = columns + 1
+    slices = (columns + BLOCK - 1) // BLOCK
+    program = tl.atomic_add(ticket, 1, sem="relaxed")
+    programs = slices * samples
+    slice = program // samples
+    sample = program % samples
+    before = tl.maximum(program - samples, 0)
     lane = tl.arange(0, BLOCK).to(tl.int64)
-    first_buffer = states + sample * ({d} * stride)
-    buffers = samples * ({d} * stride)
+    column = slice * BLOCK + lane
+    live = column < columns
+    is_last = lane == BLOCK - 1
+    state = states + program * ({d} * BLOCK) + lane
 {start}
-    for first in range(0, columns, BLOCK):
-        column = first + lane
-{fill}
     outcome = tl.full((), -1, tl.int32)
     iteration = tl.full((), 0, tl.int32)
     best_at = tl.full((), 0, tl.int32)
-    parity = tl.full((), 0, tl.int32)
     residual = tl.full((), float("inf"), {real})
     best = tl.full((), float("inf"), {real})
+    shown = tl.full((), 0, {real})
+    # How the slices before have ended, and whether they have; before the first there is none.
+    outcome_before = tl.full((), 0, {real})
+    iterations_before = tl.full((), 0, {real})
+    shown_before = tl.full((), 0, {real})
+    is_final = slice == 0
     while outcome < 0:
-        tl.debug_barrier()
-        last = residual
-        old = first_buffer + parity * buffers
-        new = first_buffer + (1 - parity) * buffers
+{shift}
         worst = tl.full((), 0, {real})
         against = tl.full((), 0, {real})
-{no_carry}
-        for first in range(0, columns, BLOCK):
-            column = first + lane
-            live = column < columns
-{load_states}
 {linearise}
 {measure}
 {scan}
-{correct}
-        residual = worst
-        outcome, residual, best, best_at = judge(
-            residual, against, last, best, best_at, iteration, limit, tolerance, {rounding}, {patience}
+        verdict, shown, best, best_at = judge(
+            worst, against, residual, best, best_at, iteration, limit, tolerance, {rounding}, {patience}
         )
-        parity = tl.where(outcome < 0, 1 - parity, parity)
-        iteration = tl.where(outcome < 0, iteration + 1, iteration)
-    tl.store(stats + sample * 3, outcome.to({real}))
-    tl.store(stats + sample * 3 + 1, iteration.to({real}))
-    tl.store(stats + sample * 3 + 2, residual)
-    tl.debug_barrier()
-    solved = first_buffer + parity * buffers
-    for first in range(0, columns, BLOCK):
-        column = first + lane
-        live = column < columns
+        residual = worst
+        if is_final == 0:
+            message = messages + (iteration.to(tl.int64) * programs + before) * {words}
+{receive}
+            if is_final:
+                end = ends + before * {end_words}
+{receive_end}
+        # Patience is for what does not get better although nothing before it changes.
+        best = tl.where(is_final, best, float("inf"))
+        best_at = tl.where(is_final, best_at, iteration)
+        outcome = tl.where(is_final | (verdict == 3), verdict, -1)
+        is_worse = (outcome_before > 1) | ((outcome >= 0) & (outcome_before > outcome))
+        outcome = tl.where(is_worse, outcome_before.to(tl.int32), outcome)
+        if outcome < 0:
+            message = messages + (iteration.to(tl.int64) * programs + program) * {words} + lane * 0
+{correct}
+            iteration += 1
+    shown = tl.maximum(shown, shown_before, tl.PropagateNan.ALL)
+    count = tl.maximum(iteration.to({real}), iterations_before)
+    end = ends + program * {end_words} + lane * 0
+    message = messages + (iteration.to(tl.int64) * programs + program) * {words} + lane * 0
+{end}
+    if slice == slices - 1:
+        tl.store(stats + sample * 3, outcome.to({real}))
+        tl.store(stats + sample * 3 + 1, count)
+        tl.store(stats + sample * 3 + 2, shown)
 {write}
 """
-
-# One program a slice of a sample's columns. States `[samples, d, columns + 1]`, with where the chain starts in front; maps
-# `[samples, d d + d, columns]`, matrices first; ratios `[2, samples, slices]`.
-_LINEARISE = """
-@triton.jit(do_not_specialize=["length", "samples"])
-def linearise({parameters}, states, maps, ratios, stats, length, samples, BLOCK: tl.constexpr):
-    wide = tl.full((), 0, tl.int64) + length
-    columns = wide + {extra}
-    stride = columns + 1
-    slices = (columns + BLOCK - 1) // BLOCK
-    sample = tl.program_id(0) // slices
-    number = tl.program_id(0) % slices
-    if tl.load(stats + sample * 3) >= 0:
-        return
-    column = number * BLOCK + tl.arange(0, BLOCK)
-    live = column < columns
-    old = states + sample * ({d} * stride)
-    worst = tl.full((), 0, {real})
-    against = tl.full((), 0, {real})
-{load_states}
-{linearise}
-{measure}
-    tl.store(ratios + sample * slices + number, worst)
-    tl.store(ratios + (samples + sample) * slices + number, against)
-{scan}
-    map = maps + sample * ({rows} * columns) + column
-{keep}
-"""
-
-# One program a sample; carries `[samples, d, slices]` are the corrections in front of each slice but the first.
-_LINK = """
-@triton.jit(do_not_specialize=["columns", "samples", "iteration", "limit"])
-def link(
-    maps, carries, ratios, stats, history, columns, samples, iteration, limit, tolerance,
-    SLICE: tl.constexpr, BLOCK: tl.constexpr,
-):
-    sample = tl.program_id(0).to(tl.int64)
-    if tl.load(stats + sample * 3) >= 0:
-        return
-    wide = tl.full((), 0, tl.int64) + columns
-    slices = (wide + SLICE - 1) // SLICE
-    outcome = decide_sample(
-        ratios, stats, history, sample, slices, samples, iteration, limit, tolerance, {rounding}, {patience}, BLOCK
-    )
-    lane = tl.arange(0, BLOCK).to(tl.int64)
-{no_carry}
-    for first in range(0, tl.where(outcome < 0, slices, 0), BLOCK):
-        slice = first + lane
-        live = slice < slices
-        map = maps + sample * ({rows} * wide) + tl.minimum((slice + 1) * SLICE, wide) - 1
-{load_maps}
-{scan}
-{carry}
-"""
-
-# One program a slice of a sample's columns, as in `linearise`.
-_CORRECT = """
-@triton.jit(do_not_specialize=["columns"])
-def correct(states, maps, carries, stats, columns, BLOCK: tl.constexpr):
-    wide = tl.full((), 0, tl.int64) + columns
-    slices = (wide + BLOCK - 1) // BLOCK
-    sample = tl.program_id(0) // slices
-    number = tl.program_id(0) % slices
-    if tl.load(stats + sample * 3) >= 0:
-        return
-    column = number * BLOCK + tl.arange(0, BLOCK)
-    live = column < wide
-    map = maps + sample * ({rows} * wide) + column
-    state = states + sample * ({d} * (wide + 1)) + column + 1
-{load_maps}
-{correct}
-"""
+# What a slice tells of its end, as stats.
+_ENDS = ("outcome", "iterations", "shown")
 
 
 @dataclass(frozen=True)
 class NewtonSource(LanesOfBlocks):
-    """Newton's method, in one program a sample or in one for each slice of its chain."""
+    """Newton's method, in one program for each slice of a chain."""
 
     def newton(self, direction: str) -> str:
-        """All iterations of a chain, `"forward"` or `"adjoint"`, in one launch."""
-        d = range(self.dimension)
-        backward = direction == "adjoint"
-        start = [f"start{i} = {self.initial(i) if not backward else self.number(0.0)}" for i in d]
+        """All iterations of a chain, `"forward"` or `"adjoint"`."""
+        d, backward = range(self.dimension), direction == "adjoint"
         return self._compose() + _NEWTON.format(
-            **self._common(backward),
             parameters=", ".join(["packed", *self._shared_names(), "initial", "result"]),
+            d=self.dimension,
+            real=self.real,
+            extra=int(backward),
+            words=self.dimension * self._words,
+            end_words=3 * self._words,
+            rounding=ROUNDING_EPS * torch.finfo(self.program.dtype).eps,
+            patience=PATIENCE,
             start=indent(
                 [
-                    *start,
-                    *(f"tl.store(first_buffer + {i} * stride, start{i})" for i in d),
-                    *(f"tl.store(first_buffer + buffers + {i} * stride, start{i})" for i in d),
+                    # Adjoints start from nothing, states from where the chain does.
+                    *(f"front{i} = {self.number(0.0) if backward else self.initial(i)}" for i in d),
+                    *(f"z{i} = front{i} + {self.zeros}" for i in d),
+                    *(f"carry{i} = {self.number(0.0)}" for i in d),
                 ],
                 1,
             ),
-            fill=indent(
-                (f"tl.store(first_buffer + {i} * stride + column + 1, start{i}, mask=column < columns)" for i in d), 2
-            ),
-            no_carry=indent(self._no_carry(), 2),
-            load_states=indent(self._states(), 3),
-            linearise=indent(self._linearised(backward), 3),
-            measure=indent(self._measured(backward), 3),
-            scan=indent(self._scanned(), 3),
-            correct=indent(
-                [
-                    *self._corrections("first > 0"),
-                    *(f"tl.store(new + {i} * stride + column + 1, z{i} + delta{i}, mask=live)" for i in d),
-                    *self._carried(),
-                ],
-                3,
-            ),
-            write=indent(self._written(backward), 2),
-        )
-
-    def linearise(self, direction: str) -> str:
-        """A slice's maps, and its residual."""
-        backward = direction == "adjoint"
-        return self._compose() + _LINEARISE.format(
-            **self._common(backward),
-            parameters=", ".join(["packed", *self._shared_names(), "initial"]),
-            load_states=indent(self._states(), 1),
-            linearise=indent(self._linearised(backward), 1),
-            measure=indent(self._measured(backward), 1),
-            scan=indent(self._scanned(), 1),
-            keep=indent(
-                (f"tl.store(map + {row} * columns, {name}, mask=live)" for row, name in enumerate(self._map())), 1
-            ),
-        )
-
-    def link(self) -> str:
-        """What comes in front of each slice, once it is known whether another correction is needed."""
-        place = "carries + (sample * {d} + {i}) * slices + slice + 1"
-        stores = [
-            f"tl.store({place.format(d=self.dimension, i=i)}, delta{i}, mask=slice + 1 < slices)"
-            for i in range(self.dimension)
-        ]
-        return self._compose() + _LINK.format(
-            **self._common(),
-            no_carry=indent(self._no_carry(), 1),
-            load_maps=indent(self._map_loads(), 2),
+            shift=indent(self._shifted(), 2),
+            linearise=indent(self._linearised(backward), 2),
+            measure=indent(self._measured(backward), 2),
             scan=indent(self._scanned(), 2),
-            carry=indent([*self._corrections("first > 0"), *stores, *self._carried()], 2),
+            receive=indent([*self._received("message", [f"carry{i}" for i in d]), "is_final = ends_with(word0)"], 3),
+            receive_end=indent(self._received("end", [f"{name}_before" for name in _ENDS]), 4),
+            correct=indent(self._corrected(), 3),
+            end=indent(self._ended(), 1),
+            write=indent(self._written(backward), 1),
         )
 
-    def correct(self) -> str:
-        """A slice's states."""
+    @property
+    def _words(self) -> int:
+        """Of 64 bits, of which a message has two for each 32 bits of a number: see `send`."""
+        return words_of(self.program.dtype)
+
+    def _received(self, message: str, names: list[str]) -> list[str]:
+        """Waits for numbers that another program sends, for all at once."""
+        words = [f"word{k}" for k in range(len(names) * self._words)]
+        loads = [f"{word} = tl.load({message} + {k}, volatile=True)" for k, word in enumerate(words)]
+        missing = " | ".join(f"({word} == 0)" for word in words)
+        kind = self.real.removeprefix("tl.")
+        numbers = [", ".join(words[k : k + self._words]) for k in range(0, len(words), self._words)]
+        parsed = [f"{name} = {kind}_in({number})" for name, number in zip(names, numbers, strict=True)]
+        return [*loads, f"while {missing}:", *("    " + load for load in loads), *parsed]
+
+    def _sent(self, message: str, i: int, value: str, is_end: int, mask: str) -> str:
+        return f"send({message} + {i * self._words}, {value} + {self.zeros}, {is_end}, {mask})"
+
+    def _shifted(self) -> list[str]:
+        """`x`, the state before that of each column, by way of memory."""
         d = range(self.dimension)
-        carries = f"carries + (sample * {self.dimension} + {{i}}) * slices + number, mask=number > 0, other=0"
-        loads = [f"carry{i} = tl.load({carries.format(i=i)})" for i in d]
-        kept = [f"z{i} = tl.load(state + {i} * (wide + 1), mask=live, other=0)" for i in d]
-        stores = [f"tl.store(state + {i} * (wide + 1), z{i} + delta{i}, mask=live)" for i in d]
-        return _CORRECT.format(
-            **self._common(),
-            load_maps=indent(self._map_loads(), 1),
-            correct=indent([*loads, *self._corrections("number > 0"), *kept, *stores], 1),
-        )
-
-    def _common(self, backward: bool = False) -> dict[str, object]:
-        return {
-            "d": self.dimension,
-            "rows": len(self._map()),
-            "real": self.real,
-            "extra": int(backward),
-            "rounding": ROUNDING_EPS * torch.finfo(self.program.dtype).eps,
-            "patience": PATIENCE,
-        }
+        before = "tl.load(state + {i} * BLOCK - 1, mask=lane > 0, other=0)"
+        return [
+            "tl.debug_barrier()",
+            *(f"tl.store(state + {i} * BLOCK, z{i})" for i in d),
+            "tl.debug_barrier()",
+            *(f"x{i} = tl.where(lane > 0, {before.format(i=i)}, front{i})" for i in d),
+        ]
 
     def _map(self) -> list[str]:
         """The numbers of an affine map."""
         d = range(self.dimension)
         return [*(f"j{i}_{j}" for i in d for j in d), *(f"r{i}" for i in d)]
-
-    def _map_loads(self) -> list[str]:
-        return [f"{name} = tl.load(map + {row} * wide, mask=live, other=0)" for row, name in enumerate(self._map())]
-
-    def _states(self) -> list[str]:
-        """`z`, the state of each column, and `x`, that before it."""
-        d = range(self.dimension)
-        return [
-            *(f"x{i} = tl.load(old + {i} * stride + column, mask=live, other=0)" for i in d),
-            *(f"z{i} = tl.load(old + {i} * stride + column + 1, mask=live, other=0)" for i in d),
-        ]
 
     def _linearised(self, backward: bool) -> list[str]:
         """`v`, what each column's function computes at `x`, and its Jacobian `j`, row by row."""
@@ -270,6 +179,9 @@ class NewtonSource(LanesOfBlocks):
         zero = self.zeros
         lines = [*loads, *print_assignments(scalars.assignments, self.real)]
         lines += [f"v{i} = {print_scalar(value, self.real)} + {zero}" for i, value in zip(d, values, strict=True)]
+        if backward:
+            # Nothing is pulled back through the first column's block, be it infinite.
+            lines += [f"v{i} = tl.where(column > 0, v{i}, g{i})" for i in d]
         # The first column's Jacobian meets no correction, and must not bring in infinities.
         lines += [
             f"j{i}_{j} = tl.where(column > 0, {print_scalar(rows[i][j], self.real)} + {zero}, 0)" for i in d for j in d
@@ -315,29 +227,26 @@ class NewtonSource(LanesOfBlocks):
         names = ", ".join(self._map())
         return [f"{names} = tl.associative_scan(({names}), 0, compose)"]
 
-    def _no_carry(self) -> list[str]:
-        return [f"carry{i} = {self.number(0.0)}" for i in range(self.dimension)]
-
-    def _corrections(self, is_carried: str) -> list[str]:
-        """The maps applied to the correction in front of them, `carry`, where there is one."""
+    def _corrected(self) -> list[str]:
+        """The maps applied to the correction before them; that of the last column is passed on first."""
+        d = range(self.dimension)
         lines = []
-        for i in range(self.dimension):
-            carried = " + ".join(f"j{i}_{j} * carry{j}" for j in range(self.dimension))
-            lines.append(f"delta{i} = r{i} + tl.where({is_carried}, {carried}, 0)")
-        return lines
+        for i in d:
+            carried = " + ".join(f"j{i}_{j} * carry{j}" for j in d)
+            lines.append(f"delta{i} = r{i} + tl.where(slice > 0, {carried}, 0)")
+        lines += [self._sent("message", i, f"delta{i}", 0, "is_last") for i in d]
+        return [*lines, *(f"z{i} += delta{i}" for i in d), *(f"front{i} += carry{i}" for i in d)]
 
-    def _carried(self) -> list[str]:
-        """The last lane's correction is in front of what comes next."""
-        return [f"carry{i} = tl.sum(tl.where(lane == BLOCK - 1, delta{i}, 0), 0)" for i in range(self.dimension)]
+    def _ended(self) -> list[str]:
+        """Tells the next slice: how, and that there are no more corrections."""
+        values = ("outcome.to({real})", "count", "shown")
+        lines = [self._sent("end", i, value.format(real=self.real), 1, "is_last") for i, value in enumerate(values)]
+        return lines + [self._sent("message", i, self.number(0.0), 1, "is_last") for i in range(self.dimension)]
 
     def _written(self, backward: bool) -> list[str]:
-        d = self.dimension
-        lines = []
-        for i in range(d):
-            lines.append(f"value = tl.load(solved + {i} * stride + column + 1, mask=live, other=0)")
-            row = "wide - column" if backward else "column"
-            lines.append(f"tl.store(result + (({row}) * samples + sample) * {d} + {i}, value, mask=live)")
-        return lines
+        row = "wide - column" if backward else "column"
+        place = f"result + (({row}) * samples + sample) * {self.dimension}"
+        return [f"tl.store({place} + {i}, z{i}, mask=live)" for i in range(self.dimension)]
 
     def _compose(self) -> str:
         """The function after the one before: `(B, b) after (A, a)` is `(B A, B a + b)`."""

@@ -20,14 +20,10 @@ class ScalarSource(Lanes):
     """All kernels of one chain."""
 
     def text(self, name: str, direction: str) -> str:
-        """A module with one kernel: "newton", "linearise", "link", "correct", "sequential" or "gradients"."""
+        """A module with one kernel: "newton", "sequential" or "gradients"."""
         if name == "sequential":
             return HEADER + self._of_samples.sequential(direction)
-        blocks = self._of_blocks
-        printed = {"newton": blocks.newton, "linearise": blocks.linearise}
-        if name in printed:
-            return HEADER + printed[name](direction)
-        return HEADER + {"link": blocks.link, "correct": blocks.correct, "gradients": blocks.gradients}[name]()
+        return HEADER + (self._of_blocks.gradients() if name == "gradients" else self._of_blocks.newton(direction))
 
     @cached_property
     def _of_blocks(self) -> NewtonSource:

@@ -100,14 +100,14 @@ class TileKernels:
         """Runs of blocks, each worked on by programs of its own for gradients."""
         return -(-self.source.program.length // self._run_length)
 
-    def scratch_numbers(self, samples: int, solver: str) -> int:
+    def scratch_numbers(self, samples: int, iterations: int) -> int:
         """Numbers beside results: adjoints, what programs keep for themselves; for Newton's method linear systems."""
         d, columns = self.source.dimension, self.source.program.length + 1
         own = {name: 0 for name, _ in _NAMES}
         for (name, _), text in self._texts.items():
             own[name] = max(own[name], text.scratch)
         numbers = columns * d + max(own["sequential"], self.tiles() * own["gradients"])
-        if solver == "newton":
+        if iterations:
             _, chunks = _chunks(columns)
             numbers += columns * (d * (d + 1) + 2 + own["linearise"]) + (chunks - 1) * d * (d + 1)
         return samples * numbers
