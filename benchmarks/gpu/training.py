@@ -27,16 +27,15 @@ def _packed(model: nn.Module, x: Tensor) -> tuple[nn.Module, Callable[[Tensor], 
     return fast, fast
 
 
-@functools.cache  # for every batch: compiling takes most of a minute
-def _compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+def _compiled(model: nn.Module, x: Tensor) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     torch._dynamo.reset()
-    return torch.compile(model, backend="deeppcr", options=_OPTIONS, dynamic=True)
+    return model, torch.compile(model, backend="deeppcr", options=_OPTIONS)
 
 
 _WAYS: dict[str, tuple[str, Way]] = {
     "eager": ("eager", lambda model, x: (model, model)),
     "packed": ("transform(..., pack_parameters=True)", _packed),
-    "compiled": ('torch.compile(backend="deeppcr", dynamic=True)', lambda model, x: (model, _compiled(model))),
+    "compiled": ('torch.compile(backend="deeppcr")', _compiled),
 }
 
 
@@ -52,15 +51,10 @@ def _step(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, y: Tens
 
 
 @functools.cache
-def _model(way: str, length: int) -> nn.Module:
-    return classifier(length, WIDTH).to(DEVICE)
-
-
-@functools.cache
 def measure(way: str, length: int, batch: int) -> Measured:
     """A step one way."""
     name, prepare = _WAYS[way]
-    model = _model(way, length)
+    model = classifier(length, WIDTH).to(DEVICE)
     x, y = torch.randn(batch, 64, device=DEVICE), torch.randint(10, (batch,), device=DEVICE)
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())
