@@ -110,6 +110,7 @@ def test_memory_of_slices_is_counted(slices: None) -> None:
     """States of each slice, and what it sends: words of 64 bits, for corrections and for how it ended."""
     transformed = pcr_fx.transform(net(coupled, 3, 79), (normal(2, 3),), options=NEWTON)
     (item,) = (one.plan for one in transformed.report.chains)
+    assert all(part.data_ptr() % 16 == 0 for part in item.kernel.kernels._messages(normal(1), 5, 10))
     assert item.kernel.scratch_bytes(2, 10) - item.kernel.scratch_bytes(2) == 2 * 5 * (3 * (16 + 2 * 11) + 6) * 4
 
 

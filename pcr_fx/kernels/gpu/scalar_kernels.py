@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -13,8 +12,8 @@ from pcr_fx.kernels.gpu.inputs import Call, Input, words_of
 from pcr_fx.kernels.gpu.launches import Launch, Loader
 from pcr_fx.kernels.gpu.source_scalars import ScalarSource
 
-# The largest d with a block, its operands and its Jacobian in one thread's registers: at d = 8 and one column a thread
-# `newton` spills 1.9 kB, after 72 s of compiling.
+# The largest d with a block, its operands and its Jacobian in one thread's registers: at one column a thread `newton` spills
+# 0.3 kB at d = 6, and 1 kB at d = 8, after 65 s of compiling.
 MAX_DIMENSION = 4
 # By d and direction the columns that a program holds, and its warps: of chains up to so many slices, and of longer ones, where
 # passing corrections on, about 1 us a slice, takes longer than computing them. Measured on an H200, 1,024 to 65,536
@@ -126,9 +125,10 @@ class ScalarKernels:
     def _messages(self, like: Tensor, programs: int, iterations: int) -> list[Tensor]:
         """Memory for what programs send one another, of which nothing was sent yet: corrections, how they ended, a ticket."""
         words = words_of(self.source.program.dtype)
-        shapes = (iterations + 1, programs, self.source.dimension * words), (programs, 3 * words), (1,)
-        flat = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.int64, device=like.device)
-        return [part.view(shape) for part, shape in zip(flat.split([*map(math.prod, shapes)]), shapes, strict=True)]
+        sizes = (iterations + 1) * programs * self.source.dimension * words, programs * 3 * words, 1
+        # Each begins at a multiple of 16 bytes: Triton compiles a kernel anew where that changes.
+        whole = [size + size % 2 for size in sizes]
+        return list(torch.zeros(sum(whole), dtype=torch.int64, device=like.device).split(whole))
 
     def _numbers_of_slices(self, direction: str, iterations: int) -> int:
         """States of one sample, and what slices send: words of 64 bits for 32, corrections and how they ended."""
