@@ -248,3 +248,13 @@ def test_unbind_by_keywords() -> None:
     state, inputs = torch.randn(LENGTH, 4), torch.randn(LENGTH, LENGTH, 4)
     fast = pcr_fx.transform(model, (state, inputs), OPTIONS)
     torch.testing.assert_close(fast(state, inputs), model(state, inputs))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_tensors_that_are_negative_by_a_flag(which: int) -> None:
+    """Native code reads memory, which holds them without their sign."""
+    model = Loop(lambda x, t: x[:, t], UP)
+    plain = [torch.randn(4, 3, dtype=torch.float64), torch.randn(4, LENGTH, 3, dtype=torch.float64)]
+    fast = pcr_fx.transform(model, tuple(plain), OPTIONS)
+    tensors = [torch._neg_view(tensor) if index == which else tensor for index, tensor in enumerate(plain)]
+    assert relative_error(fast(*tensors), model(*tensors)) < 1e-14

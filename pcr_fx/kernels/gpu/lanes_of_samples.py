@@ -150,27 +150,23 @@ class LanesOfSamples(Lanes):
             [f"c{u}_g{i}" for i in d], f"cotangents + {self._row('given')} * {self.dimension}", "is_given"
         )
 
-    def _at_once(self, count: int) -> int:
-        """How many of `count` neighbouring numbers to read or write at once, such that all groups are as large."""
-        most = _AT_ONCE[self.program.dtype.itemsize]
-        return next(size for size in (4, 2, 1) if size <= most and count % size == 0)
+    def _groups(self, names: Sequence[str]) -> list[tuple[int, Sequence[str]]]:
+        """Neighbouring numbers that are read or written at once, all groups as large, and where each begins."""
+        most, count = _AT_ONCE[self.program.dtype.itemsize], len(names)
+        size = next(size for size in (4, 2, 1) if size <= most and count % size == 0)
+        return [(e, names[e : e + size]) for e in range(0, count, size)]
 
     def _read(self, names: Sequence[str], place: str, mask: str = "") -> list[str]:
-        size = self._at_once(len(names))
         lines, masked = [f"place = {place}"], f", mask={mask}, other=0" if mask else ""
-        for e in range(0, len(names), size):
-            if size == 1:
-                lines.append(f"{names[e]} = tl.load(place + {e}{masked})")
-            else:
-                lines.append(f"{', '.join(names[e : e + size])} = read{size}(place + {e}, {mask or 'None'})")
+        for e, group in self._groups(names):
+            one = f"tl.load(place + {e}{masked})"
+            several = f"read{len(group)}(place + {e}, {mask or 'None'})"
+            lines.append(f"{', '.join(group)} = {one if len(group) == 1 else several}")
         return lines
 
     def _written(self, place: str, names: Sequence[str], mask: str) -> list[str]:
-        size = self._at_once(len(names))
         lines = [f"place = {place}"]
-        for e in range(0, len(names), size):
-            if size == 1:
-                lines.append(f"tl.store(place + {e}, {names[e]}, mask={mask})")
-            else:
-                lines.append(f"write{size}(place + {e}, {', '.join(names[e : e + size])}, {mask})")
+        for e, group in self._groups(names):
+            write = "tl.store" if len(group) == 1 else f"write{len(group)}"
+            lines.append(f"{write}(place + {e}, {', '.join(group)}, {mask})")
         return lines
