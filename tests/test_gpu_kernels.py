@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import relative_error
 from gpu_chains import (
     BODIES,
     DEVICE,
@@ -195,9 +196,33 @@ def test_a_last_block_that_is_not_finite_leaves_other_gradients_alone(solver: st
 
 
 def test_gradients_of_a_growing_adjoint(slices: None) -> None:
-    """A product of many expanding Jacobians is not accurate: what is not is computed block by block."""
     model = net(lambda x, w, b: 1.5 * x + F.linear(x, w, b), 2, 60).double()
     check(model, normal(2, 2, dtype=torch.float64), {"solver": "newton"}, 1e-12)
+
+
+@pytest.mark.parametrize("width, length", [(2, 40), (6, 9)])
+def test_adjoints_that_are_not_solved_go_block_by_block(
+    width: int, length: int, slices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an iteration only a sample is solved to which no gradient comes."""
+    from pcr_fx.kernels.gpu import gpu_kernel
+
+    monkeypatch.setattr(gpu_kernel, "_ADJOINT_ITERATIONS", 0)
+    outcomes, solve = [], GpuKernel.solve_adjoint
+
+    def watched(*arguments: Any) -> Any:
+        results = solve(*arguments)
+        outcomes.append(results[1][:, 0].tolist())
+        return results
+
+    monkeypatch.setattr(GpuKernel, "solve_adjoint", watched)
+    model, x = net(coupled, width, length).double(), normal(3, width, dtype=torch.float64).requires_grad_()
+    transformed = pcr_fx.transform(model, (x,), options=NEWTON)
+    weights = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64, device=DEVICE)[:, None]
+    inputs = [x, *model.parameters()]
+    ours, theirs = (torch.autograd.grad((net_(x) * weights).sum(), inputs) for net_ in (transformed, model))
+    assert outcomes == [[4, 0, 4]]
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(ours, theirs, strict=True))
 
 
 def test_auto_goes_by_length_and_samples() -> None:
