@@ -28,13 +28,13 @@ from triton.compiler import ASTSource
 from benchmarks.models import residual_block
 from pcr_fx.body import Signature, build_program
 from pcr_fx.chain import Chain, TensorSpec
-from pcr_fx.kernels.gpu import GpuKernel
-from pcr_fx.kernels.gpu.launches import Launch
+from pcr_fx.targets.triton import TritonKernel
+from pcr_fx.targets.triton.launches import Launch
 
 LENGTH = 1024
 
 
-def kernel(width: int, dtype: torch.dtype = torch.float32) -> GpuKernel:
+def kernel(width: int, dtype: torch.dtype = torch.float32) -> TritonKernel:
     """The GPU kernels of the chain of `benchmarks.models`."""
 
     def spec(*shape: int) -> TensorSpec:
@@ -42,7 +42,7 @@ def kernel(width: int, dtype: torch.dtype = torch.float32) -> GpuKernel:
 
     operands = (spec(width, width), spec(width), spec(width, width), spec(width))
     chain = Chain(fx.symbolic_trace(residual_block), LENGTH, num_operands=4)
-    return GpuKernel.of(build_program(chain, Signature((spec(2, width),), operands, ())))
+    return TritonKernel.of(build_program(chain, Signature((spec(2, width),), operands, ())))
 
 
 def resources(launch: Launch) -> list[object]:

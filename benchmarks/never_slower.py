@@ -181,7 +181,18 @@ def main() -> None:
     worst = max(result.ratio for result in results if not result.is_noise)
     above = sum(result.ratio > ALLOWED and not result.is_noise for result in results)
     noise = sum(result.is_noise for result in results)
-    headers = ("L", "w", "B", "direction", "eager, ms", "auto, ms", "auto took", "best other, ms", "against eager", "auto / best")
+    headers = (
+        "L",
+        "w",
+        "B",
+        "direction",
+        "eager, ms",
+        "auto, ms",
+        "auto took",
+        "best other, ms",
+        "against eager",
+        "auto / best",
+    )
     notes = (
         f"{len(results)} cases; `auto` takes at most {worst:.2f} times the best of all others, and more than {ALLOWED} times in "
         f"{above}. Left out are {noise} in which the best other one runs the very same kernel: what differs then is where its "

@@ -134,7 +134,9 @@ def starts() -> list[tuple[Any, ...]]:
     rows = []
     for length in (128, 1024):
         for start in ("repeat", "previous", "picard"):
-            fast = pcr_fx.transform(classifier(length, WIDTH), data[:32], {**IN_OPS, "solver": "newton", "start": start})
+            fast = pcr_fx.transform(
+                classifier(length, WIDTH), data[:32], {**IN_OPS, "solver": "newton", "start": start}
+            )
             optimiser = torch.optim.Adam(fast.parameters(), lr=3e-3)
             iterations, seconds = [], []
             generator = torch.Generator().manual_seed(0)
@@ -183,7 +185,16 @@ def main() -> None:
     record(
         "solver_family",
         "Every solver on five kinds of chain, float32",
-        ("chain", "solver", "iterations", "residual", "ended", "forward, ms", "forward + backward, ms", "error of gradients"),
+        (
+            "chain",
+            "solver",
+            "iterations",
+            "residual",
+            "ended",
+            "forward, ms",
+            "forward + backward, ms",
+            "error of gradients",
+        ),
         family(),
         f"{LENGTH} blocks, d = {WIDTH}, {BATCH} samples; in PyTorch's ops, but for `auto`. Errors are the largest, relative to "
         "the largest number, against the plain loop in float64. A solver that failed went block by block afterwards, and "
@@ -202,7 +213,14 @@ def main() -> None:
     record(
         "hopeless",
         "What a hopeless solver costs",
-        ("solver", "given up since", "attempts in 200", "with an attempt, ms", "block by block, ms", "mean of 199 calls"),
+        (
+            "solver",
+            "given up since",
+            "attempts in 200",
+            "with an attempt, ms",
+            "block by block, ms",
+            "mean of 199 calls",
+        ),
         hopeless(),
         f"The chaotic chain of {LENGTH} blocks, forward, in PyTorch's ops; the mean is that of all calls but the first.",
     )

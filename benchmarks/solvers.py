@@ -87,7 +87,11 @@ def compare(length: int, width: int, batch: int) -> tuple[Any, ...]:
     backward = Cost(newton_backward, sequential_backward, backward_ms(model, x))
     choice = rule_of(plan, batch)
     # A chain that is sequential both ways stays as the model wrote it.
-    taken = ("eager", "eager") if choice.leaves_alone(needs_gradient=True) else (choice.forward.solver, choice.backward.solver)
+    taken = (
+        ("eager", "eager")
+        if choice.leaves_alone(needs_gradient=True)
+        else (choice.forward.solver, choice.backward.solver)
+    )
     return (
         length,
         width,

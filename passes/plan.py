@@ -11,13 +11,14 @@ import torch
 from torch import fx
 
 from pcr_fx.body import Signature
+from pcr_fx.call import Call
 from pcr_fx.chain import TensorSpec
 from pcr_fx.errors import BodyError
 from pcr_fx.node import solved_dtype
 from pcr_fx.options import Options
 from pcr_fx.passes.detect import Detection, FoundChain, Rejected
 from pcr_fx.passes.rewrite import explain_unsortable, sortable_chains
-from pcr_fx.planner import Choice, Plan, Tensors, make_plan
+from pcr_fx.planner import Choice, Plan, make_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +84,8 @@ def _measured(item: PlannedChain, plan: Plan, values: dict[fx.Node, torch.Tensor
     columns = zip(found.operands, signature.operands, strict=True)
     operands = [torch.stack([_stand_in(node, spec, values) for node in column]) for column, spec in columns]
     shared = [_stand_in(n, s, values) for n, s in zip(found.shared, signature.shared, strict=True)]
-    tensors = Tensors(initial, [*operands, *plan.program.literals], shared, are_stacked=bool(operands))
-    return replace(item, choice=plan.measure(tensors, needs_gradient))
+    call = Call(initial, [*operands, *plan.program.literals], shared)
+    return replace(item, choice=plan.measure(call, needs_gradient, are_stacked=bool(operands)))
 
 
 def _stand_in(node: fx.Node, spec: TensorSpec, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:

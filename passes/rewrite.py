@@ -77,7 +77,9 @@ def rewrite_chains(graph: fx.Graph, chains: Sequence[FoundChain], names: Sequenc
         else:
             copies[item] = copy_node(new, item, copies)
     for node in reversed(list(new.nodes)):
-        if not node.users and (node.op == "get_attr" or any(_is(node, name) for name in ("unbind", "getitem", "select"))):
+        if not node.users and (
+            node.op == "get_attr" or any(_is(node, name) for name in ("unbind", "getitem", "select"))
+        ):
             new.erase_node(node)
     return new
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from pcr_fx import ops
 from pcr_fx.body import Program, StateLayout
 from pcr_fx.body.isolation import is_plain_call
-from pcr_fx.kernels import ChainKernel, PointerTable
+from pcr_fx.call import Call
 from pcr_fx.planner import Plan, plan_by_key
 from pcr_fx.record import SolveRecord
 from pcr_fx.solvers import blocks
+from pcr_fx.targets import CppKernel, PointerTable
 
 # States that are wanted: (which of the chain's states, after which block).
 Taps: TypeAlias = Sequence[tuple[int, int]]
@@ -69,7 +70,7 @@ class KernelSolve(torch.autograd.Function):
         """`tensors`: the operands, tables as their tensors, then the shared operands."""
         ctx.plan, ctx.record, ctx.taps = plan, record, taps
         ctx.set_materialize_grads(False)
-        trajectory = native_kernel(plan).solve(initial, [*operands, *plan.program.literals], shared)
+        trajectory = native_kernel(plan).solve(Call(initial, [*operands, *plan.program.literals], shared))
         if any(ctx.needs_input_grad):
             ctx.inputs = _SavedInputs(operands, len(shared))
             ctx.save_for_backward(initial, trajectory, *(t for t in operands if isinstance(t, Tensor)), *shared)
@@ -90,8 +91,8 @@ class KernelSolve(torch.autograd.Function):
         if plain and kernel.is_ready("adjoint", initial):
             operands, shared = ctx.inputs.in_place(saved)
             among = cotangents if ctx.taps is not None else given[0]
-            every = [*operands, *program.literals]
-            d_initial, *rest = kernel.solve_adjoint(initial, trajectory, every, shared, among)  # type: ignore[arg-type]
+            call = Call(initial, [*operands, *program.literals], shared)
+            d_initial, *rest = kernel.solve_adjoint(call, trajectory, among)  # type: ignore[arg-type]
             ctx.record.backward("sequential", False)
         else:
             stacked = ctx.inputs.stacked(saved)
@@ -161,8 +162,8 @@ class _SavedInputs:
         return spread
 
 
-def native_kernel(plan: Plan) -> ChainKernel:
-    assert isinstance(plan.kernel, ChainKernel), plan.kernel
+def native_kernel(plan: Plan) -> CppKernel:
+    assert isinstance(plan.kernel, CppKernel), plan.kernel
     return plan.kernel
 
 

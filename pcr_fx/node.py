@@ -13,15 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcr_fx.body import Signature
 from pcr_fx.body.isolation import is_plain_call, is_undisturbed
+from pcr_fx.call import Call
 from pcr_fx.chain import Chain, TensorSpec
 from pcr_fx.derivatives import KernelSolve, Solve, Taps, native_kernel, tapped
 from pcr_fx.errors import BodyError
-from pcr_fx.kernels import ChainKernel, PointerTable
 from pcr_fx.operands import Operand, StackedAttributes, parts_of, stacked
 from pcr_fx.options import Options
-from pcr_fx.planner import Choice, Plan, Tensors, make_plan
+from pcr_fx.planner import Choice, Plan, make_plan
 from pcr_fx.record import SolveRecord
 from pcr_fx.solvers import Outcome, SolveStats, blocks
+from pcr_fx.targets import CppKernel, PointerTable
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class SolveNode(nn.Module):
             return
         self._by_operators.add(key)
         is_native = choice.is_native(torch.is_grad_enabled())
-        if is_native and isinstance(kernel, ChainKernel) and kernel.is_ready("forward", initial):
+        if is_native and isinstance(kernel, CppKernel) and kernel.is_ready("forward", initial):
             self._kernels[key] = plan
 
     def _is_left_alone(self, choice: Choice) -> bool:
@@ -154,7 +155,7 @@ class SolveNode(nn.Module):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (initial, *tensors, *shared)):
             solved = KernelSolve.apply(plan, self.record, self.taps, operands, shared, initial, *tensors, *shared)
             return solved if self.taps is not None else layout.unflatten(solved, leading=1)
-        trajectory = native_kernel(plan).solve(initial, [*operands, *plan.program.literals], shared)
+        trajectory = native_kernel(plan).solve(Call(initial, [*operands, *plan.program.literals], shared))
         return layout.unflatten(trajectory, leading=1) if self.taps is None else tapped(layout, trajectory, self.taps)
 
     def _by_operator(
@@ -188,8 +189,8 @@ class SolveNode(nn.Module):
         with torch.no_grad():
             every = [*(_raised(stacked(operand)) for operand in operands), *plan.program.literals]
             are_stacked = not all(isinstance(operand, Tensor) for operand in operands)
-            tensors = Tensors(initial, every, [_raised(tensor) for tensor in shared], are_stacked)
-            return plan.measure(tensors, needs_gradient)
+            call = Call(initial, every, [_raised(tensor) for tensor in shared])
+            return plan.measure(call, needs_gradient, are_stacked)
 
     def learn(self, plan: Plan) -> None:
         """Take a plan made before the first call."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pcr_fx import ops
 from pcr_fx.body.isolation import is_plain_call
-from pcr_fx.kernels import PointerTable
+from pcr_fx.targets import PointerTable
 
 Operand: TypeAlias = "Tensor | StackedAttributes | PointerTable"
 

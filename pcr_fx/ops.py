@@ -14,53 +14,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcr_fx.body import Program
+from pcr_fx.call import Call
 from pcr_fx.errors import SolveError, UnsupportedError
-from pcr_fx.kernels import GpuKernel
-from pcr_fx.planner import Plan, Tensors, Way, plan_by_key
+from pcr_fx.planner import Plan, Way, plan_by_key
 from pcr_fx.record import SolveRecord, place_of, record_of
 from pcr_fx.solvers import (
     Outcome,
+    Settings,
     SolveStats,
     adjoint_sequential,
     adjoint_transposed,
     solve_iteratively,
     solve_sequential,
 )
+from pcr_fx.targets import CppKernel, TritonKernel
 
 log = logging.getLogger(__name__)
 
 
-def solve_here(
-    initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor], plan: str, record: int
-) -> Tensor:
+def solve_here(initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor], plan: str, record: int) -> Tensor:
     """The trajectory `[L, *batch, d]` of the chain that `plan` names, from `initial` `[*batch, d]`."""
     with torch.autocast(initial.device.type, enabled=False), torch.cuda.device_of(initial):
-        return _solve(initial, operands, shared, plan_by_key(plan), record_of(record))
+        named = plan_by_key(plan)
+        return _solve(Call(initial, [*operands, *named.program.literals], shared), named, record_of(record))
 
 
-def _solve(
-    initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor], plan: Plan, record: SolveRecord
-) -> Tensor:
-    program = plan.program
-    every = [*operands, *program.literals]
+def _solve(call: Call, plan: Plan, record: SolveRecord) -> Tensor:
+    program, initial = plan.program, call.initial
     samples = plan.samples(initial)
     if plan.wants_another_look(samples):
-        plan.measure(Tensors(initial, every, shared), needs_gradient=False, with_eager=False)
+        plan.measure(call, needs_gradient=False, with_eager=False)
     choice = plan.choice(samples)
     way = choice.forward
-    if isinstance(way.kernel, GpuKernel):
-        return _solve_on_gpu(way.kernel, way.solver, initial, every, shared, plan, record)
+    if isinstance(way.kernel, TritonKernel):
+        return _solve_on_gpu(way.kernel, way.solver, call, plan, record)
     if way.solver == "sequential":
-        trajectory, stats = solve_sequential(program, initial, every, shared, way.kernel)
-        record.forward(way.solver, stats)
-        return trajectory
+        record.forward(way.solver, SolveStats(Outcome.SEQUENTIAL))
+        return solve_block_by_block(program, call, way.kernel)
     if plan.options.on_failure == "fallback" and not record.rest.passes():
-        trajectory, stats = solve_sequential(program, initial, every, shared, plan.fallback_kernel(samples))
-        record.forward("sequential", stats)
-        return trajectory
+        record.forward("sequential", SolveStats(Outcome.SEQUENTIAL))
+        return solve_block_by_block(program, call, plan.fallback_kernel(samples))
     settings = replace(plan.settings, window=way.window)
     start = _start(initial, plan, record)
-    trajectory, stats = solve_iteratively(program, initial, every, shared, way.solver, settings, way.kernel, start)
+    trajectory, stats = iterate(program, call, way.solver, settings, way.kernel, start)
     if stats.outcome.success:
         record.rest.succeeded()
         if plan.options.start == "previous":
@@ -70,10 +67,26 @@ def _solve(
             record.forward(way.solver, stats)
         stats = _failed(stats, way, plan, record)
         record.rest.failed()
-        trajectory, _ = solve_sequential(program, initial, every, shared, plan.fallback_kernel(samples))
+        trajectory = solve_block_by_block(program, call, plan.fallback_kernel(samples))
     plan.learn(samples, stats)
     record.forward(way.solver, stats)
-    return _owned([trajectory], [initial, *operands, *shared])[0]
+    return _owned([trajectory], [initial, *call.operands, *call.shared])[0]
+
+
+def solve_block_by_block(program: Program, call: Call, kernel: CppKernel | None) -> Tensor:
+    if kernel is not None and kernel.is_ready("forward", call.initial):
+        return kernel.solve(call)
+    return solve_sequential(program, call)
+
+
+def iterate(
+    program: Program, call: Call, solver: str, settings: Settings, kernel: CppKernel | None, start: Tensor | None
+) -> tuple[Tensor, SolveStats]:
+    if kernel is not None and start is None and call.initial.numel() and kernel.is_ready("newton", call.initial):
+        limit = settings.limit(solver, program.length)
+        trajectory, outcome, iterations, last = kernel.solve_newton(call, settings.tolerance, limit)
+        return trajectory, SolveStats(Outcome[outcome], iterations, last)
+    return solve_iteratively(program, call, solver, settings, start)
 
 
 def _start(initial: Tensor, plan: Plan, record: SolveRecord) -> Tensor | None:
@@ -84,22 +97,20 @@ def _start(initial: Tensor, plan: Plan, record: SolveRecord) -> Tensor | None:
 
 
 def _solve_on_gpu(
-    kernel: GpuKernel,
+    kernel: TritonKernel,
     solver: str,
-    initial: Tensor,
-    operands: Sequence[Tensor],
-    shared: Sequence[Tensor],
+    call: Call,
     plan: Plan,
     record: SolveRecord,
 ) -> Tensor:
     """Nothing here waits for the GPU, unless a failure is to raise."""
     if solver == "sequential":
         record.forward(solver, SolveStats(Outcome.SEQUENTIAL))
-        return kernel.solve(initial, operands, shared)
+        return kernel.solve(call)
     raises = plan.options.on_failure == "raise"
     settings, length = plan.settings, plan.program.length
     trajectory, stats = kernel.solve_newton(
-        initial, operands, shared, settings.tolerance, settings.limit(solver, length), fall_back=not raises
+        call, settings.tolerance, settings.limit(solver, length), fall_back=not raises
     )
     record.queued(solver, stats)
     if raises and (last := record.last) is not None and not last.outcome.success:
@@ -137,35 +148,27 @@ def adjoint_here(
 ) -> list[Tensor]:
     """Cotangents `[d_initial, *d_operands, *d_shared]`, of floating and complex operands only, in this order."""
     with torch.autocast(initial.device.type, enabled=False), torch.cuda.device_of(initial):
-        return _adjoint(initial, trajectory, operands, shared, cotangents, plan_by_key(plan), record_of(record))
+        named = plan_by_key(plan)
+        call = Call(initial, [*operands, *named.program.literals], shared)
+        return _adjoint(call, trajectory, cotangents, named, record_of(record))
 
 
-def _adjoint(
-    initial: Tensor,
-    trajectory: Tensor,
-    operands: Sequence[Tensor],
-    shared: Sequence[Tensor],
-    cotangents: Tensor,
-    plan: Plan,
-    record: SolveRecord,
-) -> list[Tensor]:
-    program = plan.program
-    every = [*operands, *program.literals]
+def _adjoint(call: Call, trajectory: Tensor, cotangents: Tensor, plan: Plan, record: SolveRecord) -> list[Tensor]:
+    program, (initial, operands, shared) = plan.program, call
     samples = plan.samples(initial)
     way, fallback = plan.choice(samples).backward, False
     result: Sequence[Tensor]
-    if isinstance(way.kernel, GpuKernel):
+    if isinstance(way.kernel, TritonKernel):
         # Where the reduction is not accurate, the kernels go block by block on their own.
-        result, _ = way.kernel.solve_adjoint(initial, trajectory, every, shared, cotangents, way.solver)
+        result, _ = way.kernel.solve_adjoint(call, trajectory, cotangents, way.solver)
         record.backward(way.solver, False)
         return _owned(result, [initial, trajectory, *operands, *shared, cotangents])
     solver = way.solver
     if solver != "sequential" and plan.options.on_failure == "fallback" and not record.rest_backward.passes():
         solver = "sequential"
     if solver == "newton":
-        previous = torch.cat([initial.unsqueeze(0), trajectory[:-1]])
         method = plan.options.linear_solver
-        result, accurate = adjoint_transposed(program, previous, every, shared, cotangents, method, way.window)
+        result, accurate = adjoint_transposed(program, call, trajectory, cotangents, method, way.window)
         fallback = not accurate
         if fallback:
             _failed_adjoint(plan, record)
@@ -174,7 +177,10 @@ def _adjoint(
             record.rest_backward.succeeded()
     if solver == "sequential" or fallback:
         kernel = plan.fallback_kernel(samples) if way.solver == "newton" else way.kernel
-        result = adjoint_sequential(program, initial, trajectory, every, shared, cotangents, kernel)
+        if kernel is not None and kernel.is_ready("adjoint", initial):
+            result = kernel.solve_adjoint(call, trajectory, cotangents)
+        else:
+            result = adjoint_sequential(program, call, trajectory, cotangents)
     record.backward(solver, fallback)
     return _owned(result, [initial, trajectory, *operands, *shared, cotangents])
 
@@ -273,12 +279,12 @@ stack = _operator("stack", stack_here, _fake_stack)
 
 def waits(plan: Plan) -> bool:
     """Whether solves by this plan may read on the host how they went."""
-    if not isinstance(plan.kernel, GpuKernel):
+    if not isinstance(plan.kernel, TritonKernel):
         return plan.options.solver != "sequential"
     choice = plan.choice(plan.expected_samples)
     iterates = [way for way in (choice.forward, choice.backward) if way.solver != "sequential"]
     raises = plan.options.on_failure == "raise"
-    return any(raises or not isinstance(way.kernel, GpuKernel) for way in iterates)
+    return any(raises or not isinstance(way.kernel, TritonKernel) for way in iterates)
 
 
 def operators_for(plan: Plan) -> tuple[Any, Any]:

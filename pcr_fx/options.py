@@ -144,7 +144,11 @@ class Options:
     def _check_solver(self) -> None:
         """No option may be given that the solver does not have."""
         if self.diagonal_probes is not None and self.solver != "quasi-newton":
-            _refuse("diagonal_probes", self.diagonal_probes, f'None with solver="{self.solver}": only "quasi-newton" has them')
+            _refuse(
+                "diagonal_probes",
+                self.diagonal_probes,
+                f'None with solver="{self.solver}": only "quasi-newton" has them',
+            )
         for name, default in {"damping": 1.0, "window": None, "start": "repeat"}.items():
             if self.solver == "sequential" and getattr(self, name) != default:
                 _refuse(name, getattr(self, name), f'{default!r} with solver="sequential", which does not iterate')

@@ -15,7 +15,6 @@ from torch import fx
 
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError
-from pcr_fx.kernels import ChainKernel, GpuKernel
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
 from pcr_fx.passes.detect import Rejected
@@ -23,6 +22,7 @@ from pcr_fx.passes.plan import PlannedChain
 from pcr_fx.passes.rewrite import depth
 from pcr_fx.planner import BESIDE, Choice, Plan, Timing, Way, block_bytes, in_units
 from pcr_fx.solvers import Outcome, SolveStats, linearisation
+from pcr_fx.targets import CppKernel, TritonKernel
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +91,10 @@ class ChainEntry:
             way = self._way(direction)
             if way is None or self._solver(direction) == "sequential":
                 continue
-            if isinstance(way.kernel, GpuKernel):
-                needed = max(needed, way.kernel.scratch_bytes(samples, plan.settings.limit("newton", plan.program.length)))
+            if isinstance(way.kernel, TritonKernel):
+                needed = max(
+                    needed, way.kernel.scratch_bytes(samples, plan.settings.limit("newton", plan.program.length))
+                )
             else:
                 held = samples if way.kernel is None else min(samples, torch.get_num_threads())
                 window = way.window or plan.program.length
@@ -104,7 +106,7 @@ class ChainEntry:
         way = self._way("forward")
         if way is None or self._solver("forward") == "sequential" or last.fallback is not None:
             return self.chain.length
-        if isinstance(way.kernel, ChainKernel):
+        if isinstance(way.kernel, CppKernel):
             return last.iterations * _native_depth(plan)
         kind = linearisation(way.solver, self.options.diagonal_probes)
         return last.iterations * kind.depth(way.window or self.chain.length, self.options.linear_solver)
@@ -126,7 +128,7 @@ class ChainEntry:
             "left_alone": self.is_left_alone,
             "solver_forward": self._solver("forward"),
             "solver_backward": self._solver("backward"),
-            "kernel_kind": "fused" if plan is not None and isinstance(plan.kernel, GpuKernel) else "native",
+            "kernel_kind": "fused" if plan is not None and isinstance(plan.kernel, TritonKernel) else "native",
             "native_forward": self._is_native("forward"),
             "native_backward": self._is_native("backward"),
             "window": way.window if way else None,

@@ -19,7 +19,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu_resources import kernel
-from pcr_fx.kernels import GpuKernel
+from pcr_fx.call import Call
+from pcr_fx.targets import TritonKernel
 
 
 class NoGPU:
@@ -48,18 +49,19 @@ def compile_only() -> list[str]:
     return compiled
 
 
-def call_everything(fused: GpuKernel) -> None:
+def call_everything(fused: TritonKernel) -> None:
     def filled(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=fused.program.dtype)
 
     length, d = fused.program.length, fused.body.dimension
     initial, trajectory = filled(2, d), filled(length, 2, d)
     operands = [filled(length, *spec.shape) for spec in fused.program.signature.operands]
-    fused.solve(initial, operands, [])
+    call = Call(initial, operands, [])
+    fused.solve(call)
     for fall_back in (True, False):
-        fused.solve_newton(initial, operands, [], 1e-6, 10, fall_back)
+        fused.solve_newton(call, 1e-6, 10, fall_back)
     for solver in ("newton", "sequential"):
-        fused.solve_adjoint(initial, trajectory, operands, [], trajectory, solver)
+        fused.solve_adjoint(call, trajectory, trajectory, solver)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 @pytest.fixture
 def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Chains go to the GPU's kernels wherever they are, and no memory is clean that was not written to."""
-    from pcr_fx.kernels import GpuKernel
     from pcr_fx.planner import plan
+    from pcr_fx.targets import TritonKernel
 
-    monkeypatch.setitem(plan.KERNELS, "cuda" if torch.cuda.is_available() else "cpu", GpuKernel)
+    monkeypatch.setitem(plan.KERNELS, "cuda" if torch.cuda.is_available() else "cpu", TritonKernel)
     monkeypatch.setattr(plan, "_plans", {})
     # This fills new memory with NaN. What has no deterministic form on a GPU is allowed: results are compared, not bits.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -49,7 +49,7 @@ def plan_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """So many threads, however little there is to do."""
-    monkeypatch.setattr("pcr_fx.kernels.chain_kernel._OPERATIONS_A_THREAD", 1)
+    monkeypatch.setattr("pcr_fx.targets.cpp.kernel._OPERATIONS_A_THREAD", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

@@ -11,7 +11,7 @@ from comparison import relative_error, value_and_gradients
 from torch import Tensor, nn
 
 import pcr_fx
-from pcr_fx.kernels import ChainKernel
+from pcr_fx.targets import CppKernel
 
 WIDTH = 6
 
@@ -123,7 +123,7 @@ def by_kernel(model: nn.Module, x: Tensor, solver: str = "sequential", **options
     """`model` transformed, its one chain certain to run as a kernel."""
     fast = pcr_fx.transform(model, x, {"solver": solver, **options})
     (entry,) = fast.report.chains
-    assert isinstance(entry.plan.kernel, ChainKernel), entry.plan.kernel
+    assert isinstance(entry.plan.kernel, CppKernel), entry.plan.kernel
     state = entry.plan.program.layout.flatten([x])
     directions = ("newton",) if solver == "newton" else ("forward", "adjoint")
     assert all(entry.plan.kernel.is_ready(direction, state) for direction in directions)

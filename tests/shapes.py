@@ -39,7 +39,9 @@ class Net(nn.Module):
         return x
 
 
-def assert_agree(make: Callable[[Tensor, Tensor], nn.Module], model: nn.Module, sequence: list[tuple[Shape, Shape]]) -> None:
+def assert_agree(
+    make: Callable[[Tensor, Tensor], nn.Module], model: nn.Module, sequence: list[tuple[Shape, Shape]]
+) -> None:
     """What `make` makes of the first tensors agrees with `model`, in float64, for all: values and all gradients."""
     made, device = None, next(model.parameters()).device
     for batch, shape in sequence:

@@ -39,7 +39,9 @@ def test_shapes_one_after_another(name: str, options: dict[str, Any], normalised
 
 
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=lambda options: "-".join(map(str, options.values())))
-@pytest.mark.parametrize("name", ["positions", "positions of one length", "one position at first", "one for all positions"])
+@pytest.mark.parametrize(
+    "name", ["positions", "positions of one length", "one position at first", "one for all positions"]
+)
 def test_shapes_that_a_compiler_leaves_open(name: str, options: dict[str, Any]) -> None:
     """A compiled graph names its plan: it is compiled anew for sizes that the plan is not for."""
     torch._dynamo.reset()

@@ -114,7 +114,9 @@ def test_a_report_tells_of_replayed_solves(model: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compiled(model: nn.Module, x: Tensor, mode: str | None) -> None:
     """Several times, since CUDA graphs are warmed up, then recorded, then replayed."""
-    compiled = torch.compile(model, backend="deeppcr", mode=mode, options={"solver": "newton"} if mode is None else None)
+    compiled = torch.compile(
+        model, backend="deeppcr", mode=mode, options={"solver": "newton"} if mode is None else None
+    )
     for _ in range(4):
         x = torch.randn_like(x).requires_grad_()
         out = compiled(x)

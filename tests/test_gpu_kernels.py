@@ -32,7 +32,8 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 
 import pcr_fx
-from pcr_fx.kernels import GpuKernel
+from pcr_fx.call import Call
+from pcr_fx.targets import TritonKernel
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("gpu_kernels")
@@ -72,9 +73,9 @@ def test_float32(width: int, length: int, samples: int) -> None:
 @pytest.fixture
 def slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones, so that short chains have several."""
-    from pcr_fx.kernels.gpu import scalar_kernels
+    from pcr_fx.targets.triton.scalars import launch as scalar_launch
 
-    monkeypatch.setattr(scalar_kernels, "TILES", dict.fromkeys(scalar_kernels.TILES, ((16, 1), (16, 1))))
+    monkeypatch.setattr(scalar_launch, "TILES", dict.fromkeys(scalar_launch.TILES, ((16, 1), (16, 1))))
 
 
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 47, 48, 49])
@@ -91,18 +92,20 @@ def test_bodies_in_several_slices(name: str, width: int, slices: None) -> None:
 
 
 def test_long_chains_have_larger_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pcr_fx.kernels.gpu import scalar_kernels
+    from pcr_fx.targets.triton.scalars import launch as scalar_launch
 
-    monkeypatch.setattr(scalar_kernels, "TILES", dict.fromkeys(scalar_kernels.TILES, ((16, 1), (64, 2))))
-    few = 16 * scalar_kernels.FEW_SLICES
-    for length, slices in ((few, scalar_kernels.FEW_SLICES), (few + 1, few // 64 + 1)):
+    monkeypatch.setattr(scalar_launch, "TILES", dict.fromkeys(scalar_launch.TILES, ((16, 1), (64, 2))))
+    few = 16 * scalar_launch.FEW_SLICES
+    for length, slices in ((few, scalar_launch.FEW_SLICES), (few + 1, few // 64 + 1)):
         model = net(lambda x, w, b: 0.9 * x + 0.1 * torch.tanh(w * x + b).sum(-1, keepdim=True), 1, length).double()
         transformed = check(model, normal(1, 1, dtype=torch.float64), NEWTON, 1e-12)
         (item,) = (one.plan for one in transformed.report.chains)
         assert item.kernel.kernels._slices("forward") == slices
 
 
-def test_stats_of_several_slices_are_those_of_the_solver_in_pytorch(slices: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stats_of_several_slices_are_those_of_the_solver_in_pytorch(
+    slices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, x = net(coupled, 2, 40).double(), normal(2, 2, dtype=torch.float64)
     check_stats(model, x, monkeypatch)
 
@@ -159,7 +162,7 @@ def test_a_slice_that_ends_by_rounding_is_told_of_though_the_next_converges(slic
     (item,) = (one.plan for one in transformed.report.chains)
     operands = [torch.stack([block.bias for block in model])]
     for _ in range(5):
-        _, stats = item.kernel.solve_newton(normal(24, 1), operands, [], 1e-7, 20)
+        _, stats = item.kernel.solve_newton(Call(normal(24, 1), operands, []), 1e-7, 20)
         assert ((stats[:, 0] != 0) | (stats[:, 2] <= 1e-7)).all()
         assert (stats[:, 0] == 1).any()
 
@@ -205,17 +208,17 @@ def test_adjoints_that_are_not_solved_go_block_by_block(
     width: int, length: int, slices: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without an iteration only a sample is solved to which no gradient comes."""
-    from pcr_fx.kernels.gpu import gpu_kernel
+    from pcr_fx.targets.triton import kernel as triton_kernel
 
-    monkeypatch.setattr(gpu_kernel, "_ADJOINT_ITERATIONS", 0)
-    outcomes, solve = [], GpuKernel.solve_adjoint
+    monkeypatch.setattr(triton_kernel, "_ADJOINT_ITERATIONS", 0)
+    outcomes, solve = [], TritonKernel.solve_adjoint
 
     def watched(*arguments: Any) -> Any:
         results = solve(*arguments)
         outcomes.append(results[1][:, 0].tolist())
         return results
 
-    monkeypatch.setattr(GpuKernel, "solve_adjoint", watched)
+    monkeypatch.setattr(TritonKernel, "solve_adjoint", watched)
     model, x = net(coupled, width, length).double(), normal(3, width, dtype=torch.float64).requires_grad_()
     transformed = pcr_fx.transform(model, (x,), options=NEWTON)
     weights = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64, device=DEVICE)[:, None]
@@ -295,14 +298,14 @@ def test_a_cuda_graph_may_hold_what_nothing_waits_for(options: dict[str, Any], w
 def test_a_solve_keeps_none_of_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a CUDA graph it would be the graph's."""
     model, x = net(coupled, 2, 20), normal(3, 2)
-    transformed, made, solve = pcr_fx.transform(model, (x,), options=NEWTON), [], GpuKernel.solve_newton
+    transformed, made, solve = pcr_fx.transform(model, (x,), options=NEWTON), [], TritonKernel.solve_newton
 
     def watched(*arguments: Any, **named: Any) -> Any:
         results = solve(*arguments, **named)
         made.append(weakref.ref(results[1]))
         return results
 
-    monkeypatch.setattr(GpuKernel, "solve_newton", watched)
+    monkeypatch.setattr(TritonKernel, "solve_newton", watched)
     transformed(x)
     gc.collect()
     assert made and not any(reference() is not None for reference in made)
@@ -324,9 +327,9 @@ def test_without_triton() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, pcr_fx\n"
-        "from pcr_fx.kernels import GpuKernel\n"
+        "from pcr_fx.targets import TritonKernel\n"
         "from pcr_fx.planner import plan\n"
-        "plan.KERNELS['cpu'] = GpuKernel\n"
+        "plan.KERNELS['cpu'] = TritonKernel\n"
         "model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Tanh()) for _ in range(9)))\n"
         "x = torch.randn(3, 2)\n"
         "fast = pcr_fx.transform(model, (x,), options={'planning': 'estimated'})\n"
@@ -342,7 +345,12 @@ def compiled(*command: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(root)
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", *command], cwd=root, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "ignore", *command],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -364,4 +372,4 @@ def test_solve_nodes_have_gpu_kernels() -> None:
     """That the other tests test what they say."""
     transformed = pcr_fx.transform(net(coupled, 2, 9), (normal(1, 2),))
     plans = [item.plan for item in transformed.report.chains]
-    assert all(isinstance(item.kernel, GpuKernel) for item in plans if item is not None) and plans
+    assert all(isinstance(item.kernel, TritonKernel) for item in plans if item is not None) and plans

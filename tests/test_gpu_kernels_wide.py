@@ -21,7 +21,7 @@ from gpu_chains import (
 from torch import Tensor
 
 import pcr_fx
-from pcr_fx.kernels import GpuKernel
+from pcr_fx.targets import TritonKernel
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("gpu_kernels")
@@ -50,18 +50,18 @@ def test_intermediates_that_go_through_memory(solver: str, length: int) -> None:
 @pytest.mark.parametrize("solver, numbers", [("newton", 16), ("newton", 128), ("sequential", 4), ("sequential", 32)])
 def test_tiles_in_slices(solver: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loops over rows, and within them over columns, that leave a rest each."""
-    from pcr_fx.kernels.gpu import source_tiles
+    from pcr_fx.targets.triton.tiles import source as tile_source
 
-    monkeypatch.setattr(source_tiles, "TILE_BYTES", 8 * numbers)
+    monkeypatch.setattr(tile_source, "TILE_BYTES", 8 * numbers)
     width = 5 if solver == "newton" else 11
     check(net(normed, width, 2).double(), states(1, width), {**NEWTON, "solver": solver}, 1e-12)
 
 
 @pytest.mark.parametrize("solver", ["newton", "sequential"])
 def test_operands_that_are_too_many_to_be_held(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pcr_fx.codegen import tiles
+    from pcr_fx.targets.triton.tiles import printer as tile_printer
 
-    monkeypatch.setattr(tiles, "_HELD", 0)
+    monkeypatch.setattr(tile_printer, "_HELD", 0)
     check(net(coupled, 9, 3).double(), states(1, 9), {**NEWTON, "solver": solver}, 1e-12)
 
 
@@ -120,8 +120,8 @@ def test_gradients_of_a_growing_adjoint() -> None:
 
 def test_the_reduction_agrees_with_that_in_pytorch() -> None:
     """The kernels of the linear system by themselves, in poisoned memory."""
-    from pcr_fx.kernels.gpu import reduction
     from pcr_fx.linear import solve_recurrence
+    from pcr_fx.targets.triton import reduction
 
     samples, columns, d = 2, 7, 18
     jacobians = states(samples, columns, d, d) / math.sqrt(d)
@@ -154,7 +154,7 @@ def test_more_numbers_than_kernels_are_made_for_are_declined() -> None:
 def test_memory_is_counted_with_jacobians() -> None:
     transformed = pcr_fx.transform(net(coupled, 8, 20), (normal(3, 8),), options=NEWTON)
     (item,) = (one.plan for one in transformed.report.chains)
-    assert isinstance(item.kernel, GpuKernel)
+    assert isinstance(item.kernel, TritonKernel)
     assert 3 * 21 * 8 * 8 * 4 < item.kernel.scratch_bytes(3, 32) < 2 * 3 * 21 * 8 * 8 * 4
     assert item.kernel.scratch_bytes(3) == 3 * 21 * 8 * 4
 

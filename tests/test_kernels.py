@@ -14,7 +14,8 @@ from models import plain_mlp
 from torch import Tensor, nn
 
 import pcr_fx
-from pcr_fx.kernels import ChainKernel, build
+from pcr_fx.targets import CppKernel
+from pcr_fx.targets.cpp import build
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")
 
@@ -127,7 +128,7 @@ def narrow_vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
         pytest.skip("flags of other compilers")
     flag, size = request.param
     monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, flag])
-    monkeypatch.setattr("pcr_fx.kernels.chain_kernel._VECTOR_BYTES", size)
+    monkeypatch.setattr("pcr_fx.targets.cpp.kernel._VECTOR_BYTES", size)
     monkeypatch.setattr("pcr_fx.planner.plan._plans", {})
     build._toolchain.cache_clear()
     yield
@@ -283,7 +284,7 @@ def test_recurrences_whose_inputs_follow_the_batch(kind: Any, batch: int) -> Non
         *(torch.randn(batch, 5, dtype=torch.float64) for _ in range(count)),
     ]
     fast = pcr_fx.transform(model, tuple(inputs))
-    assert isinstance(fast.report.chains[0].plan.kernel, ChainKernel)
+    assert isinstance(fast.report.chains[0].plan.kernel, CppKernel)
     results = []
     for run in (model, fast, fast):  # the first call is an operator's, the second goes straight to the kernel
         leaves = [value.clone().requires_grad_() for value in inputs]

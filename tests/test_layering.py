@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"errors"},
     {"options"},
-    {"chain"},
+    {"chain", "call"},
     {"body"},
     {"codegen"},
-    {"kernels"},
+    {"targets"},
     {"linear"},
     {"solvers"},
     {"planner"},

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pcr_fx.kernels import memory
-from pcr_fx.kernels.memory import LARGE, empty
+from pcr_fx.targets.cpp import memory
+from pcr_fx.targets.cpp.memory import LARGE, empty
 
 SMAPS = Path("/proc/self/smaps")
 

@@ -37,7 +37,11 @@ def test_bad_options_say_what_is_allowed(options: dict, message: str) -> None:
 def test_numbers_of_other_libraries_are_kept_as_pythons_own() -> None:
     options = pcr_fx.Options(tolerance=np.float32(0.5), max_iterations=np.int64(3), damping=1)
     assert options == pcr_fx.Options(tolerance=0.5, max_iterations=3)
-    assert [type(value) for value in (options.tolerance, options.max_iterations, options.damping)] == [float, int, float]
+    assert [type(value) for value in (options.tolerance, options.max_iterations, options.damping)] == [
+        float,
+        int,
+        float,
+    ]
 
 
 def test_forms() -> None:

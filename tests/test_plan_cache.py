@@ -47,7 +47,7 @@ def test_measured_once_for_a_size_and_kept_on_disk(plan_cache: Path, monkeypatch
 def test_samples_that_other_native_code_serves_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     measured, calls = rigged(forward_eager=2.0, forward_sequential=1.0)
     monkeypatch.setattr(plan, "measure", measured)
-    monkeypatch.setattr("pcr_fx.kernels.chain_kernel._VECTOR_SAMPLES", {lanes: 6 for lanes in (2, 4, 8, 16)})
+    monkeypatch.setattr("pcr_fx.targets.cpp.kernel._VECTOR_SAMPLES", {lanes: 6 for lanes in (2, 4, 8, 16)})
     fast = pcr_fx.transform(Net(21, 3))
     with torch.no_grad():
         for batch in (4, 5, 6, 7):
@@ -126,7 +126,9 @@ def test_processes_share_a_cache(plan_cache: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(Path.cwd())))}
     command = [sys.executable, "-c", SCRIPT]
     with ThreadPoolExecutor(3) as pool:
-        runs = list(pool.map(lambda _: subprocess.run(command, env=environment, capture_output=True, text=True), range(3)))
+        runs = list(
+            pool.map(lambda _: subprocess.run(command, env=environment, capture_output=True, text=True), range(3))
+        )
     for done in runs:
         assert done.returncode == 0 and "cannot be" not in done.stderr, done.stderr
     assert len(pcr_fx.cached_plans()) == len(list(plan_cache.iterdir())) == 4

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import pcr_fx
 from pcr_fx.body.isolation import apart, isolated
-from pcr_fx.kernels import ChainKernel
+from pcr_fx.call import Call
 from pcr_fx.planner import Plan, measure, plan, rule
+from pcr_fx.targets import CppKernel
 
 pytestmark = pytest.mark.usefixtures("plan_cache")
 DIRECTIONS = ("forward", "backward")
@@ -82,7 +83,7 @@ def test_what_eager_does_best_is_left_alone(through: str, monkeypatch: pytest.Mo
 
 def test_a_kernel_is_refused_where_its_lanes_are_features_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcr_fx.planner.rule.KERNEL_OPERATIONS_MEASURED", 1)
-    monkeypatch.setattr("pcr_fx.kernels.chain_kernel._VECTOR_GRADIENTS", 0)
+    monkeypatch.setattr("pcr_fx.targets.cpp.kernel._VECTOR_GRADIENTS", 0)
     x = torch.randn(16, 3)
     planned = pcr_fx.transform(Net(20, 3), x, {"planning": "estimated"}).report.chains[0].plan
     (_, none), (_, refused) = (rule.candidates(planned._case(16), direction) for direction in DIRECTIONS)
@@ -137,8 +138,8 @@ def test_ways_for_which_memory_is_too_short_are_passed_over(monkeypatch: pytest.
     model, x = Net(600, 2), torch.randn(1, 2)
     fast = pcr_fx.transform(model, x, in_ops())
     made = fast.report.chains[0].plan
-    tensors = plan.Tensors(x, [torch.randn(600, 2, 2), torch.randn(600, 2), *made.program.literals], [], are_stacked=True)
-    timings = measure.measure(made._case(1), made.settings, tensors, needs_gradient=False)
+    call = Call(x, [torch.randn(600, 2, 2), torch.randn(600, 2), *made.program.literals], [])
+    timings = measure.measure(made._case(1), made.settings, call, needs_gradient=False, are_stacked=True)
     notes = {t.way: t.note for t in timings}
     assert notes["newton"] == notes["stacking operands"] == "out of memory"
     assert plan._fastest(made._case(1), timings, needs_gradient=False).leaves_alone(False)
@@ -182,13 +183,13 @@ def test_what_is_measured_apart_does_not_keep_others_from_tracing() -> None:
 
 def test_threads_that_call_first_take_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a checkpoint finds a kernel that was not there when it went forward."""
-    is_ready = ChainKernel.is_ready
+    is_ready = CppKernel.is_ready
 
     def slowly(*arguments: Any) -> bool:
         time.sleep(0.2)
         return is_ready(*arguments)
 
-    monkeypatch.setattr(ChainKernel, "is_ready", slowly)
+    monkeypatch.setattr(CppKernel, "is_ready", slowly)
     fast = pcr_fx.transform(Net(30, 3), torch.randn(4, 3), {"solver": "sequential"})
 
     def step(index: int) -> Tensor:
@@ -282,7 +283,9 @@ def test_what_comes_on_top_of_a_way_counts() -> None:
             ("forward", "eager"): 4.0, ("forward", "sequential (native kernel)"): 2.0, ("forward", "sequential"): 1.5,
             ("backward", "eager"): 4.0, ("backward", "sequential (native kernel)"): 2.0, ("backward", "newton"): 1.5,
         }  # fmt: skip
-        seconds |= {(direction, way.replace("_", " ")): s for way, s in more.items() for direction in ("forward", "backward")}
+        seconds |= {
+            (direction, way.replace("_", " ")): s for way, s in more.items() for direction in ("forward", "backward")
+        }
         timings = [plan.Timing(way, direction, s) for (direction, way), s in seconds.items()]
         fast = pcr_fx.transform(Net(20, 3), torch.randn(4, 3), {"planning": "estimated"})
         made = fast.report.chains[0].plan
@@ -302,8 +305,8 @@ def test_two_that_are_close_are_timed_again_in_turn() -> None:
     made = fast.report.chains[0].plan
     assert made is not None
     operands = [torch.randn(40, 3, 3), torch.randn(40, 3)]
-    tensors = plan.Tensors(x, [*operands, *made.program.literals], [])
-    match = measure._Measurement(made._case(4), made.settings, tensors, needs_gradient=False, with_eager=True)
+    call = Call(x, [*operands, *made.program.literals], [])
+    match = measure._Measurement(made._case(4), made.settings, call, False, are_stacked=False, with_eager=True)
     calls: list[str] = []
     for way, seconds in (("eager", 1.0), ("sequential", 1.1), ("newton", 3.0)):
         match.timings.append(plan.Timing(way, "forward", seconds))

@@ -44,7 +44,9 @@ def chaotic(z: Tensor, operands: tuple[Tensor, ...], _: Any) -> Tensor:
 SUITED = {"newton": contractive, "quasi-newton": contractive, "picard": near_identity, "jacobi": contractive}
 
 
-def problem(length: int, batch: int = 3, d: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, tuple[Tensor, ...]]:
+def problem(
+    length: int, batch: int = 3, d: int = 3, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     torch.manual_seed(length)
     weight, bias = torch.randn(length, d, d, dtype=dtype) / d**0.5, torch.randn(length, d, dtype=dtype)
     return torch.randn(batch, d, dtype=dtype), (weight, bias)
@@ -91,7 +93,9 @@ def test_float32(solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", ["newton", "quasi-newton", "picard"])
-@pytest.mark.parametrize("length, window", [(5, 4), (16, 16), (17, 16), (63, 16), (64, 16), (65, 16), (40, 100), (50, 2)])
+@pytest.mark.parametrize(
+    "length, window", [(5, 4), (16, 16), (17, 16), (63, 16), (64, 16), (65, 16), (40, 100), (50, 2)]
+)
 def test_windows(length: int, window: int, solver: str) -> None:
     check(near_identity, *problem(length), solver=solver, window=window)
 
@@ -152,7 +156,9 @@ def test_the_diagonal_is_that_of_the_jacobian() -> None:
     torch.testing.assert_close(same_values, values)
     torch.testing.assert_close(diagonal, jacobians.diagonal(dim1=-2, dim2=-1))
     # An estimate from many probes comes near to it, from one it does not; it is the same in every call.
-    estimates = [linearisation("quasi-newton", probes).linearise(program, previous, operands, ())[1] for probes in (1, 1, 4000)]
+    estimates = [
+        linearisation("quasi-newton", probes).linearise(program, previous, operands, ())[1] for probes in (1, 1, 4000)
+    ]
     assert torch.equal(estimates[0], estimates[1])
     errors = [float((estimate - diagonal).abs().max()) for estimate in estimates]
     assert errors[2] < 0.2 * errors[0]

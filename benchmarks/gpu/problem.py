@@ -12,12 +12,13 @@ from torch import Tensor, fx
 
 from benchmarks.gpu.timing import median_us, replayed
 from benchmarks.models import residual_block
+from pcr_fx.call import Call
 from pcr_fx.chain import Chain
-from pcr_fx.kernels import GpuKernel
 from pcr_fx.node import SolveNode
 from pcr_fx.ops import operators_for, waits
 from pcr_fx.options import Options
-from pcr_fx.planner import Plan, Tensors
+from pcr_fx.planner import Plan
+from pcr_fx.targets import TritonKernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -96,7 +97,7 @@ class Solved:
         self.initial = plan.program.layout.flatten([problem.x])
         if solver == "auto":  # chosen as for a training step, but not against eager, which takes seconds
             every = [*problem.operands, *plan.program.literals]
-            plan.measure(Tensors(self.initial, every, []), needs_gradient=True, with_eager=False)
+            plan.measure(Call(self.initial, every, []), needs_gradient=True, with_eager=False)
 
     def forward(self) -> list[Tensor]:
         with torch.no_grad():
@@ -122,7 +123,7 @@ class Solved:
     def described(self, direction: str) -> str:
         choice = self.plan.choice(self.plan.samples(self.initial))
         way = choice.forward if direction == "forward" else choice.backward
-        return f"{way.solver}, {'fused' if isinstance(way.kernel, GpuKernel) else 'in torch ops'}"
+        return f"{way.solver}, {'fused' if isinstance(way.kernel, TritonKernel) else 'in torch ops'}"
 
 
 def residual(length: int, width: int, samples: int, seed: int = 0) -> Problem:

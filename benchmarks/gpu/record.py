@@ -87,7 +87,9 @@ class Section:
     def __str__(self) -> str:
         parts = [f"## {self.title}"]
         if self.rows:
-            parts.append(tabulate([row.cells() for row in self.rows], HEADERS, tablefmt="github", disable_numparse=True))
+            parts.append(
+                tabulate([row.cells() for row in self.rows], HEADERS, tablefmt="github", disable_numparse=True)
+            )
         if self.problems:
             parts.append("**Not complete:** " + "; ".join(dict.fromkeys(self.problems)))
         return "\n\n".join([*parts, *self.notes])
@@ -121,7 +123,12 @@ class Record:
 
 def machine() -> dict[str, str]:
     """What it ran on."""
-    found = {"PyTorch": torch.__version__, "Triton": _triton(), "Python": platform.python_version(), "commit": _commit()}
+    found = {
+        "PyTorch": torch.__version__,
+        "Triton": _triton(),
+        "Python": platform.python_version(),
+        "commit": _commit(),
+    }
     if torch.cuda.is_available():
         found = {"GPU": torch.cuda.get_device_name(), "driver": _driver(), "CUDA": str(torch.version.cuda), **found}
     return {**found, "processor": processor()}

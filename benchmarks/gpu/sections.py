@@ -168,7 +168,9 @@ def verdict(section: Section) -> list[str]:
     said = []
     for direction, goal in zip(DIRECTIONS, (30, 200), strict=True):
         best = max((row.gain or 0 for row in section.rows if row.what.startswith(direction)), default=0)
-        said.append(f"The paper's {goal}x {direction}: {'beaten' if best > goal else 'NOT beaten'}, {best:.3g}x at most.")
+        said.append(
+            f"The paper's {goal}x {direction}: {'beaten' if best > goal else 'NOT beaten'}, {best:.3g}x at most."
+        )
     return said
 
 

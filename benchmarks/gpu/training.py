@@ -17,7 +17,9 @@ from benchmarks.models import classifier
 WIDTH = 8
 # On a CPU nothing is measured, and no compiler is waited for.
 _IN_EARNEST: dict[str, object] = {"min_length": 2}
-_OPTIONS = _IN_EARNEST if torch.cuda.is_available() else {**_IN_EARNEST, "inner_backend": "eager", "planning": "estimated"}
+_OPTIONS = (
+    _IN_EARNEST if torch.cuda.is_available() else {**_IN_EARNEST, "inner_backend": "eager", "planning": "estimated"}
+)
 # How a model is called for training, and the module that is trained then.
 Way = Callable[[nn.Module, Tensor], tuple[nn.Module, Callable[[Tensor], Tensor]]]
 

@@ -21,8 +21,8 @@ if not torch.cuda.is_available():
 
 from benchmarks.gpu.record import Section
 from benchmarks.gpu.sections import FULL, PARTS, TINY, Budget, Part, Sizes
-from pcr_fx.kernels import GpuKernel
 from pcr_fx.planner import plan
+from pcr_fx.targets import TritonKernel
 
 
 def measure(part: Part, sizes: Sizes, file: Path) -> Section:
@@ -61,7 +61,7 @@ def _keep(section: Section, file: Path) -> None:
 def main() -> None:
     folder, sizes, *names = sys.argv[1:]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan.KERNELS[device] = GpuKernel
+    plan.KERNELS[device] = TritonKernel
     for name in names:
         measure(PARTS[name], TINY if sizes == "tiny" else FULL, Path(folder) / name)
         if device == "cuda":

@@ -27,6 +27,7 @@ Run = Callable[..., Any]
 # Programs whose first input is one state `[*batch, d]`; that of the others is a trajectory `[L, *batch, d]`.
 _OF_ONE_BLOCK = ("step", "step_pullback")
 
+
 def trace_block(chain: Chain, signature: Signature) -> fx.GraphModule:
     """One block as an aten graph at the sizes of `signature`, with a fake `meta["val"]` on every node."""
     with FakeTensorMode() as mode:
@@ -89,7 +90,9 @@ def trace_graphs(
     raise AssertionError("the last generality has no free size")
 
 
-def _trace(chain: Chain, signature: Signature, layout: StateLayout, generality: Generality) -> dict[str, fx.GraphModule]:
+def _trace(
+    chain: Chain, signature: Signature, layout: StateLayout, generality: Generality
+) -> dict[str, fx.GraphModule]:
     if not generality.any_batch:
         return Tracer(chain, signature, layout, generality).graphs()
     first, second = (Tracer(chain, signature, layout, generality, sizes).graphs() for sizes in STAND_INS)

@@ -2,7 +2,6 @@
 
 from pcr_fx.planner.cache import cached_plans, clear_plans
 from pcr_fx.planner.choice import BESIDE, Choice, Timing, Way
-from pcr_fx.planner.measure import Tensors
 from pcr_fx.planner.memory import block_bytes, in_units
 from pcr_fx.planner.plan import Plan, make_plan, plan_by_key
 
@@ -10,7 +9,6 @@ __all__ = [
     "BESIDE",
     "Choice",
     "Plan",
-    "Tensors",
     "Timing",
     "Way",
     "block_bytes",

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from pcr_fx.kernels.build import cache_directory, processor
 from pcr_fx.planner.choice import Timing
+from pcr_fx.targets.cpp.build import cache_directory, processor
 
 log = logging.getLogger(__name__)
 
 # Whose code decides how long a way takes and what is measured.
-_PACKAGES = ("body", "codegen", "kernels", "linear", "planner", "solvers")
+_PACKAGES = ("body", "codegen", "linear", "planner", "solvers", "targets")
 
 
 def plan_directory() -> Path:

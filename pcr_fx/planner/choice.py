@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pcr_fx.kernels import ChainKernel, GpuKernel
+from pcr_fx.targets import CppKernel, TritonKernel
 
 
 @dataclass(frozen=True)
@@ -19,20 +19,20 @@ class Way:
     """
 
     solver: str
-    kernel: ChainKernel | GpuKernel | None = field(default=None, repr=False)
+    kernel: CppKernel | TritonKernel | None = field(default=None, repr=False)
     window: int | None = None
 
     @property
     def is_native(self) -> bool:
         """Whether native code goes block by block."""
-        return isinstance(self.kernel, ChainKernel) and self.solver == "sequential"
+        return isinstance(self.kernel, CppKernel) and self.solver == "sequential"
 
     @property
     def name(self) -> str:
         """As the report has it."""
         kernel = ""
         if self.kernel is not None:
-            kernel = " (native kernel)" if isinstance(self.kernel, ChainKernel) else " (fused kernel)"
+            kernel = " (native kernel)" if isinstance(self.kernel, CppKernel) else " (fused kernel)"
         return self.solver + kernel + (f" in windows of {self.window}" if self.window else "")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcr_fx.kernels import ChainKernel, GpuKernel
+from pcr_fx.call import Call
 from pcr_fx.planner.choice import BESIDE, EAGER, HANDING, STACKING, Timing, Way
 from pcr_fx.planner.estimate import bounds
 from pcr_fx.planner.rule import Case, candidates
@@ -30,6 +30,7 @@ from pcr_fx.solvers import (
     solve_iteratively,
     solve_sequential,
 )
+from pcr_fx.targets import CppKernel, TritonKernel
 
 log = logging.getLogger(__name__)
 
@@ -69,38 +70,24 @@ class _Run:
         return self.scale * measured + self.fixed
 
 
-@dataclass
-class Tensors:
-    """What a chain is called with.
-
-    Attributes:
-        initial: flat, `[*batch, d]`.
-        operands: those of the blocks and the literals, stacked `[L, ...]`.
-        are_stacked: whether operands came from the blocks' own tensors, which each call has to stack again.
-    """
-
-    initial: Tensor
-    operands: Sequence[Tensor]
-    shared: Sequence[Tensor]
-    are_stacked: bool = False
-
-    def first(self, count: int) -> Tensors:
-        """Those of the first `count` blocks."""
-        return Tensors(self.initial, [operand[:count] for operand in self.operands], self.shared)
-
-
 def measure(
-    case: Case, settings: Settings, tensors: Tensors, needs_gradient: bool, with_eager: bool = True
+    case: Case,
+    settings: Settings,
+    call: Call,
+    needs_gradient: bool,
+    are_stacked: bool = False,
+    with_eager: bool = True,
 ) -> tuple[Timing, ...]:
     """The time of every way through the chain that an estimate cannot rule out, within the budget.
 
     Args:
-        tensors: of the shapes and on the device that matter; how many iterations a solver needs depends on their values.
+        call: of the shapes and on the device that matter; how many iterations a solver needs depends on its values.
         needs_gradient: whether the ways back are measured too.
+        are_stacked: whether operands came from the blocks' own tensors, which each call has to stack again.
         with_eager: whether the model's own ops are among the ways.
     """
     with _uncollected:
-        return _Measurement(case, settings, tensors, needs_gradient, with_eager).run()
+        return _Measurement(case, settings, call, needs_gradient, are_stacked, with_eager).run()
 
 
 class _Uncollected(contextlib.AbstractContextManager[None]):
@@ -131,15 +118,17 @@ _uncollected = _Uncollected()
 
 class _Measurement:
     def __init__(
-        self, case: Case, settings: Settings, tensors: Tensors, needs_gradient: bool, with_eager: bool
+        self,
+        case: Case,
+        settings: Settings,
+        call: Call,
+        needs_gradient: bool,
+        are_stacked: bool,
+        with_eager: bool,
     ) -> None:
-        self.case, self.settings = case, settings
-        self.tensors = replace(
-            tensors,
-            initial=tensors.initial.detach(),
-            operands=[t.detach() for t in tensors.operands],
-            shared=[t.detach() for t in tensors.shared],
-        )
+        self.case, self.settings, self.are_stacked = case, settings, are_stacked
+        operands, shared = ([tensor.detach() for tensor in group] for group in (call.operands, call.shared))
+        self.call = Call(call.initial.detach(), operands, shared)
         self.needs_gradient, self.with_eager = needs_gradient, with_eager
         self.budget = case.options.planning_budget
         self.ends = time.perf_counter() + self.budget
@@ -154,7 +143,7 @@ class _Measurement:
         ways = {direction: self._candidates(direction) for direction in directions}
         # Block by block first: those are sure to end, and rule out others.
         self._measure_all(ways, lambda way: way.solver == "sequential")
-        if self.tensors.are_stacked:
+        if self.are_stacked:
             self._beside(STACKING, self._stacking)
         self._measure_all(ways, lambda way: way.solver != "sequential")
         self._rematch()
@@ -222,10 +211,10 @@ class _Measurement:
                 self.timings.append(self._timing(EAGER, "backward", backward, count))
 
     def _eager_forward(self, count: int) -> Callable[[], tuple[Any, list[Tensor]]]:
-        program, tensors = self.case.program, self.tensors.first(count)
-        each = [tuple(self._leaf(part) for part in block) for block in blocks(tensors.operands, count)]
-        states = [self._leaf(state) for state in program.layout.unflatten(tensors.initial)]
-        shared = [self._leaf(tensor) for tensor in tensors.shared]
+        program, call = self.case.program, self.call.first(count)
+        each = [tuple(self._leaf(part) for part in block) for block in blocks(call.operands, count)]
+        states = [self._leaf(state) for state in program.layout.unflatten(call.initial)]
+        shared = [self._leaf(tensor) for tensor in call.shared]
         inputs = [t for group in (states, shared, *each) for t in group if t.requires_grad]
 
         def run() -> tuple[Any, list[Tensor]]:
@@ -254,7 +243,7 @@ class _Measurement:
 
     def _stacked(self, count: int) -> tuple[Callable[[], list[Tensor]], list[list[Tensor]]]:
         """What stacks the operands of so many blocks, and these."""
-        parts = [[self._leaf(part) for part in operand.unbind(0)] for operand in self.tensors.first(count).operands]
+        parts = [[self._leaf(part) for part in operand.unbind(0)] for operand in self.call.first(count).operands]
 
         def run() -> list[Tensor]:
             with torch.set_grad_enabled(self.needs_gradient):
@@ -269,10 +258,10 @@ class _Measurement:
 
     def _sequential(self, way: Way, direction: str) -> Timing:
         make = self._forward_by if direction == "forward" else self._backward_by
-        if isinstance(way.kernel, ChainKernel) and not self._compiles(way.kernel, direction):
+        if isinstance(way.kernel, CppKernel) and not self._compiles(way.kernel, direction):
             return Timing(way.name, direction, None, note=way.kernel.failure or "it cannot be called")
         # A GPU's kernel is for all blocks and no fewer.
-        fused, length = isinstance(way.kernel, GpuKernel), self.case.program.length
+        fused, length = isinstance(way.kernel, TritonKernel), self.case.program.length
         self._compile(partial(make, way, length if fused else min(2, length)))
         # Several calls have to fit: the first with memory that the machine had not used yet take ten times as long.
         count = length if fused else self._count(partial(make, way), 4)
@@ -284,28 +273,25 @@ class _Measurement:
         make()()
         self.ends += time.perf_counter() - began
 
-    def _compiles(self, kernel: ChainKernel, direction: str) -> bool:
+    def _compiles(self, kernel: CppKernel, direction: str) -> bool:
         began = time.perf_counter()
-        is_ready = kernel.is_ready("forward" if direction == "forward" else "adjoint", self.tensors.initial)
+        is_ready = kernel.is_ready("forward" if direction == "forward" else "adjoint", self.call.initial)
         self.ends += time.perf_counter() - began
         return is_ready
 
     def _forward_by(self, way: Way, count: int) -> Callable[[], Any]:
-        tensors, kernel = self.tensors.first(count), _shortened(way.kernel, count)
-        if isinstance(kernel, GpuKernel):
-            return lambda: kernel.solve(tensors.initial, tensors.operands, tensors.shared)
-        program = self.case.program
-        return lambda: solve_sequential(program, tensors.initial, tensors.operands, tensors.shared, kernel, count)
+        call, kernel, program = self.call.first(count), _shortened(way.kernel, count), self.case.program
+        return partial(solve_sequential, program, call, count) if kernel is None else partial(kernel.solve, call)
 
     def _backward_by(self, way: Way, count: int) -> Callable[[], Any]:
-        tensors, kernel = self.tensors.first(count), _shortened(way.kernel, count)
-        initial, operands, shared = tensors.initial, tensors.operands, tensors.shared
-        trajectory = initial.unsqueeze(0).repeat(count, *(1 for _ in initial.shape))
+        call, kernel = self.call.first(count), _shortened(way.kernel, count)
+        trajectory = call.initial.unsqueeze(0).repeat(count, *(1 for _ in call.initial.shape))
         ones = torch.ones_like(trajectory)
-        if isinstance(kernel, GpuKernel):
-            return lambda: kernel.solve_adjoint(initial, trajectory, operands, shared, ones, way.solver)
-        program = self.case.program
-        return lambda: adjoint_sequential(program, initial, trajectory, operands, shared, ones, kernel, count)
+        if isinstance(kernel, TritonKernel):
+            return partial(kernel.solve_adjoint, call, trajectory, ones, way.solver)
+        if kernel is not None:
+            return partial(kernel.solve_adjoint, call, trajectory, ones)
+        return partial(adjoint_sequential, self.case.program, call, trajectory, ones, count)
 
     def _count(self, make: Callable[[int], Callable[[], Any]], times: int) -> int:
         """Blocks to time: all, or as many as take less than a share of the budget, of which there are so many `times`."""
@@ -314,7 +300,7 @@ class _Measurement:
         while count < length:
             run, more = make(count), min(length, 4 * count)
             run()
-            expected = more / count * _once(run, self.tensors.initial.device)
+            expected = more / count * _once(run, self.call.initial.device)
             if times * expected > _CALL_SHARE * self.budget:
                 break
             count = more
@@ -324,11 +310,9 @@ class _Measurement:
 
     def _iterative(self, way: Way, best: float) -> Timing:
         program, settings = self.case.program, replace(self.settings, window=way.window)
-        if isinstance(way.kernel, GpuKernel):
+        if isinstance(way.kernel, TritonKernel):
             return self._fused(way, way.kernel, settings, best)
-        solve = partial(
-            solve_iteratively, program, self.tensors.initial, self.tensors.operands, self.tensors.shared, way.solver
-        )
+        solve = partial(solve_iteratively, program, self.call, way.solver)
         least = self._least_seconds(way, settings)
         if least > _HOPELESS * best:
             return Timing(way.name, "forward", None, note=f"at least {1e3 * least:.2g} ms, from a part of the blocks")
@@ -344,16 +328,9 @@ class _Measurement:
             return Timing(way.name, "forward", None, note=note)
         return self._converging(way, partial(solve, settings), stats.outcome, stats.iterations, best)
 
-    def _fused(self, way: Way, kernel: GpuKernel, settings: Settings, best: float) -> Timing:
+    def _fused(self, way: Way, kernel: TritonKernel, settings: Settings, best: float) -> Timing:
         limit = settings.limit(way.solver, self.case.program.length)
-        run = partial(
-            kernel.solve_newton,
-            self.tensors.initial,
-            self.tensors.operands,
-            self.tensors.shared,
-            settings.tolerance,
-            limit,
-        )
+        run = partial(kernel.solve_newton, self.call, settings.tolerance, limit)
         self._compile(lambda: run)
         outcome, iterations = (int(value) for value in run()[1][:, :2].amax(0).tolist())
         return self._converging(way, run, list(Outcome)[outcome], iterations, best)
@@ -370,29 +347,25 @@ class _Measurement:
         count = _NUMBERS_TRIED // (samples * program.dimension)
         if not _FEWEST_BLOCKS <= count < (way.window or program.length):
             return 0.0
-        tensors = self.tensors.first(count)
-        solve = partial(
-            solve_iteratively, program.of_length(count), tensors.initial, tensors.operands, tensors.shared, way.solver
-        )
+        solve = partial(solve_iteratively, program.of_length(count), self.call.first(count), way.solver)
         each = self._seconds_an_iteration(solve, replace(settings, window=None))
         return _FEWEST_ITERATIONS * each * program.length / count
 
     def _seconds_an_iteration(self, solve: Callable[..., Any], settings: Settings) -> float:
         run = partial(solve, replace(settings, max_iterations=2))
         self._compile(lambda: run)
-        return _once(run, self.tensors.initial.device) / 2
+        return _once(run, self.call.initial.device) / 2
 
     def _reduction(self, way: Way, best: float) -> Timing:
-        program = self.case.program
-        initial, operands, shared = self.tensors.initial, self.tensors.operands, self.tensors.shared
+        program, initial = self.case.program, self.call.initial
         trajectory = initial.unsqueeze(0).repeat(program.length, *(1 for _ in initial.shape))
         ones = torch.ones_like(trajectory)
         run: Callable[[], Any]
-        if isinstance(way.kernel, GpuKernel):
-            run = partial(way.kernel.solve_adjoint, initial, trajectory, operands, shared, ones, way.solver)
+        if isinstance(way.kernel, TritonKernel):
+            run = partial(way.kernel.solve_adjoint, self.call, trajectory, ones, way.solver)
         else:
             method = self.settings.linear_solver
-            run = partial(adjoint_transposed, program, trajectory, operands, shared, ones, method, way.window)
+            run = partial(adjoint_transposed, program, self.call, trajectory, ones, method, way.window)
         return self._timing(way.name, "backward", run, best=best)
 
     # --- the clock --------------------------------------------------------------------------------------------
@@ -430,8 +403,8 @@ class _Measurement:
                 self.timings[index] = replace(timing, seconds=seconds)
 
     def _again(self, run: Callable[[], Any]) -> float:
-        seconds = _once(run, self.tensors.initial.device)
-        return seconds if seconds > _SHORT_SECONDS else _once(run, self.tensors.initial.device)
+        seconds = _once(run, self.call.initial.device)
+        return seconds if seconds > _SHORT_SECONDS else _once(run, self.call.initial.device)
 
     def _close(self) -> list[tuple[str, str]]:
         """What the choice hangs on: the ways near the best of a direction, and eager where the sums are near."""
@@ -453,7 +426,7 @@ class _Measurement:
 
         The first is slower than others, unless something disturbed those.
         """
-        device = self.tensors.initial.device
+        device = self.call.initial.device
         first, times = _once(run, device), [_once(run, device)]
         while len(times) < _MOST_REPEATS and sum(times) < _ENOUGH_SECONDS and times[0] < _HOPELESS * best:
             times.append(_once(run, device))
@@ -467,7 +440,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _shortened(kernel: Any, count: int) -> Any:
     """The kernel for the first `count` blocks."""
-    return kernel.of_length(count) if isinstance(kernel, ChainKernel) else kernel
+    return kernel.of_length(count) if isinstance(kernel, CppKernel) else kernel
 
 
 def _once(run: Callable[[], Any], device: torch.device) -> float:

@@ -16,15 +16,16 @@ from torch import Tensor
 from pcr_fx.body import Program, Signature, build_program
 from pcr_fx.body.isolation import apart, is_undisturbed, isolated
 from pcr_fx.body.sample import trace_sample
+from pcr_fx.call import Call
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError, UnsupportedError
-from pcr_fx.kernels import ChainKernel, GpuKernel
 from pcr_fx.options import Options
 from pcr_fx.planner.cache import load_timings, measurement_key, store_timings
 from pcr_fx.planner.choice import EAGER, HANDING, STACKING, Choice, Timing, Way
-from pcr_fx.planner.measure import Tensors, measure
+from pcr_fx.planner.measure import measure
 from pcr_fx.planner.rule import Case, candidates, estimated_choice
 from pcr_fx.solvers import Settings, SolveStats, default_tolerance
+from pcr_fx.targets import CppKernel, TritonKernel
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Plan:
     program: Program
     options: Options
     settings: Settings
-    kernel: ChainKernel | GpuKernel | str
+    kernel: CppKernel | TritonKernel | str
     bound: tuple[int, ...] | Signature = ()
     _choices: dict[Size, Choice] = field(default_factory=dict, repr=False)
     _drifted: set[Size] = field(default_factory=set, repr=False)
@@ -96,21 +97,22 @@ class Plan:
             return False
         return self.wants_another_look(samples) or needs_gradient not in dict(self.choice(samples).alone)
 
-    def measure(self, tensors: Tensors, needs_gradient: bool, with_eager: bool = True) -> Choice:
-        """Choose by measurement: one made before, in this process or another, or one made now on `tensors`.
+    def measure(self, call: Call, needs_gradient: bool, are_stacked: bool = False, with_eager: bool = True) -> Choice:
+        """Choose by measurement: one made before, in this process or another, or one made now on `call`.
 
         Args:
+            are_stacked: whether operands came from the blocks' own tensors, which each call has to stack again.
             with_eager: whether the chain could be left as the model has it.
         """
-        samples = self.samples(tensors.initial)
-        size, device = self._size(samples), tensors.initial.device
+        samples = self.samples(call.initial)
+        size, device = self._size(samples), call.initial.device
         with self.lock:
             if not self.wants_measuring(samples, needs_gradient):
                 return self.choice(samples)
             case = self._case(samples)
             key = measurement_key(self.key, size, device) + ("_gradient" if needs_gradient else "")
             kept = load_timings(key) if self.options.plan_cache and size not in self._drifted else None
-            timings = kept or self._measured(case, tensors, needs_gradient, with_eager)
+            timings = kept or self._measured(case, call, needs_gradient, are_stacked, with_eager)
             if kept is None and with_eager and self.options.plan_cache:
                 store_timings(key, self._description(samples), timings)
             found = _fastest(case, timings, needs_gradient)
@@ -121,18 +123,18 @@ class Plan:
             return self._choices[size]
 
     def _measured(
-        self, case: Case, tensors: Tensors, needs_gradient: bool, with_eager: bool
+        self, case: Case, call: Call, needs_gradient: bool, are_stacked: bool, with_eager: bool
     ) -> tuple[Timing, ...]:
         # In the thread that is going to call, if it may be: another has memory and a team of threads of its own, and
         # what is wide took four times as long there.
         run = measure if is_undisturbed() else apart(measure)
-        return run(case, self.settings, tensors, needs_gradient, with_eager)
+        return run(case, self.settings, call, needs_gradient, are_stacked, with_eager)
 
     def wants_another_look(self, samples: int) -> bool:
         """Whether solves go otherwise than when they were chosen."""
         return self._size(samples) in self._drifted
 
-    def fallback_kernel(self, samples: int) -> ChainKernel | None:
+    def fallback_kernel(self, samples: int) -> CppKernel | None:
         """What goes block by block where an iteration failed, if that is a kernel."""
         return self._case(samples).fallback_kernel
 
@@ -148,7 +150,7 @@ class Plan:
 
     def _size(self, samples: int) -> Size:
         """What numbers of samples share a choice: those up to the next power of two that the same native code serves."""
-        kernel = self.kernel if isinstance(self.kernel, ChainKernel) else None
+        kernel = self.kernel if isinstance(self.kernel, CppKernel) else None
         lanes = [kernel is not None and not kernel.why_features(each, samples) for each in ("forward", "adjoint")]
         return samples.bit_length(), lanes[0], lanes[1]
 
@@ -267,7 +269,7 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
     return _plans[key].called_with(signature)
 
 
-def _bound_to(program: Program, kernel: ChainKernel | GpuKernel | str) -> tuple[int, ...] | Signature:
+def _bound_to(program: Program, kernel: CppKernel | TritonKernel | str) -> tuple[int, ...] | Signature:
     """The sizes for which alone there is this kernel, or none: `SampleBody.bound_to`."""
     if not isinstance(kernel, str):
         return kernel.body.bound_to(program)
@@ -284,10 +286,10 @@ def _digest(*content: object) -> str:
 
 
 # Whose kernels run a chain on a device.
-KERNELS: dict[str, type[ChainKernel] | type[GpuKernel]] = {"cpu": ChainKernel, "cuda": GpuKernel}
+KERNELS: dict[str, type[CppKernel] | type[TritonKernel]] = {"cpu": CppKernel, "cuda": TritonKernel}
 
 
-def _kernel(program: Program, options: Options) -> ChainKernel | GpuKernel | str:
+def _kernel(program: Program, options: Options) -> CppKernel | TritonKernel | str:
     if not options.kernels:
         return "kernels=False asks for none"
     device = program.signature.states[0].device

@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from pcr_fx.body import Program
-from pcr_fx.kernels import ChainKernel, GpuKernel
 from pcr_fx.options import Options
 from pcr_fx.planner.choice import Choice, Way
 from pcr_fx.planner.memory import MIN_WINDOW, fitting_window, in_units, memory_limit
 from pcr_fx.solvers import DEFAULT_MAX_ITERATIONS, ITERATIVE_SOLVERS
+from pcr_fx.targets import CppKernel, TritonKernel
 
 # Jacobian entries of one block (samples x d x d) up to which a reduction beats the calls of the block's ops.
 FORWARD_ENTRIES = 512
@@ -62,11 +62,11 @@ class Case:
 
     program: Program
     samples: int
-    kernel: ChainKernel | GpuKernel | str
+    kernel: CppKernel | TritonKernel | str
     options: Options
 
     @property
-    def usable_kernel(self) -> ChainKernel | GpuKernel | None:
+    def usable_kernel(self) -> CppKernel | TritonKernel | None:
         """The kernel, if there is one, it could be compiled, and memory has room for it."""
         return None if isinstance(self.kernel, str) or self.why_no_kernel else self.kernel
 
@@ -77,7 +77,7 @@ class Case:
             return self.kernel
         if self.kernel.failure is not None:
             return self.kernel.failure
-        needed = self.kernel.scratch_bytes(self.samples) if isinstance(self.kernel, GpuKernel) else 0
+        needed = self.kernel.scratch_bytes(self.samples) if isinstance(self.kernel, TritonKernel) else 0
         if needed > BYTES_UNASKED and needed > self.limit:
             return f"fused kernels need {in_units(needed)}, and the memory limit is {in_units(self.limit)}"
         return ""
@@ -90,14 +90,14 @@ class Case:
     def iterative(self, solver: str) -> Way | str:
         """The way forward by an iterative solver, or why there is none."""
         kernel = self.usable_kernel
-        if isinstance(kernel, GpuKernel) and solver == "newton" and self._is_plain:
+        if isinstance(kernel, TritonKernel) and solver == "newton" and self._is_plain:
             needed = kernel.scratch_bytes(self.samples, self.options.max_iterations or DEFAULT_MAX_ITERATIONS[solver])
             if needed <= BYTES_UNASKED or needed <= self.limit:
                 return Way(solver, kernel)
         window = fitting_window(solver, self.program, self.samples, self.limit, self.options.window)
         if window is None:
             return f"a window of {MIN_WINDOW} blocks would not fit into the memory limit, {in_units(self.limit)}"
-        native = kernel if isinstance(kernel, ChainKernel) and solver == "newton" and self._is_plain else None
+        native = kernel if isinstance(kernel, CppKernel) and solver == "newton" and self._is_plain else None
         return Way(solver, native, None if window == self.program.length else window)
 
     @property
@@ -107,23 +107,23 @@ class Case:
         return (options.damping, options.window, options.start, options.linear_solver) == (1.0, None, "repeat", "auto")
 
     @property
-    def fallback_kernel(self) -> ChainKernel | None:
+    def fallback_kernel(self) -> CppKernel | None:
         """The native kernel that goes block by block where an iteration failed, if it pays."""
         kernel = self.usable_kernel
-        if not isinstance(kernel, ChainKernel):
+        if not isinstance(kernel, CppKernel):
             return None
         threads = THREADS_A_VECTOR * kernel.vectors(self.samples)
         pays = self.operations(kernel) <= KERNEL_OPERATIONS or threads >= torch.get_num_threads()
         return kernel if pays else None
 
-    def operations(self, kernel: ChainKernel) -> int:
+    def operations(self, kernel: CppKernel) -> int:
         """Scalar operations of a block, over all samples."""
         return max(self.samples, 1) * kernel.operations[0]
 
     def reduction(self) -> Way | str:
         """The way back by transposed reductions, or why there is none."""
         way = self.iterative("newton")
-        if isinstance(way, Way) and isinstance(way.kernel, ChainKernel):
+        if isinstance(way, Way) and isinstance(way.kernel, CppKernel):
             return replace(way, kernel=None)  # it has no backward of its own
         return way
 
@@ -133,7 +133,7 @@ def estimated_choice(case: Case) -> Choice:
     solver = case.options.solver
     if solver != "auto":
         return asked_choice(case, solver)
-    if isinstance(case.usable_kernel, GpuKernel):
+    if isinstance(case.usable_kernel, TritonKernel):
         return _on_gpu(case, case.usable_kernel)
     native, why = _native(case)
     if native is not None:
@@ -146,7 +146,7 @@ def estimated_choice(case: Case) -> Choice:
 def asked_choice(case: Case, solver: str) -> Choice:
     """What the user named, forward; its adjoint by one reduction where that is affordable."""
     asked, kernel, why = f'asked for with solver="{solver}"', case.usable_kernel, case.why_no_kernel
-    if not isinstance(kernel, GpuKernel):
+    if not isinstance(kernel, TritonKernel):
         kernel, why = _native(case)
     sequential = Way("sequential", kernel)
     if solver == "sequential":
@@ -165,14 +165,14 @@ def asked_choice(case: Case, solver: str) -> Choice:
     return Choice(there, back, "; ".join(reasons), asked_for=True)
 
 
-def _kernel_words(kernel: ChainKernel | GpuKernel | None) -> str:
+def _kernel_words(kernel: CppKernel | TritonKernel | None) -> str:
     if kernel is None:
         return ""
-    native = isinstance(kernel, ChainKernel)
+    native = isinstance(kernel, CppKernel)
     return "the whole chain runs as one native kernel" if native else "in fused kernels"
 
 
-def _on_gpu(case: Case, kernel: GpuKernel) -> Choice:
+def _on_gpu(case: Case, kernel: TritonKernel) -> Choice:
     """Fused Newton where the GPU has room for all samples at once and the chain is long; else block by block."""
     length, samples, newton = case.program.length, case.samples, case.iterative("newton")
     sequential, entries = Way("sequential", kernel), samples * case.program.dimension**2
@@ -192,10 +192,10 @@ def _on_gpu(case: Case, kernel: GpuKernel) -> Choice:
     return Choice(newton if forward else sequential, newton if backward else sequential, reason)
 
 
-def _native(case: Case) -> tuple[ChainKernel | None, str]:
+def _native(case: Case) -> tuple[CppKernel | None, str]:
     """The kernel if it pays, and why it does or does not."""
     kernel = case.usable_kernel
-    if not isinstance(kernel, ChainKernel):
+    if not isinstance(kernel, CppKernel):
         return None, f"no kernel: {case.why_no_kernel}"
     if case.fallback_kernel is None:
         few = f"{kernel.vectors(case.samples)} vectors of samples do not feed {torch.get_num_threads()} threads"
@@ -225,7 +225,7 @@ def candidates(case: Case, direction: str) -> tuple[list[Way], dict[str, str]]:
     """The ways that there are, and by name why others are none."""
     ways, refused, kernel = [], {}, case.usable_kernel
     operations, why = 0, ""
-    if isinstance(kernel, ChainKernel):
+    if isinstance(kernel, CppKernel):
         operations = case.operations(kernel)
         why = kernel.why_features("forward" if direction == "forward" else "adjoint", case.samples)
     if kernel is None:
@@ -239,14 +239,14 @@ def candidates(case: Case, direction: str) -> tuple[list[Way], dict[str, str]]:
         way = case.iterative(solver) if direction == "forward" else case.reduction()
         if isinstance(way, str):
             refused[solver] = way
-        elif isinstance(way.kernel, ChainKernel):
+        elif isinstance(way.kernel, CppKernel):
             refused[way.name] = "many times the arithmetic of block by block, and a CPU has no idle lanes for it"
-        elif isinstance(kernel, GpuKernel) and way.kernel is None:
+        elif isinstance(kernel, TritonKernel) and way.kernel is None:
             refused[way.name] = "it waits for the GPU at every iteration, which fused kernels do not"
         else:
             ways.append(way)
     return ways, refused
 
 
-def _in_kernel(kernel: ChainKernel | GpuKernel | str) -> str:
-    return "sequential (fused kernel)" if isinstance(kernel, GpuKernel) else "sequential (native kernel)"
+def _in_kernel(kernel: CppKernel | TritonKernel | str) -> str:
+    return "sequential (fused kernel)" if isinstance(kernel, TritonKernel) else "sequential (native kernel)"

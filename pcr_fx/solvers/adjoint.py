@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pcr_fx.body import Program
-from pcr_fx.kernels import ChainKernel
+from pcr_fx.call import Call
 from pcr_fx.linear import solve_transposed
 from pcr_fx.solvers.sequential import blocks
 
@@ -24,9 +24,8 @@ _REFINED_EPS = 1.0
 
 def adjoint_transposed(
     program: Program,
-    previous: Tensor,
-    operands: Sequence[Tensor],
-    shared: Sequence[Tensor],
+    call: Call,
+    trajectory: Tensor,
     cotangents: Tensor,
     linear_solver: str,
     window: int | None = None,
@@ -34,7 +33,7 @@ def adjoint_transposed(
     """Cotangents `(d_initial, *d_operands, *d_shared)` by one transposed reduction, or one a window of blocks.
 
     Args:
-        previous: the state each block starts from, `[L, *batch, d]`.
+        trajectory: what the call was solved to, `[L, *batch, d]`.
         cotangents: g, of every state of the trajectory, `[L, *batch, d]`.
         window: blocks whose Jacobians are held at a time; `None` for all. Windows are solved from the last to the
             first, each handing its first adjoint to the one before: the result is the same.
@@ -43,9 +42,10 @@ def adjoint_transposed(
         The cotangents, and whether the adjoint's own residual, measured with the blocks' pullback, is at rounding
         level. A product of many expanding Jacobians can overflow where the adjoint itself does not.
     """
+    previous, shared = previous_states(call, trajectory), call.shared
     length = program.length
     if window is None or window >= length:
-        return _transposed(program, previous, operands, shared, cotangents, linear_solver)
+        return _transposed(program, previous, call.operands, shared, cotangents, linear_solver)
     part, count = program.of_length(window), sum(program.differentiable_operands)
     carried, accurate = torch.zeros_like(cotangents[0]), True
     d_operands: list[tuple[Tensor, ...]] = []
@@ -57,7 +57,7 @@ def adjoint_transposed(
         given = torch.zeros_like(cotangents[covered])
         given[:asked] = cotangents[begin:end]
         given[asked - 1] += carried
-        every = [operand[covered] for operand in operands]
+        every = call.window(begin, begin + window)
         (carried, *rest), good = _transposed(part, previous[covered], every, shared, given, linear_solver)
         accurate = accurate and good
         d_operands.append(tuple(gradient[:asked] for gradient in rest[:count]))
@@ -104,31 +104,27 @@ def _are_small(residuals: Tensor, adjoints: Tensor, limit: float) -> bool:
     return bool(small.all() & torch.isfinite(size).all())
 
 
+def previous_states(call: Call, trajectory: Tensor) -> Tensor:
+    """The state that each block starts from, `[L, *batch, d]`."""
+    return torch.cat([call.initial.unsqueeze(0), trajectory[:-1]])
+
+
 def adjoint_sequential(
-    program: Program,
-    initial: Tensor,
-    trajectory: Tensor,
-    operands: Sequence[Tensor],
-    shared: Sequence[Tensor],
-    cotangents: Tensor,
-    kernel: ChainKernel | None = None,
-    length: int | None = None,
+    program: Program, call: Call, trajectory: Tensor, cotangents: Tensor, length: int | None = None
 ) -> tuple[Tensor, ...]:
-    """Cotangents `(d_initial, *d_operands, *d_shared)`, from the last block to the first: by `kernel` if given.
+    """Cotangents `(d_initial, *d_operands, *d_shared)`, from the last block to the first.
 
     With `length` only through the first so many blocks, whose tensors are given.
     """
-    if kernel is not None and kernel.is_ready("adjoint", initial):
-        return tuple(kernel.solve_adjoint(initial, trajectory, operands, shared, cotangents))
-    previous = torch.cat([initial.unsqueeze(0), trajectory[:-1]])
+    previous = previous_states(call, trajectory)
     length = length or program.length
-    each = blocks(operands, length)
+    each = blocks(call.operands, length)
     adjoint = torch.zeros_like(cotangents[0])
     d_operands: list[tuple[Tensor, ...]] = []
     d_shared: list[Tensor] | None = None
     count = sum(program.differentiable_operands)
     for index in range(length - 1, -1, -1):
-        adjoint, *rest = program.step_pullback(previous[index], *each[index], *shared, adjoint + cotangents[index])
+        adjoint, *rest = program.step_pullback(previous[index], *each[index], *call.shared, adjoint + cotangents[index])
         d_operands.append(tuple(rest[:count]))
         parts = rest[count:]
         d_shared = parts if d_shared is None else [total + part for total, part in zip(d_shared, parts, strict=True)]

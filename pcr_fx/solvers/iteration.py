@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pcr_fx.body import Program
-from pcr_fx.kernels import ChainKernel
+from pcr_fx.call import Call
 from pcr_fx.solvers.linearisation import Full, Linearisation, linearisation
 from pcr_fx.solvers.outcome import Outcome, SolveStats
 
@@ -72,11 +72,6 @@ class Settings:
         """How many times as many iterations as undamped ones damped ones may take."""
         return min(1 / self.damping, MOST_STRETCHED)
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether a kernel's own loop does the same."""
-        return (self.linear_solver, self.damping, self.window, self.start) == ("auto", 1.0, None, "repeat")
-
 
 def default_tolerance(dtype: torch.dtype) -> float:
     """A few roundings of `dtype`."""
@@ -84,19 +79,9 @@ def default_tolerance(dtype: torch.dtype) -> float:
 
 
 def solve_iteratively(
-    program: Program,
-    initial: Tensor,
-    operands: Sequence[Tensor],
-    shared: Sequence[Tensor],
-    solver: str,
-    settings: Settings,
-    kernel: ChainKernel | None = None,
-    start: Tensor | None = None,
+    program: Program, call: Call, solver: str, settings: Settings, start: Tensor | None = None
 ) -> tuple[Tensor, SolveStats]:
-    """The trajectory `[L, *batch, d]` from `initial` `[*batch, d]`.
-
-    By `kernel` if given, where all is as kernels have it: there each sample iterates until it has converged itself,
-    and linear systems are solved in as many parts as there are threads.
+    """The trajectory `[L, *batch, d]`.
 
     Args:
         solver: one of `ITERATIVE_SOLVERS`.
@@ -106,17 +91,12 @@ def solve_iteratively(
         The trajectory, and how it went. The residual is that of the trajectory returned, measured after the last
         correction. Whether it succeeded is `stats.outcome.success`; the trajectory of a failed solve is not to be used.
     """
-    if initial.numel() == 0:
-        return _repeated(initial, program.length)[1:], SolveStats(Outcome.CONVERGED)
-    plain = kernel is not None and solver == Full.solver and settings.is_plain and start is None
-    if plain and kernel is not None and kernel.is_ready("newton", initial):
-        limit = settings.limit(solver, program.length)
-        trajectory, outcome, iterations, last = kernel.solve_newton(initial, operands, shared, settings.tolerance, limit)
-        return trajectory, SolveStats(Outcome[outcome], iterations, last)
-    states = _repeated(initial, program.length)
+    states = _repeated(call.initial, program.length)
+    if call.initial.numel() == 0:
+        return states[1:], SolveStats(Outcome.CONVERGED)
     if start is not None:
         states[1:] = start
-    solve = _Solve(program, states, operands, shared, linearisation(solver, settings.probes), settings)
+    solve = _Solve(program, states, call, linearisation(solver, settings.probes), settings)
     solve.filled = start is not None
     return solve.run()
 
@@ -155,15 +135,14 @@ class _Solve:
         self,
         program: Program,
         states: Tensor,
-        operands: Sequence[Tensor],
-        shared: Sequence[Tensor],
+        call: Call,
         kind: Linearisation,
         settings: Settings,
     ) -> None:
         self.length = program.length
         self.window = min(settings.window or self.length, self.length)
         self.program = program.of_length(self.window)
-        self.states, self.operands, self.shared = states, operands, shared
+        self.states, self.call, self.shared = states, call, call.shared
         self.kind, self.settings = kind, settings
         self.limit = settings.limit(kind.solver, self.length)
         self.first, self.reached, self.iteration = 0, 0, 0
@@ -196,8 +175,7 @@ class _Solve:
     def _windowed(self, begin: int) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The states that the window's blocks start from, those that they should compute, and their operands."""
         end = begin + self.window
-        operands = [operand[begin:end] for operand in self.operands]
-        return self.states[begin:end], self.states[begin + 1 : end + 1], operands
+        return self.states[begin:end], self.states[begin + 1 : end + 1], self.call.window(begin, end)
 
     def _iterate(self) -> Outcome | None:
         """Evaluate the window and correct it; or how the solve has ended."""

@@ -8,31 +8,21 @@ import torch
 from torch import Tensor
 
 from pcr_fx.body import Program
-from pcr_fx.kernels import ChainKernel
-from pcr_fx.solvers.outcome import Outcome, SolveStats
+from pcr_fx.call import Call
 
 
-def solve_sequential(
-    program: Program,
-    initial: Tensor,
-    operands: Sequence[Tensor],
-    shared: Sequence[Tensor],
-    kernel: ChainKernel | None = None,
-    length: int | None = None,
-) -> tuple[Tensor, SolveStats]:
-    """The trajectory `[L, *batch, d]` from `initial` `[*batch, d]`, one block after another: by `kernel` if given.
+def solve_sequential(program: Program, call: Call, length: int | None = None) -> Tensor:
+    """The trajectory `[L, *batch, d]`, one block after another.
 
     With `length` only so many blocks, whose operands are given.
     """
-    if kernel is not None and kernel.is_ready("forward", initial):
-        return kernel.solve(initial, operands, shared), SolveStats(Outcome.SEQUENTIAL)
     layout, body, trajectory = program.layout, program.chain.body.forward, []
-    states = layout.unflatten(initial)
-    for block in blocks(operands, length or program.length):
+    states = layout.unflatten(call.initial)
+    for block in blocks(call.operands, length or program.length):
         # In the model's own ops: PyTorch dispatches them faster than the aten ops they are made of.
-        states = body(*states, *block, *shared)
+        states = body(*states, *block, *call.shared)
         trajectory.append(layout.flatten(states))
-    return torch.stack(trajectory), SolveStats(Outcome.SEQUENTIAL)
+    return torch.stack(trajectory)
 
 
 def blocks(operands: Sequence[Tensor | Sequence[Tensor]], length: int) -> list[tuple[Tensor, ...]]:

@@ -8,9 +8,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pcr_fx.kernels.gpu.inputs import Call, Input, words_of
-from pcr_fx.kernels.gpu.launches import Launch, Loader
-from pcr_fx.kernels.gpu.source_scalars import ScalarSource
+from pcr_fx.targets.kernel import Input
+from pcr_fx.targets.triton.inputs import Arguments, words_of
+from pcr_fx.targets.triton.launches import Launch, Loader
+from pcr_fx.targets.triton.scalars.source import ScalarSource
 
 # The largest d with a block, its operands and its Jacobian in one thread's registers: at one column a thread `newton` spills
 # 0.3 kB at d = 6, and 1 kB at d = 8, after 65 s of compiling.
@@ -45,24 +46,24 @@ class ScalarKernels:
             source.text(name, direction)
 
     def solve_newton(
-        self, direction: str, call: Call, result: Tensor, tolerance: float, max_iterations: int
+        self, direction: str, arguments: Arguments, result: Tensor, tolerance: float, max_iterations: int
     ) -> Tensor:
         """Newton's method for all samples, into `result` as from `solve`, in one launch.
 
         Returns:
-            The stats `[samples, 3]` that `GpuKernel.solve_newton` describes.
+            The stats `[samples, 3]` that `TritonKernel.solve_newton` describes.
         """
-        samples, d, new = call.samples, self.source.dimension, call.initial.new_empty
+        samples, d, new = arguments.samples, self.source.dimension, arguments.initial.new_empty
         block, warps = self._tile(direction)
         programs = self._slices(direction) * samples
         stats = new((samples, 3))
         self._loader.kernel("newton", direction)[(programs,)](
-            call.packed,
-            *call.shared,
-            call.initial,
+            arguments.packed,
+            *arguments.shared,
+            arguments.initial,
             result,
             new((programs, d, block)),
-            *self._messages(call.initial, programs, max_iterations),
+            *self._messages(arguments.initial, programs, max_iterations),
             stats,
             self.source.program.length,
             samples,
@@ -73,37 +74,37 @@ class ScalarKernels:
         )
         return stats
 
-    def solve(self, direction: str, call: Call, result: Tensor, stats: Tensor | None) -> None:
+    def solve(self, direction: str, arguments: Arguments, result: Tensor, stats: Tensor | None) -> None:
         """All samples block by block, or those that `stats` says were not solved.
 
         Args:
             result: the trajectory `[L, *batch, d]`, or the adjoints `[L + 1, *batch, d]`.
         """
-        self._loader.kernel("sequential", direction)[(-(-call.samples // _LANES),)](
-            *call.operands,
-            *call.shared,
-            call.initial,
-            call.trajectory,
-            call.cotangents,
+        self._loader.kernel("sequential", direction)[(-(-arguments.samples // _LANES),)](
+            *arguments.operands,
+            *arguments.shared,
+            arguments.initial,
+            arguments.trajectory,
+            arguments.cotangents,
             result,
-            call.initial if stats is None else stats,  # not read, but Triton wants a pointer
+            arguments.initial if stats is None else stats,  # not read, but Triton wants a pointer
             self.source.program.length,
-            call.samples,
+            arguments.samples,
             int(stats is not None),
             BLOCK=_LANES,
             num_warps=1,
         )
 
-    def gradients(self, call: Call, adjoints: Tensor, parts: Sequence[Tensor], group: int) -> None:
+    def gradients(self, arguments: Arguments, adjoints: Tensor, parts: Sequence[Tensor], group: int) -> None:
         """Those of what is differentiable, in parts that are to be summed."""
-        self._loader.kernel("gradients", "adjoint")[(self.tiles() * -(-call.samples // group),)](
-            call.packed,
-            *call.shared,
-            call.initial,
+        self._loader.kernel("gradients", "adjoint")[(self.tiles() * -(-arguments.samples // group),)](
+            arguments.packed,
+            *arguments.shared,
+            arguments.initial,
             adjoints,
             *parts,
             self.source.program.length,
-            call.samples,
+            arguments.samples,
             group,
             BLOCK=_LANES,
             num_warps=1,

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from pcr_fx.body import Program
-from pcr_fx.body.sample import SampleBody
-from pcr_fx.kernels.source import input_sizes
+from pcr_fx.call import Call
 
 REALS = {torch.float32: "tl.float32", torch.float64: "tl.float64"}
 # Iterations without a new smallest residual before a solve is given up, and how many roundings a stalled residual may
@@ -31,24 +27,8 @@ HEADER = """
 import triton
 import triton.language as tl
 
-from pcr_fx.kernels.gpu.functions import *  # noqa: F403
+from pcr_fx.targets.triton.functions import *  # noqa: F403
 """
-
-
-@dataclass(frozen=True)
-class Input:
-    """One operand, literal or shared operand: so many numbers a block; of each sample its own, or not."""
-
-    name: str
-    size: int
-    own: bool
-    shared: bool
-
-
-def inputs_of(program: Program, body: SampleBody) -> list[Input]:
-    operands = len(program.signature.operands) + len(program.literals)
-    sizes = zip(input_sizes(program, body), body.own, strict=True)
-    return [Input(f"in{index}", size, own, index >= operands) for index, (size, own) in enumerate(sizes)]
 
 
 def iterations_sent(direction: str, length: int, limit: int) -> int:
@@ -74,28 +54,19 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-class Call:
-    """The tensors of one solve, all contiguous and aligned.
+class Arguments:
+    """The tensors of a call as kernels are given them: all contiguous and aligned.
 
     Attributes:
-        initial: `[*batch, d]`.
-        operands: those of the chain, then its literals, each `[L, ...]`.
-        shared: shared operands.
+        initial, operands, shared: those of the call.
         trajectory: `[L, *batch, d]`; the adjoint's kernels read it.
         cotangents: of every state, `[L, *batch, d]`; likewise.
     """
 
-    def __init__(
-        self,
-        initial: Tensor,
-        operands: Sequence[Tensor],
-        shared: Sequence[Tensor],
-        trajectory: Tensor | None = None,
-        cotangents: Tensor | None = None,
-    ) -> None:
-        self.initial = aligned(initial)
-        self.operands = [aligned(tensor) for tensor in operands]
-        self.shared = [aligned(tensor) for tensor in shared]
+    def __init__(self, call: Call, trajectory: Tensor | None = None, cotangents: Tensor | None = None) -> None:
+        self.initial = aligned(call.initial)
+        self.operands = [aligned(tensor) for tensor in call.operands]
+        self.shared = [aligned(tensor) for tensor in call.shared]
         self.trajectory = None if trajectory is None else aligned(trajectory)
         self.cotangents = None if cotangents is None else aligned(cotangents)
 

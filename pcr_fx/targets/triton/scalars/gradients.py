@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pcr_fx.codegen import Scalar, Scalars, print_assignments, print_scalar
-from pcr_fx.kernels.gpu.lanes import Lanes, indent
-from pcr_fx.kernels.source import differentiable
+from pcr_fx.targets.triton.printer import print_assignments, print_scalar
+from pcr_fx.targets.triton.scalars.lanes import Lanes, indent
+from pcr_fx.targets.triton.scalars.unroll import Scalar, Scalars
 
 # One program a slice of blocks and a group of samples, a lane a block; sums over the group's samples. Programs are
 # counted along one axis: a GPU takes no more than 65,535 of them along any other.
@@ -40,11 +40,10 @@ class LanesOfBlocks(Lanes):
     def gradients(self) -> str:
         """The gradients of all operands and shared operands from the adjoints."""
         d, scalars = range(self.dimension), Scalars()
-        needs = differentiable(self.program)
         state: list[Scalar] = [f"x{i}" for i in d]
         inputs = [list(numbers) for numbers in self._block_inputs()]
-        _, *outputs = scalars.run(self.pullback, [state, *inputs, [f"adjoint{i}" for i in d]])
-        wanted = [one for one, need in zip(self.inputs, needs, strict=True) if need]
+        _, *outputs = scalars.run(self.body.pullback, [state, *inputs, [f"adjoint{i}" for i in d]])
+        wanted = [one for one in self.inputs if one.differentiable]
         zero, add, write = [], [], []
         for one, numbers in zip(wanted, outputs, strict=True):
             for e, value in enumerate(numbers):

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pcr_fx.body import Program
-from pcr_fx.body.sample import SampleBody
 from pcr_fx.codegen import Buffer, Function
 from pcr_fx.codegen.simplify import restricted
-from pcr_fx.codegen.tiles import Fetch, Printed, Sum, TilePrinter, padded
-from pcr_fx.kernels.gpu.inputs import HEADER, REALS, Input, inputs_of, smallest_scale
-from pcr_fx.kernels.source import differentiable, lower_pull, lower_pullback, lower_step
+from pcr_fx.targets.kernel import Input, LoweredBody
+from pcr_fx.targets.triton.inputs import HEADER, REALS, smallest_scale
+from pcr_fx.targets.triton.tiles.printer import Fetch, Printed, Sum, TilePrinter, padded
 
 # Bytes of a tile at the most, a sixteenth of all registers: a tile's addresses take twice as many, and the loads of what
 # comes next as many again. With more of them kernels spill for sm_90 (`benchmarks.gpu_resources`).
@@ -124,19 +123,21 @@ class TileSource:
     """Prints the kernels of one chain.
 
     Args:
-        program: the chain.
-        body: one block of it on one sample.
+        body: one block of the chain on one sample.
 
     Raises, when something is printed:
         Unprintable: the body has an op that cannot be printed.
     """
 
-    program: Program
-    body: SampleBody
+    body: LoweredBody
 
-    @cached_property
+    @property
+    def program(self) -> Program:
+        return self.body.program
+
+    @property
     def inputs(self) -> list[Input]:
-        return inputs_of(self.program, self.body)
+        return self.body.inputs
 
     @property
     def dimension(self) -> int:
@@ -148,10 +149,10 @@ class TileSource:
 
     @cached_property
     def _functions(self) -> dict[str, Function]:
-        pullback = lower_pullback(self.program, self.body)
+        pullback = self.body.pullback
         return {
-            "step": lower_step(self.program, self.body),
-            "pull": lower_pull(self.program, self.body),
+            "step": self.body.step,
+            "pull": self.body.pull,
             "gradients": restricted(pullback, pullback.outputs[1:]),
         }
 
@@ -248,8 +249,7 @@ class TileSource:
 
     def gradients(self) -> Text:
         """The gradients of all operands and shared operands from the adjoints."""
-        needs = differentiable(self.program)
-        wanted = [one for one, need in zip(self.inputs, needs, strict=True) if need]
+        wanted = [one for one in self.inputs if one.differentiable]
         outputs = self._functions["gradients"].outputs
         sums = {buffer.name: self._sum(one) for buffer, one in zip(outputs, wanted, strict=True)}
         printed = self._print("gradients", ["x", "adjoint"], sums)
@@ -318,7 +318,9 @@ class TileSource:
         """
         d = self.dimension
         place = f"trajectory + (({block} - 1) * samples + sample) * {d} + place"
-        return f"tl.where({block} > 0, tl.load({place}, mask=live & ({block} + place * 0 > 0), other=0), {self._initial})"
+        return (
+            f"tl.where({block} > 0, tl.load({place}, mask=live & ({block} + place * 0 > 0), other=0), {self._initial})"
+        )
 
     def _cotangent(self, prefix: str) -> str:
         """What each column of the adjoint starts from; the last one from nothing."""

@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from pcr_fx.codegen.ir import Apply, Buffer, Constant, Expression, Function, Load, Loop, View, contiguous, views
-from pcr_fx.codegen.scalars import Assignment, Scalar
 from pcr_fx.codegen.simplify import with_constants
-from pcr_fx.codegen.tile_axes import Axes, load_at
-from pcr_fx.codegen.triton import print_assignments, print_scalar
+from pcr_fx.targets.triton.printer import print_assignments, print_scalar
+from pcr_fx.targets.triton.scalars.unroll import Assignment, Scalar
+from pcr_fx.targets.triton.tiles.axes import Axes, load_at
 
 _ITEM_BYTES = {"tl.float32": 4, "tl.float64": 8}
 # Bytes of the largest tile in each warp, which is 16 registers of each thread; and warps at the most.
@@ -32,7 +32,7 @@ _MAX_WARPS = 16
 _HELD = 4608
 _MAX_HOLDING_WARPS = 8
 _START = {"add": 0.0, "maximum": -math.inf, "minimum": math.inf}
-# Functions of `pcr_fx.kernels.gpu.functions`: Triton's own `tl.max` loses NaN.
+# Functions of `pcr_fx.targets.triton.functions`: Triton's own `tl.max` loses NaN.
 _REDUCED = {"add": "tl.sum({0}, {1})", "maximum": "largest({0}, {1})", "minimum": "-largest(-({0}), {1})"}
 # The least that `tl.dot` takes of any dimension, and the inner dimension from which on products go in slices of that:
 # a thread holds all of it at once.
@@ -198,7 +198,9 @@ class TilePrinter:
     def _factors(self, loop: Loop) -> tuple[View, View] | None:
         """Of a contraction that is a product of matrices: what has lanes, with none of the rows, and what has not."""
         value = loop.value
-        if not (self._is_batched(loop) and loop.combine == "add" and isinstance(value, Apply) and value.function == "mul"):
+        if not (
+            self._is_batched(loop) and loop.combine == "add" and isinstance(value, Apply) and value.function == "mul"
+        ):
             return None
         rows, columns = padded(math.prod(loop.shape)), padded(math.prod(loop.reduced))
         if min(rows, columns, self.lanes) < _LEAST or self.lanes * rows > self._most:
@@ -254,7 +256,9 @@ class TilePrinter:
 
     def _place_in_memory(self) -> None:
         """Memory for what some loop cannot read from registers, or what no register holds."""
-        local = {buffer.name: buffer for buffer in (*self.function.inputs, *self.function.outputs, *self.function.locals)}
+        local = {
+            buffer.name: buffer for buffer in (*self.function.inputs, *self.function.outputs, *self.function.locals)
+        }
         needed = {
             view.buffer.name
             for loop in self.loops

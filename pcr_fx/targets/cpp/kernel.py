@@ -9,7 +9,7 @@ import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +17,12 @@ from torch import Tensor
 from pcr_fx.body import Program
 from pcr_fx.body.isolation import isolated
 from pcr_fx.body.sample import SampleBody, trace_sample
+from pcr_fx.call import Call
 from pcr_fx.codegen import Unprintable
-from pcr_fx.kernels.build import CompilerError, check_compiler, load
-from pcr_fx.kernels.memory import empty
-from pcr_fx.kernels.source import REALS, chain_source, input_sizes, lower_pullback, lower_step, summed_numbers
+from pcr_fx.targets.cpp.build import CompilerError, check_compiler, load
+from pcr_fx.targets.cpp.memory import empty
+from pcr_fx.targets.cpp.source import REALS, chain_source, summed_numbers
+from pcr_fx.targets.kernel import LoweredBody, check_tensors
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +55,11 @@ class Column(Protocol):
 
 
 @dataclass(eq=False)
-class ChainKernel:
+class CppKernel:
     """The native code of one program. Libraries are compiled at the first call that needs them.
 
     Attributes:
-        program: the chain.
-        body: one block on one sample.
+        lowered: one block on one sample, which all code is printed from.
         operations: scalar operations of a block and sample, forward and backward.
         held: numbers that a block and sample hold on the stack.
         summed: numbers of gradients that are sums over samples: of matrices, of what else a block has for itself, and of
@@ -67,8 +68,9 @@ class ChainKernel:
         failure: why one of its libraries could not be compiled.
     """
 
-    program: Program
-    body: SampleBody
+    kind: ClassVar[str] = "native"
+
+    lowered: LoweredBody
     operations: tuple[int, int]
     held: int
     summed: tuple[int, int, int]
@@ -79,36 +81,40 @@ class ChainKernel:
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @classmethod
-    def of(cls, program: Program) -> ChainKernel:
+    def of(cls, program: Program) -> CppKernel:
         """The kernel of `program`.
 
         Raises:
             BodyError, Unprintable, CompilerError: there is none; the message is the reason.
         """
-        device, dtype = program.signature.states[0].device, program.dtype
+        device = program.signature.states[0].device
         if device.type != "cpu":
             raise Unprintable(f"kernels are generated for the CPU, and the chain is on {device}")
-        if dtype not in REALS:
-            raise Unprintable(f"kernels are generated for float32 and float64, and the state is {dtype}")
-        for spec in (*program.signature.operands, *program.signature.shared):
-            if spec.dtype != dtype:
-                raise Unprintable(f"an operand is {spec.dtype} and the state {dtype}")
-            if spec.device != device:
-                raise Unprintable(f"an operand is on {spec.device} and the state on {device}")
+        check_tensors(program, REALS)
         if program.dimension == 0:
             raise Unprintable("the state has no numbers")
         check_compiler()
-        body = trace_sample(program)
-        step, pullback = lower_step(program, body), lower_pullback(program, body)
-        own = sum(size for size, owns in zip(input_sizes(program, body), body.own, strict=True) if owns)
+        lowered = LoweredBody(program, trace_sample(program))
+        step, pullback = lowered.step, lowered.pullback
+        own = sum(one.size for one in lowered.inputs if one.own)
         # What the functions hold, and the headers around them: states, adjoints, a sample's own inputs and gradients.
-        held = max(step.memory, pullback.memory) + 3 * body.dimension + 2 * own
+        held = max(step.memory, pullback.memory) + 3 * lowered.dimension + 2 * own
         if held * program.dtype.itemsize > _STACK_BYTES:
             raise Unprintable(f"a block holds {held} numbers of a sample at a time, which is too many for the stack")
-        operations, summed = (step.operations, pullback.operations), summed_numbers(program, body, pullback)
-        return cls(program, body, operations, held, summed, program.length)
+        operations = (step.operations, pullback.operations)
+        return cls(lowered, operations, held, summed_numbers(lowered), program.length)
 
-    def of_length(self, length: int) -> ChainKernel:
+    @property
+    def program(self) -> Program:
+        """The chain."""
+        return self.lowered.program
+
+    @property
+    def body(self) -> SampleBody:
+        """One block on one sample, as it was traced."""
+        return self.lowered.body
+
+    def of_length(self, length: int) -> CppKernel:
         """The kernel of so many blocks in a row."""
         return replace(self, length=length, _shapes={})
 
@@ -124,97 +130,54 @@ class ChainKernel:
             return False  # it puts a row of a Jacobian in each lane
         return self._run(direction, self._samples(initial)) is not None
 
-    def solve(self, initial: Tensor, operands: Sequence[Tensor | Column], shared: Sequence[Tensor]) -> Tensor:
-        """The trajectory `[L, *batch, d]`.
-
-        Args:
-            initial: `[*batch, d]`.
-            operands: those of the chain, then its literals: each stacked `[L, ...]`, or where its blocks' parts lie.
-            shared: shared operands.
-        """
-        initial = initial.contiguous()
-        samples = self._samples(initial)
+    def solve(self, call: Call) -> Tensor:
+        """The trajectory `[L, *batch, d]`, block by block."""
+        initial = call.initial.contiguous()
         trajectory = empty(initial, (self.length, *initial.shape))
-        words = [
-            self.length,
-            samples,
-            self._threads(samples, self.operations[0]),
-            initial.data_ptr(),
-            trajectory.data_ptr(),
-            *(0, 0, 0, 0, 0),
-        ]
-        columns, _kept = self._columns(samples, operands, shared)
-        self._call("forward", samples, [*words, *columns])
+        self._call("forward", call, initial, self.operations[0], trajectory, (0, 0, 0, 0, 0))
         return trajectory
 
-    def solve_newton(
-        self,
-        initial: Tensor,
-        operands: Sequence[Tensor | Column],
-        shared: Sequence[Tensor],
-        tolerance: float,
-        max_iterations: int,
-    ) -> tuple[Tensor, str, int, float]:
+    def solve_newton(self, call: Call, tolerance: float, max_iterations: int) -> tuple[Tensor, str, int, float]:
         """The trajectory `[L, *batch, d]` by Newton's method, each sample on its own.
 
         Args:
-            initial, operands, shared: as for `solve`; at least one sample.
+            call: of at least one sample.
             tolerance, max_iterations: as the solver has them.
 
         Returns:
             The trajectory; the name of the outcome, the iterations and the relative residual: the worst of all samples,
             or those of the first that failed, after which others may not have been solved.
         """
-        initial = initial.contiguous()
-        samples = self._samples(initial)
+        initial = call.initial.contiguous()
         trajectory = empty(initial, (self.length, *initial.shape))
         iteration = (ctypes.c_double * 5)(tolerance, max_iterations)
-        words = [
-            self.length,
-            samples,
-            self._threads(samples, self.operations[1] * self.program.dimension),
-            initial.data_ptr(),
-            trajectory.data_ptr(),
-            *(0, 0, 0, 0, ctypes.addressof(iteration)),
-        ]
-        columns, _kept = self._columns(samples, operands, shared)
-        self._call("newton", samples, [*words, *columns])
+        work = self.operations[1] * self.program.dimension
+        self._call("newton", call, initial, work, trajectory, (0, 0, 0, 0, ctypes.addressof(iteration)))
         _, _, iterations, residual, outcome = iteration
         return trajectory, _OUTCOMES[int(outcome)], int(iterations), residual
 
-    def solve_adjoint(
-        self,
-        initial: Tensor,
-        trajectory: Tensor,
-        operands: Sequence[Tensor | Column],
-        shared: Sequence[Tensor],
-        cotangents: Tensor | Mapping[int, Tensor],
-    ) -> list[Tensor]:
+    def solve_adjoint(self, call: Call, trajectory: Tensor, cotangents: Tensor | Mapping[int, Tensor]) -> list[Tensor]:
         """Cotangents `[d_initial, *d_operands, *d_shared]` of what is differentiable, in this order.
 
         Args:
-            initial, operands, shared: as for `solve`.
+            call: as for `solve`.
             trajectory: what `solve` returned.
             cotangents: of every state, `[L, *batch, d]`; or of some, `[*batch, d]` by block.
         """
-        initial, trajectory = initial.contiguous(), trajectory.contiguous()
+        initial, trajectory = call.initial.contiguous(), trajectory.contiguous()
         given = self._cotangents(cotangents)
-        samples = self._samples(initial)
         d_initial = torch.empty_like(initial)
         gradients = self._empty_gradients(initial)
-        words = [
-            self.length,
-            samples,
-            self._threads(samples, self.operations[1]),
-            initial.data_ptr(),
-            trajectory.data_ptr(),
-            *given.words,
-            d_initial.data_ptr(),
-            0,
-        ]
-        columns, _kept = self._columns(samples, operands, shared)
         addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
-        self._call("adjoint", samples, [*words, *columns, *addresses])
+        self._call(
+            "adjoint",
+            call,
+            initial,
+            self.operations[1],
+            trajectory,
+            (*given.words, d_initial.data_ptr(), 0),
+            addresses,
+        )
         return [d_initial, *(gradient for gradient in gradients if gradient is not None)]
 
     def _cotangents(self, cotangents: Tensor | Mapping[int, Tensor]) -> _Given:
@@ -229,9 +192,7 @@ class ChainKernel:
             kept.append(cotangent)
         return _Given((0, 0, ctypes.addressof(table)), kept)
 
-    def _columns(
-        self, samples: int, operands: Sequence[Tensor | Column], shared: Sequence[Tensor]
-    ) -> tuple[list[int], list[Tensor | Column]]:
+    def _places(self, samples: int, call: Call) -> tuple[list[int], list[Tensor | Column]]:
         """Where every operand and shared operand lies, and what is to be kept until the call is over.
 
         Native code reads what it was compiled for: that much has to be there.
@@ -239,16 +200,18 @@ class ChainKernel:
         words: list[int] = []
         kept: list[Tensor | Column] = []
         sizes = iter(self._sizes)
-        for operand in operands:
+        for operand in call.operands:
             size, own = next(sizes)
             if isinstance(operand, Tensor):
                 operand = operand.contiguous()
                 words += _column(operand)
-                assert operand.numel() == self.length * size * (samples if own else 1), "another kernel is for these sizes"
+                assert operand.numel() == self.length * size * (samples if own else 1), (
+                    "another kernel is for these sizes"
+                )
             else:
                 words += operand.words
             kept.append(operand)
-        for tensor in shared:
+        for tensor in call.shared:
             size, own = next(sizes)
             tensor = tensor.contiguous()
             assert tensor.numel() == size * (samples if own else 1), "another kernel is for these sizes"
@@ -281,7 +244,7 @@ class ChainKernel:
     @functools.cached_property
     def _sizes(self) -> list[tuple[int, bool]]:
         """The numbers of each input, of a block or of a block and sample, and which of these it is."""
-        return list(zip(input_sizes(self.program, self.body), self.body.own, strict=True))
+        return [(one.size, one.own) for one in self.lowered.inputs]
 
     @property
     def _vectors_fit(self) -> bool:
@@ -297,10 +260,25 @@ class ChainKernel:
         work = operations * samples * self.length
         return max(1, min(torch.get_num_threads(), work // _OPERATIONS_A_THREAD))
 
-    def _call(self, direction: str, samples: int, words: list[int]) -> None:
+    def _call(
+        self,
+        direction: str,
+        call: Call,
+        initial: Tensor,
+        operations: int,
+        trajectory: Tensor,
+        words: tuple[int, ...],
+        gradients: Sequence[int] = (),
+    ) -> None:
+        """Call native code, in the order of the fields of `Call` in call.h."""
+        samples = self._samples(initial)
         run = self._run(direction, samples)
         assert run is not None, "a kernel that is not ready is not called"
-        run(struct.pack(f"{len(words)}q", *words))
+        places, _kept = self._places(samples, call)
+        threads = self._threads(samples, operations)
+        addresses = initial.data_ptr(), trajectory.data_ptr()
+        every = (self.length, samples, threads, *addresses, *words, *places, *gradients)
+        run(struct.pack(f"{len(every)}q", *every))
 
     def _run(self, direction: str, samples: int) -> Run | None:
         """The compiled function for this many samples; `None` where it cannot be had."""
@@ -338,7 +316,7 @@ class ChainKernel:
     @isolated
     def _built(self, direction: str, vectors: bool) -> Run | None:
         try:
-            return load(chain_source(self.program, self.body, direction, vectors)).run
+            return load(chain_source(self.lowered, direction, vectors)).run
         except CompilerError as error:
             if self.failure is None:
                 log.warning("%s; the chain runs in PyTorch's ops instead", error)

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pcr_fx.body import Program
-from pcr_fx.body.sample import SampleBody
-from pcr_fx.codegen import Function, print_scalar
-from pcr_fx.kernels.gpu.inputs import REALS, Input, inputs_of
-from pcr_fx.kernels.source import lower_pull, lower_pullback, lower_step
+from pcr_fx.targets.kernel import Input, LoweredBody
+from pcr_fx.targets.triton.inputs import REALS
+from pcr_fx.targets.triton.printer import print_scalar
 
 
 @dataclass(frozen=True)
@@ -24,19 +23,21 @@ class Lanes:
     """Prints kernels of one chain.
 
     Args:
-        program: the chain.
         body: one block of it on one sample.
 
     Raises, when something is printed:
         Unprintable: the body has an op that cannot be printed, or is too large to be written out.
     """
 
-    program: Program
-    body: SampleBody
+    body: LoweredBody
 
-    @cached_property
+    @property
+    def program(self) -> Program:
+        return self.body.program
+
+    @property
     def inputs(self) -> list[Input]:
-        return inputs_of(self.program, self.body)
+        return self.body.inputs
 
     @cached_property
     def real(self) -> str:
@@ -45,18 +46,6 @@ class Lanes:
     @property
     def dimension(self) -> int:
         return self.body.dimension
-
-    @cached_property
-    def step(self) -> Function:
-        return lower_step(self.program, self.body)
-
-    @cached_property
-    def pull(self) -> Function:
-        return lower_pull(self.program, self.body)
-
-    @cached_property
-    def pullback(self) -> Function:
-        return lower_pullback(self.program, self.body)
 
     @property
     def zeros(self) -> str:

@@ -7,8 +7,8 @@ not, and on the host only when somebody asks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,17 +16,19 @@ from torch import Tensor
 from pcr_fx.body import Program
 from pcr_fx.body.isolation import isolated
 from pcr_fx.body.sample import SampleBody, trace_sample
+from pcr_fx.call import Call
 from pcr_fx.codegen import Unprintable
-from pcr_fx.kernels.gpu import scalar_kernels, tile_kernels
-from pcr_fx.kernels.gpu.inputs import REALS, Call, Input
-from pcr_fx.kernels.gpu.launches import Launch
-from pcr_fx.kernels.gpu.scalar_kernels import ScalarKernels
-from pcr_fx.kernels.gpu.source_scalars import ScalarSource
-from pcr_fx.kernels.gpu.source_tiles import TileSource
-from pcr_fx.kernels.gpu.tile_kernels import TileKernels
-from pcr_fx.kernels.source import differentiable
+from pcr_fx.targets.kernel import Input, LoweredBody, check_tensors
+from pcr_fx.targets.triton.inputs import REALS, Arguments
+from pcr_fx.targets.triton.launches import Launch
+from pcr_fx.targets.triton.scalars import launch as scalar_launch
+from pcr_fx.targets.triton.scalars.launch import ScalarKernels
+from pcr_fx.targets.triton.scalars.source import ScalarSource
+from pcr_fx.targets.triton.tiles import launch as tile_launch
+from pcr_fx.targets.triton.tiles.launch import TileKernels
+from pcr_fx.targets.triton.tiles.source import TileSource
 
-MAX_DIMENSION = tile_kernels.MAX_DIMENSION
+MAX_DIMENSION = tile_launch.MAX_DIMENSION
 # Samples that one program of the gradient kernel adds up.
 _GROUP = 16
 # Accepted residual of an adjoint, in epsilons: as in pcr_fx/solvers/adjoint.py.
@@ -35,23 +37,24 @@ _ADJOINT_ITERATIONS = 4
 
 
 @dataclass(eq=False)
-class GpuKernel:
+class TritonKernel:
     """The Triton kernels of one program, compiled by Triton at the first call that needs them.
 
     Attributes:
-        program, body: the chain, and one block of it on one sample.
+        lowered: one block on one sample, which all kernels are printed from.
         kernels: of scalars where a block fits in a thread, else of tiles.
         failure: why they cannot be used after all.
     """
 
-    program: Program
-    body: SampleBody
+    kind: ClassVar[str] = "fused"
+
+    lowered: LoweredBody
     kernels: ScalarKernels | TileKernels
     failure: str | None = None
 
     @classmethod
     @isolated
-    def of(cls, program: Program) -> GpuKernel:
+    def of(cls, program: Program) -> TritonKernel:
         """The kernels of `program`.
 
         Raises:
@@ -61,46 +64,40 @@ class GpuKernel:
             import triton  # noqa: F401
         except ImportError as error:
             raise Unprintable("Triton is not installed") from error
-        dtype = program.dtype
-        if dtype not in REALS:
-            raise Unprintable(f"kernels are generated for float32 and float64, and the state is {dtype}")
-        for spec in (*program.signature.operands, *program.signature.shared):
-            if spec.dtype != dtype:
-                raise Unprintable(f"an operand is {spec.dtype} and the state {dtype}")
+        check_tensors(program, REALS)
         body = trace_sample(program)
         if not 0 < body.dimension <= MAX_DIMENSION:
             raise Unprintable(f"a sample has {body.dimension} numbers; fused kernels take 1 to {MAX_DIMENSION}")
         if body.batch_dims != program.layout.batch_dims:
             raise Unprintable("samples do not lie apart in memory")
-        return cls(program, body, _kernels(program, body))
+        lowered = LoweredBody(program, body)
+        return cls(lowered, _kernels(lowered))
 
-    def solve(self, initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
-        """The trajectory `[L, *batch, d]` block by block, in one launch.
+    @property
+    def program(self) -> Program:
+        """The chain."""
+        return self.lowered.program
 
-        Args:
-            initial: `[*batch, d]`.
-            operands: those of the chain, then its literals, each `[L, ...]`.
-            shared: shared operands.
-        """
-        call = Call(initial, operands, shared)
-        trajectory = call.initial.new_empty((self.program.length, *initial.shape))
-        if call.samples:
-            self.kernels.solve("forward", call, trajectory, None)
+    @property
+    def body(self) -> SampleBody:
+        """One block on one sample, as it was traced."""
+        return self.lowered.body
+
+    def solve(self, call: Call) -> Tensor:
+        """The trajectory `[L, *batch, d]` block by block, in one launch."""
+        arguments = Arguments(call)
+        trajectory = self._empty(arguments)
+        if arguments.samples:
+            self.kernels.solve("forward", arguments, trajectory, None)
         return trajectory
 
     def solve_newton(
-        self,
-        initial: Tensor,
-        operands: Sequence[Tensor],
-        shared: Sequence[Tensor],
-        tolerance: float,
-        max_iterations: int,
-        fall_back: bool = True,
+        self, call: Call, tolerance: float, max_iterations: int, fall_back: bool = True
     ) -> tuple[Tensor, Tensor]:
         """The trajectory `[L, *batch, d]` by Newton's method, each sample on its own.
 
         Args:
-            initial, operands, shared: as for `solve`.
+            call: as for `solve`.
             tolerance, max_iterations: as the solver has them.
             fall_back: whether samples that did not converge are evaluated block by block then.
 
@@ -108,28 +105,22 @@ class GpuKernel:
             The trajectory, and `[samples, 3]` on the device: outcome in the order of `Outcome`, iterations, relative
             residual of each sample.
         """
-        call = Call(initial, operands, shared)
-        trajectory = call.initial.new_empty((self.program.length, *initial.shape))
-        if not call.samples:
-            return trajectory, call.initial.new_empty((0, 3))
-        stats = self.kernels.solve_newton("forward", call, trajectory, tolerance, max_iterations)
+        arguments = Arguments(call)
+        trajectory = self._empty(arguments)
+        if not arguments.samples:
+            return trajectory, arguments.initial.new_empty((0, 3))
+        stats = self.kernels.solve_newton("forward", arguments, trajectory, tolerance, max_iterations)
         if fall_back:
-            self.kernels.solve("forward", call, trajectory, stats)
+            self.kernels.solve("forward", arguments, trajectory, stats)
         return trajectory, stats
 
     def solve_adjoint(
-        self,
-        initial: Tensor,
-        trajectory: Tensor,
-        operands: Sequence[Tensor],
-        shared: Sequence[Tensor],
-        cotangents: Tensor,
-        solver: str,
+        self, call: Call, trajectory: Tensor, cotangents: Tensor, solver: str
     ) -> tuple[list[Tensor], Tensor | None]:
         """Cotangents `[d_initial, *d_operands, *d_shared]` of what is differentiable, in this order.
 
         Args:
-            initial, operands, shared: as for `solve`.
+            call: as for `solve`.
             trajectory: what `solve` returned, `[L, *batch, d]`.
             cotangents: of every state, `[L, *batch, d]`.
             solver: "newton", one transposed reduction, and block by block for samples where it is not accurate; or
@@ -138,17 +129,22 @@ class GpuKernel:
         Returns:
             The cotangents, and the stats of the reduction, as from `solve_newton`.
         """
-        call = Call(initial, operands, shared, trajectory, cotangents)
-        adjoints = call.initial.new_empty((self.program.length + 1, *initial.shape))
-        if not call.samples:
-            wanted = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for _, tensor in self._wanted(call)]
-            return [torch.empty_like(call.initial), *wanted], None
+        arguments = Arguments(call, trajectory, cotangents)
+        initial = arguments.initial
+        adjoints = initial.new_empty((self.program.length + 1, *initial.shape))
+        if not arguments.samples:
+            wanted = self._wanted(arguments)
+            zeros = [torch.zeros_like(tensor, memory_format=torch.contiguous_format) for _, tensor in wanted]
+            return [torch.empty_like(initial), *zeros], None
         stats = None
         if solver == "newton":
             tolerance = _ADJOINT_EPS * torch.finfo(initial.dtype).eps
-            stats = self.kernels.solve_newton("adjoint", call, adjoints, tolerance, _ADJOINT_ITERATIONS)
-        self.kernels.solve("adjoint", call, adjoints, stats)
-        return [adjoints[0], *self._gradients(call, adjoints)], stats
+            stats = self.kernels.solve_newton("adjoint", arguments, adjoints, tolerance, _ADJOINT_ITERATIONS)
+        self.kernels.solve("adjoint", arguments, adjoints, stats)
+        return [adjoints[0], *self._gradients(arguments, adjoints)], stats
+
+    def _empty(self, arguments: Arguments) -> Tensor:
+        return arguments.initial.new_empty((self.program.length, *arguments.initial.shape))
 
     @property
     def is_one_launch(self) -> bool:
@@ -162,7 +158,7 @@ class GpuKernel:
             iterations: the most that Newton's method may take; 0 for block by block.
         """
         most = max(iterations, _ADJOINT_ITERATIONS) if iterations else 0
-        shapes = (self._parts(one, samples) for one, need in self._inputs() if need)
+        shapes = (self._parts(one, samples) for one in self.lowered.inputs if one.differentiable)
         parts = sum(math.prod(shape) for shape in shapes if shape[0] > 1)
         return (self.kernels.scratch_numbers(samples, most) + parts) * self.program.dtype.itemsize
 
@@ -170,14 +166,10 @@ class GpuKernel:
         """Every kernel, to be compiled without being run."""
         return self.kernels.launches()
 
-    def _wanted(self, call: Call) -> list[tuple[Input, Tensor]]:
+    def _wanted(self, arguments: Arguments) -> list[tuple[Input, Tensor]]:
         """What has a gradient."""
-        tensors = [*call.operands, *call.shared]
-        return [(one, tensor) for (one, need), tensor in zip(self._inputs(), tensors, strict=True) if need]
-
-    def _inputs(self) -> list[tuple[Input, bool]]:
-        """Operands and shared operands, and whether they have gradients."""
-        return list(zip(self.kernels.source.inputs, differentiable(self.program), strict=True))
+        tensors = [*arguments.operands, *arguments.shared]
+        return [pair for pair in zip(self.lowered.inputs, tensors, strict=True) if pair[0].differentiable]
 
     def _parts(self, one: Input, samples: int) -> tuple[int, int]:
         """The shape of a gradient in parts that are to be summed, one a program that adds some up."""
@@ -189,21 +181,21 @@ class GpuKernel:
             (False, False): (groups, length * one.size),
         }[one.own, one.shared]
 
-    def _gradients(self, call: Call, adjoints: Tensor) -> list[Tensor]:
-        wanted = self._wanted(call)
-        parts = [adjoints.new_empty(self._parts(one, call.samples)) for one, _ in wanted]
+    def _gradients(self, arguments: Arguments, adjoints: Tensor) -> list[Tensor]:
+        wanted = self._wanted(arguments)
+        parts = [adjoints.new_empty(self._parts(one, arguments.samples)) for one, _ in wanted]
         if parts:
-            self.kernels.gradients(call, adjoints, parts, _GROUP)
+            self.kernels.gradients(arguments, adjoints, parts, _GROUP)
         return [
             (part.sum(0) if part.shape[0] > 1 else part[0]).reshape(tensor.shape)
             for part, (_, tensor) in zip(parts, wanted, strict=True)
         ]
 
 
-def _kernels(program: Program, body: SampleBody) -> ScalarKernels | TileKernels:
-    if body.dimension <= scalar_kernels.MAX_DIMENSION:
+def _kernels(body: LoweredBody) -> ScalarKernels | TileKernels:
+    if body.dimension <= scalar_launch.MAX_DIMENSION:
         try:
-            return ScalarKernels(ScalarSource(program, body))
+            return ScalarKernels(ScalarSource(body))
         except Unprintable:
             pass  # too large to be written out, if nothing else; then tiles do, or say why not
-    return TileKernels(TileSource(program, body))
+    return TileKernels(TileSource(body))

@@ -6,8 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pcr_fx.codegen import Scalar, Scalars, print_assignments, print_scalar
-from pcr_fx.kernels.gpu.lanes import Lanes, indent
+from pcr_fx.targets.triton.printer import print_assignments, print_scalar
+from pcr_fx.targets.triton.scalars.lanes import Lanes, indent
+from pcr_fx.targets.triton.scalars.unroll import Scalar, Scalars
 
 # One lane a sample, block after block. Samples that are solved already (`stats`, from `newton`) are left as they are.
 #
@@ -59,7 +60,9 @@ class LanesOfSamples(Lanes):
     def _columns_a_half(self, backward: bool) -> int:
         lines = self._column(0, backward)
         registers = len(set(re.findall(r"\bc0_\w+", "\n".join(lines)))) * self.program.dtype.itemsize // 4
-        fits = (half for half in (4, 2) if 2 * half * registers <= _FETCHED_REGISTERS and 2 * half * len(lines) <= _LINES)
+        fits = (
+            half for half in (4, 2) if 2 * half * registers <= _FETCHED_REGISTERS and 2 * half * len(lines) <= _LINES
+        )
         return next(fits, 1)
 
     def _started(self, backward: bool) -> list[str]:
@@ -98,14 +101,16 @@ class LanesOfSamples(Lanes):
         state: list[Scalar] = [f"x{i}" for i in d]
         inputs = self._lane_inputs(prefix)
         if backward:
-            (result,) = scalars.run(self.pull, [[f"{prefix}z{i}" for i in d], *inputs, state])
+            (result,) = scalars.run(self.body.pull, [[f"{prefix}z{i}" for i in d], *inputs, state])
             # The first column has no block: it is the last cotangent, which pulls back nothing, be a block infinite.
             result = [scalars.apply("add", f"{prefix}g{i}", value) for i, value in zip(d, result, strict=True)]
         else:
-            (result,) = scalars.run(self.step, [state, *inputs])
+            (result,) = scalars.run(self.body.step, [state, *inputs])
         row = f"length - column - {u}" if backward else f"column + {u}"
         before = [
-            f"{prefix}z{i} = tl.where({self._block(f'column + {u}', True)} > 0, {prefix}z{i}, initial{i})" for i in d if backward
+            f"{prefix}z{i} = tl.where({self._block(f'column + {u}', True)} > 0, {prefix}z{i}, initial{i})"
+            for i in d
+            if backward
         ]
         return [
             *before,
@@ -113,7 +118,9 @@ class LanesOfSamples(Lanes):
             *(f"v{i} = tl.broadcast_to({print_scalar(value, self.real)}, [BLOCK])" for i, value in enumerate(result)),
             *(f"v{i} = tl.where(column > 0, v{i}, {prefix}g{i})" for i in d if backward and u == 0),
             *(f"x{i} = v{i}" for i in d),
-            *self._written(f"result + {self._row(row)} * {self.dimension}", [f"x{i}" for i in d], f"column + {u} < end"),
+            *self._written(
+                f"result + {self._row(row)} * {self.dimension}", [f"x{i}" for i in d], f"column + {u} < end"
+            ),
         ]
 
     def _lane_inputs(self, prefix: str) -> list[list[Scalar]]:
@@ -139,7 +146,9 @@ class LanesOfSamples(Lanes):
         for one in self.inputs:
             if not one.shared:
                 row = self._row("block") if one.own else "(tl.cast(block, tl.int64) + sample * 0)"
-                lines += self._read([f"c{u}_{one.name}_{e}" for e in range(one.size)], f"{one.name} + {row} * {one.size}")
+                lines += self._read(
+                    [f"c{u}_{one.name}_{e}" for e in range(one.size)], f"{one.name} + {row} * {one.size}"
+                )
         if not backward:
             return lines if len(lines) > 1 else []
         # In each lane: the interpreter does not take a number for a mask.

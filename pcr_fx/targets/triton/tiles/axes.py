@@ -79,7 +79,9 @@ class Axes:
         """Which rows and which columns there are; empty if all."""
         rows, columns = math.prod(self.rows), math.prod(self.columns or ())
         row = f"({self.row} < {rows})" if rows % self.height else ""
-        column = f"({self.column} < {columns})" if self.columns is not None and (columns % self.width or not columns) else ""
+        column = (
+            f"({self.column} < {columns})" if self.columns is not None and (columns % self.width or not columns) else ""
+        )
         return row, column
 
     def offsets(self, view: View, batched: bool) -> tuple[str, str, int]:

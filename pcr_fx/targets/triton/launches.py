@@ -64,6 +64,6 @@ class Loader:
 
     @isolated
     def _load(self, name: str, direction: str) -> Any:
-        from pcr_fx.kernels.gpu.build import load_module
+        from pcr_fx.targets.triton.build import load_module
 
         return getattr(load_module(self.text(name, direction)), name)

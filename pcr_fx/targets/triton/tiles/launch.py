@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcr_fx.codegen.tiles import padded, warps_for
-from pcr_fx.kernels.gpu.inputs import DECIDING_LANES, PATIENCE, ROUNDING_EPS, Call, iterations_sent
-from pcr_fx.kernels.gpu.launches import Launch, Loader
-from pcr_fx.kernels.gpu.source_tiles import TILE_BYTES, Text, TileSource
+from pcr_fx.targets.triton.inputs import DECIDING_LANES, PATIENCE, ROUNDING_EPS, Arguments, iterations_sent
+from pcr_fx.targets.triton.launches import Launch, Loader
+from pcr_fx.targets.triton.tiles.printer import padded, warps_for
+from pcr_fx.targets.triton.tiles.source import TILE_BYTES, Text, TileSource
 
 # The largest d: a matrix of 128 x 128 float64 is what a program can still hold.
 MAX_DIMENSION = 128
@@ -33,36 +33,36 @@ class TileKernels:
         self._constants: dict[torch.device, Tensor] = {}
 
     def solve_newton(
-        self, direction: str, call: Call, result: Tensor, tolerance: float, max_iterations: int
+        self, direction: str, arguments: Arguments, result: Tensor, tolerance: float, max_iterations: int
     ) -> Tensor:
         """Newton's method for all samples, into `result` as from `solve`; four launches an iteration.
 
         Returns:
-            The stats `[samples, 3]` that `GpuKernel.solve_newton` describes.
+            The stats `[samples, 3]` that `TritonKernel.solve_newton` describes.
         """
-        backward, d, samples = direction == "adjoint", self.source.dimension, call.samples
+        backward, d, samples = direction == "adjoint", self.source.dimension, arguments.samples
         columns = self.source.program.length + backward
-        stats = call.initial.new_full((samples, 3), -1.0)
-        history = call.initial.new_full((samples, 3), float("inf"))
-        jacobians = call.initial.new_empty((samples, columns, d, d))
-        residuals = call.initial.new_empty((samples, columns, d))
-        ratios = call.initial.new_empty((2, samples, columns))
+        stats = arguments.initial.new_full((samples, 3), -1.0)
+        history = arguments.initial.new_full((samples, 3), float("inf"))
+        jacobians = arguments.initial.new_empty((samples, columns, d, d))
+        residuals = arguments.initial.new_empty((samples, columns, d))
+        ratios = arguments.initial.new_empty((2, samples, columns))
         if backward:
             # The cotangents by themselves: adjoints have a scale from the start.
-            assert call.cotangents is not None
+            assert arguments.cotangents is not None
             result[0].zero_()
-            result[1:] = call.cotangents
+            result[1:] = arguments.cotangents
         else:
-            result.copy_(call.initial)
+            result.copy_(arguments.initial)
         limit = iterations_sent(direction, self.source.program.length, max_iterations)
-        reduce = self._reduction(backward, call, columns, jacobians, residuals, result, stats)
+        reduce = self._reduction(backward, arguments, columns, jacobians, residuals, result, stats)
         for iteration in range(limit + 1):
             self._run(
                 ("linearise", direction),
                 samples * columns,
-                call,
-                call.trajectory,
-                call.cotangents,
+                arguments,
+                arguments.trajectory,
+                arguments.cotangents,
                 result,
                 jacobians,
                 residuals,
@@ -74,7 +74,7 @@ class TileKernels:
                 reduce()
         return stats
 
-    def solve(self, direction: str, call: Call, result: Tensor, stats: Tensor | None) -> None:
+    def solve(self, direction: str, arguments: Arguments, result: Tensor, stats: Tensor | None) -> None:
         """All samples block by block, or those that `stats` says were not solved.
 
         Args:
@@ -82,19 +82,27 @@ class TileKernels:
         """
         self._run(
             ("sequential", direction),
-            call.samples,
-            call,
-            call.trajectory,
-            call.cotangents,
+            arguments.samples,
+            arguments,
+            arguments.trajectory,
+            arguments.cotangents,
             result,
-            call.initial if stats is None else stats,  # not read, but Triton wants a pointer
+            arguments.initial if stats is None else stats,  # not read, but Triton wants a pointer
             extra=[int(stats is not None)],
         )
 
-    def gradients(self, call: Call, adjoints: Tensor, parts: Sequence[Tensor], group: int) -> None:
+    def gradients(self, arguments: Arguments, adjoints: Tensor, parts: Sequence[Tensor], group: int) -> None:
         """Those of what is differentiable, in parts that are to be summed."""
-        programs = self.tiles() * -(-call.samples // group)
-        self._run(("gradients", "adjoint"), programs, call, call.trajectory, adjoints, *parts, extra=[group, self._run_length])
+        programs = self.tiles() * -(-arguments.samples // group)
+        self._run(
+            ("gradients", "adjoint"),
+            programs,
+            arguments,
+            arguments.trajectory,
+            adjoints,
+            *parts,
+            extra=[group, self._run_length],
+        )
 
     def tiles(self) -> int:
         """Runs of blocks, each worked on by programs of its own for gradients."""
@@ -133,20 +141,20 @@ class TileKernels:
     # --- one launch each ------------------------------------------------------------------------------------
 
     def _run(
-        self, name: tuple[str, str], programs: int, call: Call, *tensors: Any, extra: Sequence[int] = ()
+        self, name: tuple[str, str], programs: int, arguments: Arguments, *tensors: Any, extra: Sequence[int] = ()
     ) -> None:
         """A printed kernel, with memory for what its programs keep."""
         text = self._texts[name]
-        scratch = call.initial.new_empty(programs * text.scratch)
+        scratch = arguments.initial.new_empty(programs * text.scratch)
         self._loader.kernel(*name)[(programs,)](
-            *call.operands,
-            *call.shared,
-            self._constants_on(call.initial),
-            call.initial,
+            *arguments.operands,
+            *arguments.shared,
+            self._constants_on(arguments.initial),
+            arguments.initial,
             *tensors,
             scratch,
             self.source.program.length,
-            call.samples,
+            arguments.samples,
             *extra,
             num_warps=text.warps,
             num_stages=1,
@@ -170,7 +178,7 @@ class TileKernels:
     def _reduction(
         self,
         backward: bool,
-        call: Call,
+        arguments: Arguments,
         columns: int,
         jacobians: Tensor,
         residuals: Tensor,
@@ -178,7 +186,7 @@ class TileKernels:
         stats: Tensor,
     ) -> Any:
         """What corrects the states by the solution of the linear system, each time that it is called."""
-        reduction, d, samples = _reduction(), self.source.dimension, call.samples
+        reduction, d, samples = _reduction(), self.source.dimension, arguments.samples
         chunk, chunks = _chunks(columns)
         maps = jacobians.new_empty((samples, chunks - 1, d, d + 1))
         square = self._square(backward)
@@ -187,12 +195,32 @@ class TileKernels:
         def reduce() -> None:
             if chunks > 1:
                 reduction.compose[(samples * (chunks - 1) * parts,)](
-                    jacobians, residuals, maps, stats, columns, chunk, chunks, **square, SLICE=reduction.SLICE,
-                    num_warps=self._warps["compose"], num_stages=2,
+                    jacobians,
+                    residuals,
+                    maps,
+                    stats,
+                    columns,
+                    chunk,
+                    chunks,
+                    **square,
+                    SLICE=reduction.SLICE,
+                    num_warps=self._warps["compose"],
+                    num_stages=2,
                 )
             reduction.apply[(samples * chunks,)](
-                jacobians, residuals, maps, states, stats, columns, samples, chunk, chunks, **square,
-                WIDTH=self._width, num_warps=self._warps["apply"], num_stages=1,
+                jacobians,
+                residuals,
+                maps,
+                states,
+                stats,
+                columns,
+                samples,
+                chunk,
+                chunks,
+                **square,
+                WIDTH=self._width,
+                num_warps=self._warps["apply"],
+                num_stages=1,
             )
 
         return reduce
@@ -243,6 +271,6 @@ def _chunks(columns: int) -> tuple[int, int]:
 @cache
 def _reduction() -> ModuleType:
     """Triton is only there where kernels are."""
-    from pcr_fx.kernels.gpu import reduction
+    from pcr_fx.targets.triton import reduction
 
     return reduction

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from pcr_fx.codegen.scalars import Assignment, Scalar, number
+from pcr_fx.targets.triton.scalars.unroll import Assignment, Scalar, number
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -38,7 +38,7 @@ _WRITTEN = {
 
 
 def print_assignments(assignments: Iterable[Assignment], dtype: str) -> list[str]:
-    """A line each. Functions without an operator of Triton's are called by name, from `pcr_fx.kernels.gpu.functions`."""
+    """A line each. Functions without an operator of Triton's are called by name, from `pcr_fx.targets.triton.functions`."""
     return [f"{one.name} = {_call(one.function, one.arguments, dtype)}" for one in assignments]
 
 

@@ -17,7 +17,7 @@ import math
 import triton
 import triton.language as tl
 
-from pcr_fx.kernels.gpu.functions import decide_sample
+from pcr_fx.targets.triton.functions import decide_sample
 
 # Columns of a map that one program makes, and the slices in which products go through their inner dimension: as small as
 # `tl.dot` takes them, for one program's products are one after another, and programs are what there is room for.

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from pcr_fx.kernels.gpu.inputs import HEADER
-from pcr_fx.kernels.gpu.lanes import Lanes
-from pcr_fx.kernels.gpu.lanes_of_samples import LanesOfSamples
-from pcr_fx.kernels.gpu.source_newton import NewtonSource
+from pcr_fx.targets.triton.inputs import HEADER
+from pcr_fx.targets.triton.scalars.lanes import Lanes
+from pcr_fx.targets.triton.scalars.newton import NewtonSource
+from pcr_fx.targets.triton.scalars.sequential import LanesOfSamples
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class ScalarSource(Lanes):
 
     @cached_property
     def _of_blocks(self) -> NewtonSource:
-        return NewtonSource(self.program, self.body)
+        return NewtonSource(self.body)
 
     @cached_property
     def _of_samples(self) -> LanesOfSamples:
-        return LanesOfSamples(self.program, self.body)
+        return LanesOfSamples(self.body)

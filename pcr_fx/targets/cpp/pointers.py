@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pcr_fx.kernels.build import CompilerError, load
+from pcr_fx.targets.cpp.build import CompilerError, load
 
 _SOURCE = Path(__file__).parent / "native" / "pointers.cpp"
 # What the stable C interface of PyTorch calls dtypes: those of its JIT.

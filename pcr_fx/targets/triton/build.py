@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from types import ModuleType
 
-from pcr_fx.kernels.build import cache_directory
+from pcr_fx.targets.cpp.build import cache_directory
 
 
 @functools.cache

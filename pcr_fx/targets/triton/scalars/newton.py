@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from pcr_fx.codegen import Known, Scalar, Scalars, print_assignments, print_scalar
-from pcr_fx.kernels.gpu.inputs import PATIENCE, ROUNDING_EPS, smallest_scale, words_of
-from pcr_fx.kernels.gpu.lanes import indent, largest
-from pcr_fx.kernels.gpu.lanes_of_blocks import LanesOfBlocks
+from pcr_fx.targets.triton.inputs import PATIENCE, ROUNDING_EPS, smallest_scale, words_of
+from pcr_fx.targets.triton.printer import print_assignments, print_scalar
+from pcr_fx.targets.triton.scalars.gradients import LanesOfBlocks
+from pcr_fx.targets.triton.scalars.lanes import indent, largest
+from pcr_fx.targets.triton.scalars.unroll import Known, Scalar, Scalars
 
 # One program a slice of a sample, numbered as they start, all samples' first slices first, so that a program waits only for
 # programs that were started before it. By program: `states` `[programs, d, BLOCK]`; `messages` `[limit + 1, programs, d]`,
@@ -168,13 +169,13 @@ class NewtonSource(LanesOfBlocks):
         names: list[list[Scalar]] = [[f"{letter}{i}" for i in d] for letter in "xyg"]
         state, inputs = names[1 if backward else 0], self._block_inputs()
         units: list[list[Scalar]] = [[Known.ONE if i == j else Known.ZERO for j in d] for i in d]
-        rows = [scalars.run(self.pull, [state, *inputs, unit])[0] for unit in units]
+        rows = [scalars.run(self.body.pull, [state, *inputs, unit])[0] for unit in units]
         if backward:
             rows = [[rows[j][i] for j in d] for i in d]
             values = [scalars.dot(rows[i], names[0], names[2][i]) for i in d]
             loads = self._adjoint_loads()
         else:
-            (values,) = scalars.run(self.step, [state, *inputs])
+            (values,) = scalars.run(self.body.step, [state, *inputs])
             loads = self._block_loads("column")
         zero = self.zeros
         lines = [*loads, *print_assignments(scalars.assignments, self.real)]
@@ -191,7 +192,11 @@ class NewtonSource(LanesOfBlocks):
     def _adjoint_loads(self) -> list[str]:
         """Column k goes back through block L - k; the first column through none."""
         _, row = self._rows()
-        lines = ["block = tl.minimum(wide - column, wide - 1)", *self._block_loads("block"), *self._previous("y", "block")]
+        lines = [
+            "block = tl.minimum(wide - column, wide - 1)",
+            *self._block_loads("block"),
+            *self._previous("y", "block"),
+        ]
         for i in range(self.dimension):
             place = f"packed + ({row} + (samples + sample) * {self.dimension} + {i}) * wide + wide - 1 - column"
             lines.append(f"g{i} = tl.load({place}, mask=column < wide, other=0)")

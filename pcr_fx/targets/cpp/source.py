@@ -1,0 +1,122 @@
+"""The C++ source of a chain's kernels: what is printed of its body, between headers that never change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pcr_fx.codegen import Function
+from pcr_fx.targets.cpp.printer import matrix_sums, print_function
+from pcr_fx.targets.kernel import Input, LoweredBody
+
+_NATIVE = Path(__file__).parent / "native"
+REALS = {torch.float32: "float", torch.float64: "double"}
+_DRIVERS = {"forward": "sequential.h", "adjoint": "sequential.h", "newton": "newton.h"}
+# The functions of the body that each direction's driver calls.
+_FUNCTIONS = {"forward": ("step",), "adjoint": ("pullback",), "newton": ("step", "pull")}
+_ENTRY = """
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) void run(const Call* call) { k_run(*call); }
+"""
+
+
+def chain_source(body: LoweredBody, direction: str, vectors_of_samples: bool) -> str:
+    """The source of one shared library with one function `run`.
+
+    Args:
+        direction: "forward" or "adjoint", block by block; or "newton", forward.
+        vectors_of_samples: a sample in each lane of a vector, instead of vectors of one sample's features; not for
+            Newton, which puts a row of a Jacobian in each.
+
+    Raises:
+        Unprintable: the body has an op that cannot be printed.
+    """
+    functions: dict[str, Function] = {name: getattr(body, name) for name in _FUNCTIONS[direction]}
+    return "\n".join(
+        [
+            f"#define REAL {REALS[body.program.dtype]}",
+            f"#define VARYING {'vec' if vectors_of_samples else 'real'}",
+            f"#define {direction.upper()}",
+            (_NATIVE / "numbers.h").read_text(),
+            (_NATIVE / "products.h").read_text(),
+            *(print_function(name, function) for name, function in functions.items()),
+            _body_struct(body, functions),
+            (_NATIVE / "call.h").read_text(),
+            (_NATIVE / _DRIVERS[direction]).read_text(),
+            _ENTRY,
+        ]
+    )
+
+
+def summed_numbers(body: LoweredBody) -> tuple[int, int, int]:
+    """Numbers of gradients that are sums over samples: of matrices, of what else is a block's, of what else is shared."""
+    matrix = _matrices(body)
+    rest = [one for one, is_matrix in zip(body.inputs, matrix, strict=True) if _is_summed(one) and not is_matrix]
+    matrices = sum(one.size for one, is_matrix in zip(body.inputs, matrix, strict=True) if is_matrix)
+    return matrices, sum(one.size for one in rest if not one.shared), sum(one.size for one in rest if one.shared)
+
+
+def _is_summed(one: Input) -> bool:
+    return one.differentiable and not one.own
+
+
+def _matrices(body: LoweredBody) -> list[bool]:
+    """For each input whether its gradient is a sum of matrices."""
+    matrices, outputs = matrix_sums(body.pullback), iter(body.pullback.outputs[1:])
+    return [one.differentiable and next(outputs) in matrices for one in body.inputs]
+
+
+def _body_struct(body: LoweredBody, functions: dict[str, Function]) -> str:
+    inputs, pullback = body.inputs, functions.get("pullback")
+    matrix = [False for _ in inputs] if pullback is None else _matrices(body)
+    _, own_sums, shared_sums = (0, 0, 0) if pullback is None else summed_numbers(body)
+    arguments = [f"static_cast<const {'V' if one.own else 'real'}*>(in[{index}])" for index, one in enumerate(inputs)]
+    outputs = [
+        f"static_cast<{'real' if m else 'V'}*>(out[{index}])"
+        for index, (one, m) in enumerate(zip(inputs, matrix, strict=True))
+        if one.differentiable
+    ]
+    counted = ["count"] if pullback is not None and any(not buffer.varying for buffer in pullback.outputs) else []
+    calls = {
+        "step": f"step(const V* z, const void* const* in, V* next) {{ ::step<V>({', '.join(['z', *arguments, 'next'])}); }}",
+        "pullback": (
+            "pullback(const V* z, const void* const* in, const V* adjoint, V* before, void* const* out, int64_t count) "
+            f"{{ ::pullback<V>({', '.join(['z', *arguments, 'adjoint', 'before', *outputs, *counted])}); }}"
+        ),
+        "pull": (
+            "pull(const V* z, const void* const* in, const V* adjoint, V* before) "
+            f"{{ ::pull<V>({', '.join(['z', *arguments, 'adjoint', 'before'])}); }}"
+        ),
+    }
+    numbers = {
+        "dimension": body.dimension,
+        "carried": len(body.program.layout.counts),
+        "inputs": len(inputs),
+        "own_numbers": sum(one.size for one in inputs if one.own),
+        "summed_numbers": own_sums,
+        "kept_numbers": shared_sums,
+    }
+    tables = {
+        "own": [one.own for one in inputs],
+        "shared": [one.shared for one in inputs],
+        "differentiable": [one.differentiable for one in inputs],
+        "matrix": matrix,
+    }
+    return "\n".join(
+        [
+            "struct Body {",
+            *(f"  static constexpr int {name} = {value};" for name, value in numbers.items()),
+            f"  static constexpr int sizes[] = {{{', '.join(map(str, [*(one.size for one in inputs), 0]))}}};",
+            f"  static constexpr int counts[] = {{{', '.join(map(str, body.program.layout.counts))}}};",
+            *(f"  static constexpr bool {name}[] = {{{_flags(values)}}};" for name, values in tables.items()),
+            *(f"  template <class V> static INLINE_MEMBER void {calls[name]}" for name in functions),
+            "};",
+        ]
+    )
+
+
+def _flags(values: Sequence[bool]) -> str:
+    return ", ".join("true" if value else "false" for value in [*values, False])

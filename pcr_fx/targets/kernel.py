@@ -1,0 +1,125 @@
+"""What every target's kernel of a chain is to the rooms above, and what every target prints it from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from pcr_fx.body import Program
+from pcr_fx.body.sample import SampleBody
+from pcr_fx.call import Call
+from pcr_fx.codegen import Function, Unprintable, lower
+
+
+class Kernel(Protocol):
+    """The compiled code of a whole chain. Other protocols are a target's own.
+
+    Attributes:
+        program: the chain.
+        body: one block of it on one sample.
+        failure: why it cannot be used after all; `None` while it can.
+        kind: the report's word for kernels of this target.
+    """
+
+    program: Program
+    body: SampleBody
+    failure: str | None
+    kind: ClassVar[str]
+
+    def solve(self, call: Call) -> Tensor:
+        """The trajectory `[L, *batch, d]`, block by block."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One operand, literal or shared operand of a lowered body.
+
+    Attributes:
+        name: unique in the body.
+        size: numbers of a block, or of a block and sample.
+        own: whether each sample has its own.
+        shared: whether all blocks have the same.
+        differentiable: whether it has a gradient.
+    """
+
+    name: str
+    size: int
+    own: bool
+    shared: bool
+    differentiable: bool
+
+
+@dataclass(frozen=True)
+class LoweredBody:
+    """One block on one sample in the language of kernels, with its derivatives.
+
+    Args:
+        program: the chain.
+        body: one block of it on one sample.
+
+    Raises, when a function is first asked for:
+        Unprintable: the body has an op that no kernel is printed for.
+    """
+
+    program: Program
+    body: SampleBody
+
+    @property
+    def dimension(self) -> int:
+        """d, the numbers of a sample's state."""
+        return self.body.dimension
+
+    @cached_property
+    def inputs(self) -> list[Input]:
+        """Operands, literals and shared operands, in the order of the functions' inputs."""
+        program = self.program
+        operands = len(program.signature.operands) + len(program.literals)
+        literals = [False for _ in program.literals]
+        needs = [*program.differentiable_operands, *literals, *program.differentiable_shared]
+        nodes = [node for node in self.body.step.graph.nodes if node.op == "placeholder"]
+        sizes = [node.meta["val"].numel() for node in nodes[1:]]
+        inputs = zip(sizes, self.body.own, needs, strict=True)
+        return [Input(f"in{i}", size, own, i >= operands, need) for i, (size, own, need) in enumerate(inputs)]
+
+    @cached_property
+    def step(self) -> Function:
+        """The next state of a state and the inputs."""
+        return lower(self.body.step.graph, self.body.step, [True, *self.body.own], [False])
+
+    @cached_property
+    def pullback(self) -> Function:
+        """The cotangents of a state and of every differentiable input, of a state, the inputs and a cotangent."""
+        sums = [not one.own for one in self.inputs if one.differentiable]
+        return lower(self.body.pullback.graph, self.body.pullback, [True, *self.body.own, True], [False, *sums])
+
+    @cached_property
+    def pull(self) -> Function:
+        """The pullback to the state alone."""
+        graph = fx.Graph()
+        before, *_ = graph.graph_copy(self.body.pullback.graph, {})  # type: ignore[misc]
+        graph.output([before])
+        graph.eliminate_dead_code()
+        return lower(graph, self.body.pullback, [True, *self.body.own, True], [False])
+
+
+def check_tensors(program: Program, reals: dict[torch.dtype, str]) -> None:
+    """Whether kernels can compute with the tensors of a program.
+
+    Args:
+        reals: the dtypes that there are kernels for.
+
+    Raises:
+        Unprintable: they cannot; the message says which tensor is in the way.
+    """
+    dtype, device = program.dtype, program.signature.states[0].device
+    if dtype not in reals:
+        raise Unprintable(f"kernels are generated for float32 and float64, and the state is {dtype}")
+    for spec in (*program.signature.operands, *program.signature.shared):
+        if spec.dtype != dtype:
+            raise Unprintable(f"an operand is {spec.dtype} and the state {dtype}")
+        if spec.device != device:
+            raise Unprintable(f"an operand is on {spec.device} and the state on {device}")
