@@ -37,9 +37,10 @@ from pcr_fx.body import Program, Signature, build_program
 from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.chain import TensorSpec
 from pcr_fx.errors import PcrFxError
-from pcr_fx.kernels.gpu.source_scalars import ScalarSource
-from pcr_fx.kernels.gpu.source_tiles import TileSource
-from pcr_fx.kernels.source import chain_source
+from pcr_fx.targets.cpp.source import chain_source
+from pcr_fx.targets.kernel import LoweredBody
+from pcr_fx.targets.triton.scalars.source import ScalarSource
+from pcr_fx.targets.triton.tiles.source import TileSource
 
 RECORD = RESULTS / "sources.json"
 # No operand has 11 of anything, so none looks like a sample's own by chance.
@@ -170,9 +171,10 @@ def program_of(case: Case, dtype: torch.dtype) -> Program:
 
 
 def printers(program: Program, body: SampleBody) -> dict[str, Callable[[], str]]:
-    tiles, scalars = TileSource(program, body), ScalarSource(program, body)
+    lowered = LoweredBody(program, body)
+    tiles, scalars = TileSource(lowered), ScalarSource(lowered)
     found: dict[str, Callable[[], str]] = {
-        f"{direction}-{lanes}.cpp": partial(chain_source, program, body, direction, lanes == "samples")
+        f"{direction}-{lanes}.cpp": partial(chain_source, lowered, direction, lanes == "samples")
         for direction, lanes in CPP
     }
     found |= {f"tiles-{name}-{direction}.py": partial(_tile_text, tiles, name, direction) for name, direction in TILES}
