@@ -19,6 +19,7 @@ from pcr_fx.body.sample import trace_sample
 from pcr_fx.call import Call
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError, UnsupportedError
+from pcr_fx.locks import fork_safe_lock
 from pcr_fx.options import Options
 from pcr_fx.planner.cache import load_timings, measurement_key, store_timings
 from pcr_fx.planner.choice import EAGER, HANDING, STACKING, Choice, Timing, Way
@@ -53,7 +54,7 @@ class Plan:
     bound: tuple[int, ...] | Signature = ()
     _choices: dict[Size, Choice] = field(default_factory=dict, repr=False)
     _drifted: set[Size] = field(default_factory=set, repr=False)
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    lock: threading.RLock = field(default_factory=fork_safe_lock, repr=False)
 
     def __reduce__(self) -> Any:
         # Made again from what it was made of: native code and caches stay with their process.
