@@ -11,7 +11,6 @@ import torch
 from torch import fx
 
 from pcr_fx.body import Signature
-from pcr_fx.call import Call
 from pcr_fx.chain import TensorSpec
 from pcr_fx.errors import BodyError
 from pcr_fx.node import solved_dtype
@@ -84,7 +83,7 @@ def _measured(item: PlannedChain, plan: Plan, values: dict[fx.Node, torch.Tensor
     columns = zip(found.operands, signature.operands, strict=True)
     operands = [torch.stack([_stand_in(node, spec, values) for node in column]) for column, spec in columns]
     shared = [_stand_in(n, s, values) for n, s in zip(found.shared, signature.shared, strict=True)]
-    call = Call(initial, [*operands, *plan.program.literals], shared)
+    call = plan.program.call_with(initial, operands, shared)
     return replace(item, choice=plan.measure(call, needs_gradient, are_stacked=bool(operands)))
 
 

@@ -15,7 +15,7 @@ from torch.fx.passes.split_module import split_module
 
 from pcr_fx.errors import OptionError
 from pcr_fx.node import SolveNode
-from pcr_fx.operands import InputColumn, stack_operands, stack_parts
+from pcr_fx.operands import InputOperand, stack_operands, stack_parts
 from pcr_fx.options import Options
 from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.inline import holds_regions, inline_regions
@@ -68,7 +68,7 @@ def rewrite_captured(
     needs_gradient = torch.is_grad_enabled()
     planned = measure_chains(planned, _real_inputs(placeholders, example_inputs))
     active = [item for item in planned if not item.left_alone(needs_gradient)]
-    native = all(item.choice is not None and item.choice.is_native(needs_gradient) for item in active)
+    native = all(item.choice is not None and item.choice.is_in_place(needs_gradient) for item in active)
     # What changes how ops run may not be cut off from those that it changes.
     native = native and bool(active) and not any(map(is_barrier, graph.nodes))
     nodes = [SolveNode(item.found.chain, options, item.plan, item.found.taps) for item in active]
@@ -105,7 +105,7 @@ class _Columns:
     def __call__(self, new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
         name = f"pcr_fx_column_{self.count}"
         self.count += 1
-        self.graph_module.add_submodule(name, InputColumn())
+        self.graph_module.add_submodule(name, InputOperand())
         return new.call_module(name, ([copies[node] for node in column],))
 
 
@@ -114,7 +114,7 @@ def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any
 
     A compiler has nothing to add to a native kernel, and checks each of thousands of inputs at each call.
     """
-    modules = {name for name, module in graph_module.named_children() if isinstance(module, SolveNode | InputColumn)}
+    modules = {name for name, module in graph_module.named_children() if isinstance(module, SolveNode | InputOperand)}
 
     def is_called(node: fx.Node) -> bool:
         return node.target is stack_parts or (node.op == "call_module" and node.target in modules)

@@ -18,7 +18,7 @@ from pcr_fx.errors import UnsupportedError
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import Attributes, Source, StackedAttributes, Watched, stack_operands
 from pcr_fx.options import Options
-from pcr_fx.packing import CONTAINER, Pack, pack_columns
+from pcr_fx.packing import CONTAINER, Pack, pack_operands
 from pcr_fx.passes.capture import Captured, bind_to, capture_model
 from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.normalise import normalise_graph
@@ -123,7 +123,7 @@ class TransformedModule(nn.Module):
         sources = getattr(run, "attributes", Attributes([])).sources
         columns = [source for source in sources if isinstance(source, StackedAttributes)]
         others = [source.path for source in sources if isinstance(source, Source)]
-        self._pcr_packs = pack_columns(self, columns, others)
+        self._pcr_packs = pack_operands(self, columns, others)
         for pack in self._pcr_packs:
             pack.take_out()
         self._use_packs(run)

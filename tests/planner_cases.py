@@ -34,7 +34,7 @@ def rigged(**seconds: float) -> Any:
     """`measure` with an outcome of its own: `forward_newton=1e-3`, say."""
     calls = []
 
-    def measured(case: Any, settings: Any, tensors: Any, needs_gradient: bool, with_eager: bool = True) -> Any:
+    def measured(case: Any, settings: Any, call: Any, needs_gradient: bool, *_: Any) -> Any:
         calls.append(needs_gradient)
         named = ((name.partition("_"), value) for name, value in seconds.items())
         return tuple(

@@ -32,7 +32,6 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 
 import pcr_fx
-from pcr_fx.call import Call
 from pcr_fx.targets import TritonKernel
 
 pytest.importorskip("triton")
@@ -162,7 +161,7 @@ def test_a_slice_that_ends_by_rounding_is_told_of_though_the_next_converges(slic
     (item,) = (one.plan for one in transformed.report.chains)
     operands = [torch.stack([block.bias for block in model])]
     for _ in range(5):
-        _, stats = item.kernel.solve_newton(Call(normal(24, 1), operands, []), 1e-7, 20)
+        _, stats = item.kernel.solve_newton(item.program.call_with(normal(24, 1), operands, []), 1e-7, 20)
         assert ((stats[:, 0] != 0) | (stats[:, 2] <= 1e-7)).all()
         assert (stats[:, 0] == 1).any()
 

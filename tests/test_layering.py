@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # The rooms of the package, lowest floor first. A module may import from its own room and from lower floors;
 # rooms that share a floor do not see each other.
 FLOORS = (
-    {"errors"},
+    {"errors", "registry"},
     {"options"},
     {"chain", "call"},
     {"body"},
@@ -23,6 +23,7 @@ FLOORS = (
     {"targets"},
     {"linear"},
     {"solvers"},
+    {"ways"},
     {"planner"},
     {"record"},
     {"ops"},

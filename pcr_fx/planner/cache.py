@@ -25,7 +25,7 @@ from pcr_fx.targets.cpp.build import cache_directory, processor
 log = logging.getLogger(__name__)
 
 # Whose code decides how long a way takes and what is measured.
-_PACKAGES = ("body", "codegen", "linear", "planner", "solvers", "targets")
+_PACKAGES = ("body", "codegen", "linear", "planner", "solvers", "targets", "ways")
 
 
 def plan_directory() -> Path:

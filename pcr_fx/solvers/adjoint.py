@@ -43,7 +43,7 @@ def adjoint_transposed(
         level. A product of many expanding Jacobians can overflow where the adjoint itself does not.
     """
     previous, shared = previous_states(call, trajectory), call.shared
-    length = program.length
+    length = call.length
     if window is None or window >= length:
         return _transposed(program, previous, call.operands, shared, cotangents, linear_solver)
     part, count = program.of_length(window), sum(program.differentiable_operands)
@@ -109,21 +109,15 @@ def previous_states(call: Call, trajectory: Tensor) -> Tensor:
     return torch.cat([call.initial.unsqueeze(0), trajectory[:-1]])
 
 
-def adjoint_sequential(
-    program: Program, call: Call, trajectory: Tensor, cotangents: Tensor, length: int | None = None
-) -> tuple[Tensor, ...]:
-    """Cotangents `(d_initial, *d_operands, *d_shared)`, from the last block to the first.
-
-    With `length` only through the first so many blocks, whose tensors are given.
-    """
+def adjoint_sequential(program: Program, call: Call, trajectory: Tensor, cotangents: Tensor) -> tuple[Tensor, ...]:
+    """Cotangents `(d_initial, *d_operands, *d_shared)`, from the last block that `call` has to the first."""
     previous = previous_states(call, trajectory)
-    length = length or program.length
-    each = blocks(call.operands, length)
+    each = blocks(call.operands, call.length)
     adjoint = torch.zeros_like(cotangents[0])
     d_operands: list[tuple[Tensor, ...]] = []
     d_shared: list[Tensor] | None = None
     count = sum(program.differentiable_operands)
-    for index in range(length - 1, -1, -1):
+    for index in range(call.length - 1, -1, -1):
         adjoint, *rest = program.step_pullback(previous[index], *each[index], *call.shared, adjoint + cotangents[index])
         d_operands.append(tuple(rest[:count]))
         parts = rest[count:]

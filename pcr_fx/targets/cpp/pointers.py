@@ -39,7 +39,7 @@ class PointerTable:
         self.sizes = (ctypes.c_int64 * first.dim())(*first.shape)
         self.strides = (ctypes.c_int64 * first.dim())(*first.stride())
         self.words = (0, 0, ctypes.addressof(self.addresses))
-        self.column = _Column(
+        self.table = _Table(
             count,
             first.dim(),
             _DTYPES[first.dtype],
@@ -67,10 +67,10 @@ class PointerTable:
 
     def holds(self) -> bool:
         """Whether every tensor is still where it was, with the same shape, strides and dtype."""
-        return _checker()(ctypes.byref(self.column)) == len(self.tensors)
+        return _checker()(ctypes.byref(self.table)) == len(self.tensors)
 
 
-class _Column(ctypes.Structure):
+class _Table(ctypes.Structure):
     _fields_ = [
         ("count", ctypes.c_int64),
         ("dim", ctypes.c_int64),

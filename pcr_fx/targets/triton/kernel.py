@@ -47,10 +47,12 @@ class TritonKernel:
     """
 
     kind: ClassVar[str] = "fused"
+    queues: ClassVar[bool] = True
 
     lowered: LoweredBody
     kernels: ScalarKernels | TileKernels
     failure: str | None = None
+    operations: tuple[int, int] | None = None
 
     @classmethod
     @isolated

@@ -9,7 +9,7 @@ using get_address = int32_t (*)(const void*, void**);
 using get_number = int32_t (*)(const void*, int32_t*);
 using get_numbers = int32_t (*)(const void*, int64_t**);
 
-struct Column {
+struct Table {
   int64_t count, dim;
   int32_t dtype, unused;
   const handle* tensors;
@@ -22,8 +22,8 @@ struct Column {
 };
 
 // The first tensor that differs; `count` if none does.
-__attribute__((visibility("default"))) int64_t run(const Column* column) {
-  const Column& c = *column;
+__attribute__((visibility("default"))) int64_t run(const Table* table) {
+  const Table& c = *table;
   for (int64_t i = 0; i < c.count; ++i) {
     void* address = nullptr;
     int32_t dtype = -1;
