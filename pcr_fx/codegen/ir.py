@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from pcr_fx.codegen.functions import REDUCTIONS, Reduction
 from pcr_fx.errors import UnsupportedError
 
 
@@ -52,7 +53,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Apply:
-    """A scalar function of scalars; `function` is a name that every printer knows."""
+    """A scalar function of scalars; `function` is the name of one of `FUNCTIONS`."""
 
     function: str
     arguments: tuple[Expression, ...]
@@ -67,7 +68,7 @@ class Loop:
 
     Attributes:
         out: where to, over the indices of `shape` only.
-        combine: "add", "maximum" or "minimum"; `None` where nothing is reduced.
+        combine: of `REDUCTIONS`; `None` where nothing is reduced.
     """
 
     out: View
@@ -75,6 +76,12 @@ class Loop:
     value: Expression
     reduced: tuple[int, ...] = ()
     combine: str | None = None
+
+    @property
+    def reduction(self) -> Reduction:
+        """How a loop that reduces combines."""
+        assert self.combine is not None, "nothing is reduced"
+        return REDUCTIONS[self.combine]
 
 
 @dataclass(frozen=True)
