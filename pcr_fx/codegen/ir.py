@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from pcr_fx.codegen.functions import REDUCTIONS, Reduction
 from pcr_fx.errors import UnsupportedError
 
@@ -119,6 +121,14 @@ class Function:
     def operations(self) -> int:
         """Scalar operations per sample: the cost of a call, roughly."""
         return sum(math.prod((*loop.shape, *loop.reduced)) * (1 + count(loop.value)) for loop in self.loops)
+
+
+def places(view: View, shape: Sequence[int]) -> np.ndarray:
+    """Where in its buffer a view is, for every index of `shape`."""
+    place = np.asarray(view.offset)
+    for size, stride in zip(shape, view.strides, strict=True):
+        place = place[..., None] + stride * np.arange(size)
+    return place
 
 
 def views(value: Expression) -> Iterator[View]:

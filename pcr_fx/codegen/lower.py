@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from pcr_fx.codegen.aten import MEANINGFUL, POINTWISE, READ_ONCE, SPECIAL, VIEWS, op_name
+from pcr_fx.codegen.check import check, is_checking
 from pcr_fx.codegen.ir import (
     Apply,
     Buffer,
@@ -45,7 +46,10 @@ def lower(graph: fx.Graph, owner: torch.nn.Module, varying: Sequence[bool], sums
     Raises:
         Unprintable: an op or a dtype that has no form here.
     """
-    return Lowering(graph, owner, varying).function(sums)
+    function = Lowering(graph, owner, varying).function(sums)
+    if is_checking():
+        check(function)
+    return function
 
 
 class Lowering:
