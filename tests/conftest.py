@@ -1,4 +1,4 @@
-"""What Triton and cuBLAS have to know before they are used, and fixtures of several tests."""
+"""What Triton, cuBLAS and the package have to know before they are used, and fixtures of several tests."""
 
 import os
 from collections.abc import Iterator
@@ -10,6 +10,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# All that is lowered is checked.
+os.environ.setdefault("PCR_FX_CHECK", "1")
 # Without it PyTorch refuses every product of matrices on a GPU where algorithms are to be deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

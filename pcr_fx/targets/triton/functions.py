@@ -1,6 +1,7 @@
 """What Triton's language lacks, and what several kernels share.
 
-Functions of numbers are libdevice's on a GPU, and PyTorch's in Triton's interpreter, which has no libdevice.
+Functions of numbers that Triton's language lacks are libdevice's on a GPU, and PyTorch's in Triton's interpreter, which has
+no libdevice.
 """
 
 from __future__ import annotations
@@ -15,98 +16,25 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.runtime.interpreter import TensorHandle
 
+from pcr_fx.codegen.functions import FUNCTIONS, ScalarFunction
+
 INTERPRETED = triton.knobs.runtime.interpret
-_UNARY = "sqrt rsqrt tanh expm1 log10 log1p round tan atan asin acos sinh cosh trunc erfc".split()
-_BINARY = "pow atan2 fmod".split()
-NAMES = (*_UNARY, *_BINARY)
+_FROM_LIBRARY = [function for function in FUNCTIONS.values() if function.libdevice]
 
 
-def _torch_function(name: str) -> Callable[..., Any]:
-    function = getattr(torch.special if name == "erfc" else torch, name)
+def _interpreted(function: ScalarFunction) -> Callable[..., Any]:
+    """A function of the interpreter's tensors, which are NumPy's."""
 
     def call(*arguments: Any) -> Any:
         tensors = torch.broadcast_tensors(*(torch.from_numpy(np.asarray(a.handle.data)) for a in arguments))
         first = max(arguments, key=lambda argument: np.size(argument.handle.data))
-        return tl.tensor(TensorHandle(function(*tensors).numpy(), first.handle.dtype), first.type)
+        return tl.tensor(TensorHandle(function.twin(*tensors).numpy(), first.handle.dtype), first.type)
 
     return call
 
 
-if INTERPRETED:
-    globals().update({name: _torch_function(name) for name in NAMES})
-else:
-
-    @triton.jit
-    def sqrt(x):  # type: ignore[no-untyped-def]
-        return libdevice.sqrt(x)
-
-    @triton.jit
-    def rsqrt(x):  # type: ignore[no-untyped-def]
-        return libdevice.rsqrt(x)
-
-    @triton.jit
-    def tanh(x):  # type: ignore[no-untyped-def]
-        return libdevice.tanh(x)
-
-    @triton.jit
-    def expm1(x):  # type: ignore[no-untyped-def]
-        return libdevice.expm1(x)
-
-    @triton.jit
-    def log10(x):  # type: ignore[no-untyped-def]
-        return libdevice.log10(x)
-
-    @triton.jit
-    def log1p(x):  # type: ignore[no-untyped-def]
-        return libdevice.log1p(x)
-
-    @triton.jit
-    def round(x):  # type: ignore[no-untyped-def]
-        return libdevice.rint(x)
-
-    @triton.jit
-    def tan(x):  # type: ignore[no-untyped-def]
-        return libdevice.tan(x)
-
-    @triton.jit
-    def atan(x):  # type: ignore[no-untyped-def]
-        return libdevice.atan(x)
-
-    @triton.jit
-    def asin(x):  # type: ignore[no-untyped-def]
-        return libdevice.asin(x)
-
-    @triton.jit
-    def acos(x):  # type: ignore[no-untyped-def]
-        return libdevice.acos(x)
-
-    @triton.jit
-    def sinh(x):  # type: ignore[no-untyped-def]
-        return libdevice.sinh(x)
-
-    @triton.jit
-    def cosh(x):  # type: ignore[no-untyped-def]
-        return libdevice.cosh(x)
-
-    @triton.jit
-    def trunc(x):  # type: ignore[no-untyped-def]
-        return libdevice.trunc(x)
-
-    @triton.jit
-    def erfc(x):  # type: ignore[no-untyped-def]
-        return libdevice.erfc(x)
-
-    @triton.jit
-    def pow(x, y):  # type: ignore[no-untyped-def]
-        return libdevice.pow(x, y)
-
-    @triton.jit
-    def atan2(x, y):  # type: ignore[no-untyped-def]
-        return libdevice.atan2(x, y)
-
-    @triton.jit
-    def fmod(x, y):  # type: ignore[no-untyped-def]
-        return libdevice.fmod(x, y)
+for _function in _FROM_LIBRARY:
+    globals()[_function.name] = _interpreted(_function) if INTERPRETED else getattr(libdevice, str(_function.libdevice))
 
 
 @triton.jit

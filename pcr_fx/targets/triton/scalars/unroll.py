@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import enum
 import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pcr_fx.codegen.functions import FUNCTIONS, REDUCTIONS
 from pcr_fx.codegen.ir import Apply, Constant, Expression, Function, Load, Loop, Unprintable, View
 
 # Scalar operations that are still worth writing out, and that compilers still get through in seconds.
@@ -28,15 +28,6 @@ class Known(enum.Enum):
 
 # The name of a number, a constant, or what is known.
 Scalar = str | float | Known
-
-_START: dict[str, Scalar] = {"add": Known.ZERO, "maximum": -math.inf, "minimum": math.inf}
-_FOLDED: dict[str, Callable[..., float]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "neg": lambda a: -a,
-    "copy": lambda a: a,
-}
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ class Scalars:
         if combine is None:
             return values[0]
         if not values:
-            return _START[combine]
+            return Known.ZERO if combine == "add" else REDUCTIONS[combine].start
         total = values[0]
         for value in values[1:]:
             total = self.apply(combine, total, value)
@@ -151,8 +142,9 @@ def _simplified(function: str, arguments: tuple[Scalar, ...]) -> Scalar | None:
         return arguments[0]
     if function == "where" and arguments[1] == arguments[2] and not isinstance(arguments[1], float):
         return arguments[1]
-    if function in _FOLDED and not any(isinstance(argument, str) for argument in arguments):
-        return _FOLDED[function](*map(number, arguments))
+    fold = FUNCTIONS[function].fold
+    if fold is not None and not any(isinstance(argument, str) for argument in arguments):
+        return fold(*map(number, arguments))
     return None
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from pcr_fx.codegen.ir import Apply, Buffer, Constant, Expression, Function, Load, Loop, View, contiguous, views
 from pcr_fx.codegen.simplify import with_constants
-from pcr_fx.targets.triton.printer import print_assignments, print_scalar
+from pcr_fx.targets.triton.printer import print_assignments, print_number, print_scalar
 from pcr_fx.targets.triton.scalars.unroll import Assignment, Scalar
 from pcr_fx.targets.triton.tiles.axes import Axes, load_at
 
@@ -31,9 +31,6 @@ _MAX_WARPS = 16
 # more than eight warps have fewer registers.
 _HELD = 4608
 _MAX_HOLDING_WARPS = 8
-_START = {"add": 0.0, "maximum": -math.inf, "minimum": math.inf}
-# Functions of `pcr_fx.targets.triton.functions`: Triton's own `tl.max` loses NaN.
-_REDUCED = {"add": "tl.sum({0}, {1})", "maximum": "largest({0}, {1})", "minimum": "-largest(-({0}), {1})"}
 # The least that `tl.dot` takes of any dimension, and the inner dimension from which on products go in slices of that:
 # a thread holds all of it at once.
 _LEAST = 16
@@ -370,20 +367,19 @@ class TilePrinter:
 
     def _reduced(self, loop: Loop, axes: Axes, depth: int) -> str:
         """What a loop computes of each row."""
-        start, total = _START[loop.combine or "add"], self._name()
-        reduced, along = _REDUCED[loop.combine or "add"], replace(axes, columns=None)
+        start, total, along = print_number(float(loop.reduction.start)), self._name(), replace(axes, columns=None)
         if axes.slices_columns:
-            self._line(f"{total} = tl.full({along.shape}, {_literal(start)}, {self.dtype})", depth)
+            self._line(f"{total} = tl.full({along.shape}, {start}, {self.dtype})", depth)
             self._line(f"for column_ in range(0, {math.prod(axes.columns or ())}, {axes.width}):", depth)
         inner = depth + axes.slices_columns
         value = self._tile(loop.value, axes, inner)
         if axes.masks[1]:
-            value = f"tl.where({axes.masks[1]}, {value}, {_literal(start)})"
-        value = reduced.format(value, 2 if axes.lanes else 1)
+            value = f"tl.where({axes.masks[1]}, {value}, {start})"
+        value = loop.reduction.triton.format(value, 2 if axes.lanes else 1)
         if axes.slices_columns:
             part = self._name()
             self._line(f"{part} = {value}", inner)
-            (line,) = print_assignments([Assignment(total, loop.combine or "add", (total, part))], self.dtype)
+            (line,) = print_assignments([Assignment(total, loop.reduction.function.name, (total, part))], self.dtype)
             self._line(line, inner)
         else:
             self._line(f"{total} = {value}", depth)
@@ -450,7 +446,3 @@ class TilePrinter:
 
 def _is_whole(sizes: Sequence[int], strides: Sequence[int], buffer: Buffer) -> bool:
     return tuple(strides) == contiguous(sizes) and math.prod(sizes) == buffer.size
-
-
-def _literal(value: float) -> str:
-    return repr(value) if math.isfinite(value) else f'float("{value}")'
