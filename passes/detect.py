@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.assembly import FoundChain, assemble_chain
 from pcr_fx.passes.bindings import Blocks, Broken, Carried, NotCarried, OpSequence
 from pcr_fx.passes.describe import common_modules, describe_source, module_path, module_range
-from pcr_fx.passes.effects import op_name
 from pcr_fx.passes.isomorphism import Isomorphism
 from pcr_fx.passes.looks import kind_of_op
 from pcr_fx.passes.periods import Run, find_runs

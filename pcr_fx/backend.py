@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx.passes.split_module import split_module
 
 from pcr_fx.errors import OptionError
+from pcr_fx.graphs.attributes import attributes_of
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import InputColumn, stack_operands, stack_parts
 from pcr_fx.options import Options
@@ -63,7 +64,7 @@ def rewrite_captured(
     graph = inline_regions(graph_module) if holds_regions(graph_module.graph) else graph_module.graph
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     normalise_graph(graph)
-    attributes = _attributes(graph_module, graph)
+    attributes = attributes_of(graph_module, graph)
     planned, rejected = plan_chains(graph, find_chains(graph, attributes, options.min_length), attributes, options)
     needs_gradient = torch.is_grad_enabled()
     planned = measure_chains(planned, _real_inputs(placeholders, example_inputs))
@@ -152,17 +153,6 @@ class _Compiled(torch.nn.Module):
 
 def _stack(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
     return new.call_function(stack_operands, ([copies[node] for node in column],))
-
-
-def _attributes(graph_module: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            value: Any = graph_module
-            for name in str(node.target).split("."):
-                value = getattr(value, name)
-            found[str(node.target)] = value
-    return found
 
 
 def _inner_backend(options: Options, mode: str | None) -> Callable[..., Any]:

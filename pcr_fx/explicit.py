@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 
 from pcr_fx.errors import UnsupportedError
+from pcr_fx.graphs.attributes import attributes_of, holder_of
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import Attributes, Source, StackedAttributes, Watched, stack_operands
 from pcr_fx.options import Options
@@ -24,7 +25,6 @@ from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.passes.plan import plan_chains
 from pcr_fx.passes.rewrite import rewrite_chains
-from pcr_fx.passes.tracer import attribute
 from pcr_fx.reports import RewriteReport, build_report
 
 
@@ -204,7 +204,7 @@ def rewrite_model(
     captured = capture_model(model, example_inputs)
     graph = captured.graph
     normalise_graph(graph)
-    attributes = {str(n.target): attribute(model, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    attributes = attributes_of(model, graph)
     detection = find_chains(graph, attributes, options.min_length)
     planned, rejected = plan_chains(graph, detection, attributes, options)
     # All become nodes, since a later call may have another batch size: what to do then, each decides by itself.
@@ -247,13 +247,9 @@ def _fetch_attributes(graph: fx.Graph, model: nn.Module, columns: dict[str, Stac
 
 def _source(model: nn.Module, path: str) -> Source:
     """Where an attribute is kept."""
-    *modules, name = path.split(".")
-    for module in modules:
-        model = attribute(model, module)
-    for holder in (model._parameters, model._buffers, model._modules, model.__dict__):
-        if name in holder:
-            return Source(path, holder, name)
-    raise AssertionError(f"the tracer named an attribute that does not exist: {path}")
+    holder, name = holder_of(model, path)
+    assert isinstance(holder, dict), f"the tracer named an attribute that does not exist: {path}"
+    return Source(path, holder, name)
 
 
 def _copy_structure(module: nn.Module, copies: dict[int, nn.Module], changes: list[int]) -> nn.Module:

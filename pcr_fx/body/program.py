@@ -22,6 +22,7 @@ from pcr_fx.body.signature import Generality, Signature
 from pcr_fx.body.tracer import Run, trace_block, trace_graphs
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError
+from pcr_fx.graphs.nodes import qualified_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +177,7 @@ def _check_states(block: fx.GraphModule, signature: Signature) -> None:
 
 def _op_names(block: fx.GraphModule) -> tuple[str, ...]:
     return tuple(
-        node.target._schema.name.removeprefix("aten::")
+        qualified_name(node).removeprefix("aten.")
         for node in block.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload)
     )
