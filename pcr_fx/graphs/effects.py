@@ -75,7 +75,8 @@ def is_inplace_variant(node: fx.Node) -> bool:
     return position is not None and argument(node, position, "inplace") is True
 
 
-@functools.cache
+# Bounded, since a model's own functions may be many, and are kept alive by it.
+@functools.lru_cache(maxsize=512)
 def _position_of_inplace(function: Any) -> int | None:
     try:
         names = list(inspect.signature(function).parameters)
