@@ -28,8 +28,9 @@ demo: compiler $(READY)  ## train a deep residual network both ways, and show wh
 test: compiler $(READY)  ## run the tests, or some of them: make test ARGS="-k layering"
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(READY)  ## check the style of the code
+lint: $(READY)  ## check the style of the code and its format
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 
 types: $(READY)  ## check the types of the package
 	$(BIN)/mypy

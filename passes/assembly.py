@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from pcr_fx.chain import Chain, Origin
+from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.bindings import Binding, Broken, Carried, Inside, Literal, NotCarried
 from pcr_fx.passes.describe import describe_node
-from pcr_fx.passes.effects import op_name
 from pcr_fx.passes.isomorphism import Isomorphism, same_literal
 from pcr_fx.passes.looks import say_shape
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from pcr_fx.graphs.effects import is_random, written_nodes
+from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.describe import describe_source, module_range
-from pcr_fx.passes.effects import is_random, op_name, written_nodes
 from pcr_fx.passes.looks import Looks, flatten_arguments
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from pcr_fx.chain import NearMiss
+from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.assembly import FoundChain, assemble_chain
 from pcr_fx.passes.bindings import Blocks, Broken, Carried, NotCarried, OpSequence
 from pcr_fx.passes.describe import common_modules, describe_source, module_path, module_range
-from pcr_fx.passes.effects import op_name
 from pcr_fx.passes.isomorphism import Isomorphism
 from pcr_fx.passes.looks import kind_of_op
 from pcr_fx.passes.periods import Run, find_runs
@@ -30,22 +31,12 @@ _TUPLE_COST = 1000
 _GROWTH = 8
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A near miss: blocks that look like a chain, and why they are none."""
-
-    modules: str
-    reason: str
-    length: int = 0
-    source: str = ""
-
-
 @dataclass
 class Detection:
     """What `find_chains` found."""
 
     chains: list[FoundChain] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
 
 
 def find_chains(graph: fx.Graph, attributes: dict[str, Any], min_length: int) -> Detection:
@@ -82,7 +73,7 @@ class _Detector:
         self.claimed: set[int] = set()
         self.taken: list[_Taken] = []
         # Near misses by where they start and stop: a longer period may yet make a chain of the same ops.
-        self.misses: dict[tuple[int, int], Rejected] = {}
+        self.misses: dict[tuple[int, int], NearMiss] = {}
 
     def run(self) -> Detection:
         looks = [self.sequence.looks.of(node) for node in self.sequence.ops]
@@ -91,8 +82,8 @@ class _Detector:
                 self._search(Run(start, stop, run.period))
         self.taken.sort(key=lambda taken: taken.blocks.start)
         self._miss_by_looks()
-        rejected = [*self._notes(), *self._remaining_misses()]
-        return Detection([taken.found for taken in self.taken], rejected)
+        near_misses = [*self._notes(), *self._remaining_misses()]
+        return Detection([taken.found for taken in self.taken], near_misses)
 
     # --- searching -------------------------------------------------------------------------------------------------
 
@@ -208,9 +199,9 @@ class _Detector:
         else:
             reason = broken.reason
         modules = blocks.modules(0, length if length >= 2 else blocks.count)
-        self.misses[start, stop] = Rejected(modules, reason, blocks.count, blocks.source())
+        self.misses[start, stop] = NearMiss(modules, reason, blocks.count, blocks.source())
 
-    def _remaining_misses(self) -> Iterator[Rejected]:
+    def _remaining_misses(self) -> Iterator[NearMiss]:
         """The near misses of which no chain has come after all."""
         for (start, stop), miss in sorted(self.misses.items(), key=lambda item: item[0]):
             claimed = sum(1 for index in range(start, stop) if index in self.claimed)
@@ -231,14 +222,14 @@ class _Detector:
             differs = next(filter(None, (self._odd(blocks, block) for block in range(1, blocks.count))), "")
             if differs and self._feed_each_other(blocks):
                 words = f"blocks of the same ops that differ: {differs}"
-                miss = Rejected(blocks.modules(0, blocks.count), words, blocks.count, blocks.source())
+                miss = NearMiss(blocks.modules(0, blocks.count), words, blocks.count, blocks.source())
                 self.misses[run.start, run.stop] = miss
 
     def _feed_each_other(self, blocks: Blocks) -> bool:
         leaves = (leaf for node in blocks.ops(1, 2) for leaf in self.sequence.leaves(node))
         return any(isinstance(blocks.bind(1, leaf), Carried) for leaf in leaves)
 
-    def _notes(self) -> Iterator[Rejected]:
+    def _notes(self) -> Iterator[NearMiss]:
         """The odd blocks before and behind chains."""
         said: set[int] = set()
         for number, taken in enumerate(self.taken):
@@ -257,7 +248,7 @@ class _Detector:
                 ops = self.sequence.ops[odd.start : odd.stop]
                 if reason and ops and said.isdisjoint(odd):
                     said.update(odd)
-                    yield Rejected(module_range([ops]), f"{words}: {reason}", 1, describe_source(ops[-1]))
+                    yield NearMiss(module_range([ops]), f"{words}: {reason}", 1, describe_source(ops[-1]))
 
     def _end(self, taken: _Taken, number: int) -> str:
         """Why the block behind a chain is none of it."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from pcr_fx.graphs.effects import hides_ops, is_random, updates_statistics, writes
+from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.bindings import (
     Binding,
     Blocks,
@@ -21,26 +23,9 @@ from pcr_fx.passes.bindings import (
     say_difference,
 )
 from pcr_fx.passes.describe import describe_node
-from pcr_fx.passes.effects import hides_ops, is_random, op_name, updates_statistics, writes
 
 # Ops for which a number that differs from block to block may become a tensor that does.
-_SCALAR_OPS = frozenset(
-    [
-        "add",
-        "div",
-        "mul",
-        "multiply",
-        "pow",
-        "radd",
-        "rmul",
-        "rsub",
-        "rtruediv",
-        "sub",
-        "subtract",
-        "true_divide",
-        "truediv",
-    ]
-)
+_SCALAR_OPS = frozenset("add div mul multiply pow radd rmul rsub rtruediv sub subtract true_divide truediv".split())
 
 
 class Isomorphism:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcr_fx.passes.effects import op_name
+from pcr_fx.graphs.nodes import op_name
 
 Value = Callable[[fx.Node], Any]
 

@@ -9,16 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcr_fx.passes.effects import (
-    is_fresh,
-    is_idle_dropout,
-    is_inplace_variant,
-    is_noise_like,
-    is_pytorchs,
-    is_random,
-    op_name,
-    writes,
-)
+from pcr_fx.graphs.effects import is_fresh, is_idle_dropout, is_inplace_variant, is_noise_like, is_random, writes
+from pcr_fx.graphs.nodes import is_pytorchs, op_name
 
 _FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -33,26 +25,10 @@ _FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
 # Ops that do no more than compute or view, beside those that give fresh results. One that nobody reads would set its
 # block apart from the others, or be taken for a reader of the block's inner values.
 _VIEW_NAMES = frozenset(
-    [
-        "chunk",
-        "detach",
-        "expand",
-        "getitem",
-        "permute",
-        "reshape",
-        "select",
-        "split",
-        "squeeze",
-        "t",
-        "transpose",
-        "unbind",
-        "unsqueeze",
-        "var_mean",
-        "view",
-        "view_as",
-    ]
+    """chunk detach expand getitem permute reshape select split squeeze t transpose unbind unsqueeze var_mean view
+    view_as""".split()
 )
-_CELL_NAMES = frozenset(["lstm_cell"])
+_CELL_NAMES = frozenset("lstm_cell".split())
 
 
 def normalise_graph(graph: fx.Graph) -> None:

@@ -11,22 +11,30 @@ import torch
 from torch import fx
 
 from pcr_fx.body import Signature
-from pcr_fx.chain import TensorSpec
+from pcr_fx.chain import NearMiss, TensorSpec
 from pcr_fx.errors import BodyError
-from pcr_fx.node import solved_dtype
+from pcr_fx.node import SolveNode, solved_dtype
 from pcr_fx.options import Options
-from pcr_fx.passes.detect import Detection, FoundChain, Rejected
+from pcr_fx.passes.assembly import FoundChain
+from pcr_fx.passes.detect import Detection
 from pcr_fx.passes.rewrite import explain_unsortable, sortable_chains
 from pcr_fx.planner import Choice, Plan, make_plan
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedChain:
-    """A chain with its plan; `plan` and `choice` are `None` while its shapes are not known yet."""
+    """A chain with its plan.
+
+    Attributes:
+        found: the chain, and where it is tied into the graph.
+        plan, choice: how it is to run; `None` while its shapes are not known yet.
+        node: what is to stand for it in the graph; `None` where the model's own ops stay.
+    """
 
     found: FoundChain
     plan: Plan | None
     choice: Choice | None
+    node: SolveNode | None = None
 
     def left_alone(self, needs_gradient: bool) -> bool:
         """Whether the rest of the compiler does as well or better: block by block, and nobody asked for it."""
@@ -35,9 +43,9 @@ class PlannedChain:
 
 def plan_chains(
     graph: fx.Graph, detection: Detection, attributes: dict[str, Any], options: Options
-) -> tuple[list[PlannedChain], list[Rejected]]:
-    """Plans for the chains found; those that cannot be solved as a whole go to the rejected, with the reason."""
-    planned, rejected = [], list(detection.rejected)
+) -> tuple[list[PlannedChain], list[NearMiss]]:
+    """Plans for the chains found; those that cannot be solved as a whole are near misses, with the reason."""
+    planned, near_misses = [], list(detection.near_misses)
     sortable = sortable_chains(graph, detection.chains)
     for found in detection.chains:
         try:
@@ -46,8 +54,8 @@ def plan_chains(
             planned.append(_plan_chain(found, attributes, options))
         except BodyError as reason:
             origin = found.chain.origin
-            rejected.append(Rejected(origin.modules, str(reason), found.chain.length, origin.source))
-    return planned, rejected
+            near_misses.append(NearMiss(origin.modules, str(reason), found.chain.length, origin.source))
+    return planned, near_misses
 
 
 def _plan_chain(found: FoundChain, attributes: dict[str, Any], options: Options) -> PlannedChain:

@@ -11,25 +11,19 @@ import networkx as nx
 import torch
 from torch import fx
 
+from pcr_fx.graphs.effects import hides_ops, is_random, written_memory
+from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
 from pcr_fx.operands import stack_parts
 from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.detect import FoundChain
-from pcr_fx.passes.effects import argument, hides_ops, is_pytorchs, is_random, op_name, written_memory
 from pcr_fx.passes.inline import copy_node
 
 Stack = Callable[[fx.Graph, Sequence[fx.Node], dict[fx.Node, fx.Node]], fx.Node]
 
 # Ops that change how all later ops run.
 _BARRIERS = frozenset(
-    [
-        "set_grad_enabled",
-        "enter_autocast",
-        "exit_autocast",
-        "enter_inference_mode",
-        "exit_inference_mode",
-        "saved_tensors_hooks_enable",
-        "saved_tensors_hooks_disable",
-    ]
+    """set_grad_enabled enter_autocast exit_autocast enter_inference_mode exit_inference_mode
+    saved_tensors_hooks_enable saved_tensors_hooks_disable""".split()
 )
 
 
@@ -150,7 +144,7 @@ def _cut(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     elif node.target is not operator.getitem:
         return None
     elif _is(whole, "unbind"):
-        whole, dim = argument(whole, "input", 0), argument(whole, "dim", 1, 0)
+        whole, dim = argument(whole, 0, "input"), argument(whole, 1, "dim", 0)
     elif isinstance(index, tuple) and index and all(one == slice(None) for one in index[:-1]):
         dim, index = len(index) - 1, index[-1]
     is_cut = type(index) is int and index >= 0 and type(dim) is int and isinstance(whole, fx.Node) and _is_tensor(whole)

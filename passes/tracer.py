@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pcr_fx.errors import CaptureError
-from pcr_fx.passes.effects import RESHAPING_METHODS, is_noise_like
+from pcr_fx.graphs.attributes import attribute
+from pcr_fx.graphs.effects import RESHAPING_METHODS, is_noise_like
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ _FACTORIES = frozenset(
     ]
 )
 # What a fake tensor knows, and what only a real one would.
-_KNOWN = frozenset(["shape", "dtype", "device", "ndim", "is_cuda", "layout", "itemsize", "nbytes"])
-_UNKNOWN = frozenset(["requires_grad", "is_leaf", "grad", "grad_fn", "_version"])
+_KNOWN = frozenset("shape dtype device ndim is_cuda layout itemsize nbytes".split())
+_UNKNOWN = frozenset("requires_grad is_leaf grad grad_fn _version".split())
 _CONSTANT = "_tensor_constant"
 
 
@@ -377,17 +378,6 @@ def _frozen(value: Any) -> Any:
         return "slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step)
     hash(value)
     return type(value), value
-
-
-def attribute(root: nn.Module, path: str) -> Any:
-    """`root.a.b.c`, past `Module.__getattr__`, which a tracer at work has replaced."""
-    *modules, name = path.split(".")
-    for module in modules:
-        root = root._modules[module] if module in root._modules else root.__dict__[module]  # type: ignore[assignment]
-    for holder in (root._parameters, root._buffers, root._modules, root.__dict__):
-        if name in holder:
-            return holder[name]
-    return getattr(root, name)
 
 
 def _at(line: str) -> str:

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import fx
 
-from pcr_fx.chain import Chain
+from pcr_fx.chain import Chain, NearMiss
 from pcr_fx.errors import BodyError
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
-from pcr_fx.passes.detect import Rejected
-from pcr_fx.passes.plan import PlannedChain
-from pcr_fx.passes.rewrite import depth
 from pcr_fx.planner import BESIDE, Choice, Plan, Timing
 from pcr_fx.solvers import Outcome, SolveStats
 from pcr_fx.ways import Way, in_units
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -151,7 +144,7 @@ class RewriteReport:
     """
 
     chains: list[ChainEntry] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[NearMiss] = field(default_factory=list)
     depth: int = 0
     depth_in_chains: int = 0
     nodes: int = 0
@@ -194,23 +187,6 @@ class RewriteReport:
         )
 
 
-def build_report(
-    graph: fx.Graph,
-    planned: Sequence[PlannedChain],
-    nodes: Mapping[int, SolveNode],
-    rejected: Sequence[Rejected],
-    options: Options,
-) -> RewriteReport:
-    """The report of one rewrite of `graph`. `nodes` are the solve nodes by `id` of the planned chain."""
-    entries = [ChainEntry(item.found.chain, options, item.plan, item.choice, nodes.get(id(item))) for item in planned]
-    ops = sum(node.op.startswith("call_") for node in graph.nodes)
-    report = RewriteReport(entries, list(rejected), *depth(graph, [item.found for item in planned]), ops)
-    if not entries:
-        log.warning("no chain found in %d ops; the model runs as it was%s", ops, _first_reason(rejected))
-    log.debug("%s", report)
-    return report
-
-
 def merge_reports(reports: Sequence[RewriteReport]) -> RewriteReport:
     """One report for the graphs that a model was broken into."""
     if len(reports) == 1:
@@ -226,12 +202,6 @@ def merge_reports(reports: Sequence[RewriteReport]) -> RewriteReport:
     if len(reports) > 1:
         merged.notes.append(f"torch.compile broke the model into {len(reports)} graphs; a chain cannot span two")
     return merged
-
-
-def _first_reason(rejected: Sequence[Rejected]) -> str:
-    if not rejected:
-        return " (nothing in it repeats)"
-    return f" ({rejected[0].modules}: {rejected[0].reason})"
 
 
 def _shapes(plan: Plan | None) -> Any:

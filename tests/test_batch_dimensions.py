@@ -20,7 +20,7 @@ from pcr_fx.body import batch_rules
 from pcr_fx.body.batch import BatchDimensions, prove_batch_dimensions
 from pcr_fx.body.batch_layouts import Layout, align
 from pcr_fx.body.batch_rules import RULES, Call, Rule
-from pcr_fx.body.nodes import aten_name
+from pcr_fx.graphs.nodes import aten_name
 
 aten = torch.ops.aten
 

@@ -25,8 +25,17 @@ from typing import Any
 from torch import fx
 
 from pcr_fx.body.batch_layouts import Factor, Layout, fit, places
-from pcr_fx.body.batch_rules import POINTWISE, SHAPE_ONLY, Call, Rule, is_random, rule_of
-from pcr_fx.body.nodes import arguments_of, aten_name, is_mutable, nodes_in, op_name, shape_of
+from pcr_fx.body.batch_rules import POINTWISE, SHAPE_ONLY, Call, Rule, rule_of
+from pcr_fx.graphs.effects import is_random
+from pcr_fx.graphs.nodes import (
+    arguments_of,
+    aten_name,
+    declared_writes,
+    is_mutable,
+    nodes_in,
+    qualified_name,
+    shape_of,
+)
 
 
 @dataclass(frozen=True)
@@ -113,13 +122,13 @@ class _Proof:
     def visit(self, node: fx.Node) -> None:
         """Interpret one node; those before it have been."""
         if is_random(node):
-            self.lose_all(f"{op_name(node)} draws random numbers")
+            self.lose_all(f"{qualified_name(node)} draws random numbers")
         if not any(source in self.layouts or source in self.several for source in node.all_input_nodes):
             return
         if (aten_name(node) or "").startswith(SHAPE_ONLY):
             return
         if self._writes_elsewhere(node):
-            self.lose_all(f"{op_name(node)} has no dimension rule for what it writes")
+            self.lose_all(f"{qualified_name(node)} has no dimension rule for what it writes")
         if node.target is operator.getitem and node.args[0] in self.several:
             self._infer(node.args[0], node, node.args[1])  # type: ignore[arg-type]
         elif isinstance(node.meta["val"], tuple | list):
@@ -139,29 +148,22 @@ class _Proof:
         """Whether `node` writes in a way that layouts do not cover: see the top of the file."""
         if not is_mutable(node):
             return False
-        arguments = arguments_of(node)
-        written = [
-            source
-            for declared in node.target._schema.arguments  # type: ignore[union-attr]
-            if declared.alias_info is not None and declared.alias_info.is_write
-            for source in nodes_in(arguments[declared.name])
-        ]
-        return rule_of(node) is not POINTWISE or any(source not in self.layouts for source in written)
+        return rule_of(node) is not POINTWISE or any(source not in self.layouts for source in declared_writes(node))
 
     def _infer(self, op: fx.Node, result: fx.Node, index: Any) -> None:
         """Give `result`, number `index` of the results of `op`, its layout; lose the labels that it lacks."""
         rule = rule_of(op)
         placed = None if rule is None else self._place(rule, op, result, index)
         if rule is None or placed is None:
-            self.lose_all(f"{op_name(op)} has no dimension rule" + ("" if rule is None else " for this use"))
+            self.lose_all(f"{qualified_name(op)} has no dimension rule" + ("" if rule is None else " for this use"))
             self.layouts[result] = ((),) * len(shape_of(result))
             return
         found = [places(layout) for layout in placed]
         for label in sorted(self.live):
             if any(label not in each for each in found):
-                self.lose(label, f"{op_name(op)} {rule.loses}")
+                self.lose(label, f"{qualified_name(op)} {rule.loses}")
             elif any(each[label] != found[0][label] for each in found):
-                self.lose(label, f"{op_name(op)} pairs it with another dimension")
+                self.lose(label, f"{qualified_name(op)} pairs it with another dimension")
         self.layouts[result] = placed[0]  # as the live labels sit alike in all operands, any of them serves
 
     def _place(self, rule: Rule, op: fx.Node, result: fx.Node, index: Any) -> list[Layout] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from pcr_fx.body.batch_layouts import Layout, align, blank, regroup
-from pcr_fx.body.nodes import aten_name, nodes_in
+from pcr_fx.graphs.nodes import aten_name, nodes_in
 
 
 @dataclass(frozen=True)
@@ -278,9 +278,3 @@ def rule_of(node: fx.Node) -> Rule | None:
         return None
     is_pointwise = torch.Tag.pointwise in node.target.tags  # type: ignore[union-attr]
     return POINTWISE if is_pointwise else RULES.get(name)
-
-
-def is_random(node: fx.Node) -> bool:
-    """Attention is tagged for the dropout that it could do, which its rule looks at."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags and aten_name(node) not in RULES

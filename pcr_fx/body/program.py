@@ -24,6 +24,7 @@ from pcr_fx.body.tracer import Run, trace_block, trace_graphs
 from pcr_fx.call import Call
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError
+from pcr_fx.graphs.nodes import qualified_name
 from pcr_fx.registry import Registry
 
 
@@ -171,7 +172,7 @@ def _check_states(block: fx.GraphModule, signature: Signature) -> None:
 
 def _op_names(block: fx.GraphModule) -> tuple[str, ...]:
     return tuple(
-        node.target._schema.name.removeprefix("aten::")
+        qualified_name(node).removeprefix("aten.")
         for node in block.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload)
     )

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import fx
 
-from pcr_fx.body.nodes import arguments_of
 from pcr_fx.codegen.functions import FUNCTIONS
 from pcr_fx.codegen.ir import (
     Apply,
@@ -25,6 +24,7 @@ from pcr_fx.codegen.ir import (
     map_views,
     views,
 )
+from pcr_fx.graphs.nodes import arguments_of
 
 if TYPE_CHECKING:
     from pcr_fx.codegen.lower import Lowering
@@ -41,11 +41,6 @@ class Rule(NamedTuple):
 
     build: Callable[[Lowering, fx.Node], Any]
     computes_arguments: bool = False
-
-
-def overload_name(node: fx.Node) -> str:
-    """As in "add.Tensor"."""
-    return str(node.target).removeprefix("aten.")
 
 
 # --- views: PyTorch tells their strides ------------------------------------------------------------------------

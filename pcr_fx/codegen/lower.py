@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pcr_fx.codegen.aten import RULES, overload_name
+from pcr_fx.codegen.aten import RULES
 from pcr_fx.codegen.check import check, is_checking
 from pcr_fx.codegen.ir import (
     Apply,
@@ -29,6 +29,7 @@ from pcr_fx.codegen.ir import (
     simplify,
     views,
 )
+from pcr_fx.graphs.nodes import overload_name
 
 # Constants of a body that are written out in its kernel's source.
 _MAX_CONSTANTS = 4096
