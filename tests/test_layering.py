@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"errors"},
     {"options"},
-    {"chain", "call"},
+    {"chain", "call", "stopping"},
     {"body"},
     {"codegen"},
     {"targets"},

@@ -15,6 +15,19 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.runtime.interpreter import TensorHandle
 
+from pcr_fx import stopping
+from pcr_fx.stopping import Outcome
+
+# The rule of pcr_fx/stopping.py: its shares, and its outcomes by number.
+STALLED = tl.constexpr(stopping.STALLED)
+PROGRESS = tl.constexpr(stopping.PROGRESS)
+PATIENCE = tl.constexpr(stopping.PATIENCE)
+CONVERGED = tl.constexpr(Outcome.CONVERGED.number)
+ROUNDING = tl.constexpr(Outcome.ROUNDING.number)
+STAGNATED = tl.constexpr(Outcome.STAGNATED.number)
+NON_FINITE = tl.constexpr(Outcome.NON_FINITE.number)
+ITERATION_LIMIT = tl.constexpr(Outcome.ITERATION_LIMIT.number)
+
 INTERPRETED = triton.knobs.runtime.interpret
 _UNARY = "sqrt rsqrt tanh expm1 log10 log1p round tan atan asin acos sinh cosh trunc erfc".split()
 _BINARY = "pow atan2 fmod".split()
@@ -135,29 +148,30 @@ def judge(  # type: ignore[no-untyped-def]
     limit,
     tolerance,
     rounding: tl.constexpr,
-    patience: tl.constexpr,
 ):
-    """Whether Newton's method is done, by the rules of pcr_fx/solvers/iteration.py, which explains them.
+    """Whether Newton's method is done, by the rule of pcr_fx/stopping.py.
 
     Args:
         residual, against: relative to the states, and to the terms that they are sums of.
-        last, best, best_at: the residual before, the smallest so far and the iteration it was found in.
+        last: the residual before.
+        best, best_at: the residual that was progress last, and the iteration it was found in.
+        rounding: the rounding level of the dtype.
 
     Returns:
-        The outcome in the order of `Outcome`, -1 if there is none yet; the residual to report; best and best_at.
+        The number of the outcome, -1 if there is none yet; the residual to report; best and best_at.
     """
-    stalled = residual > 0.5 * last
+    stalled = residual > last * STALLED
     converged = residual <= tolerance
     by_terms = (stalled | (last < tl.sqrt(tolerance))) & (against <= tolerance)
-    improved = residual < best
+    improved = residual <= best * PROGRESS
     best_at = tl.where(improved, iteration, best_at)
     best = tl.where(improved, residual, best)
-    outcome = tl.where(iteration - best_at >= patience, 2, -1)
-    outcome = tl.where(iteration >= limit, 4, outcome)
-    outcome = tl.where(stalled & (against <= rounding), 1, outcome)
-    outcome = tl.where(by_terms | converged, 0, outcome)
-    outcome = tl.where(residual < float("inf"), outcome, 3)
-    residual = tl.where((outcome < 2) & (outcome >= 0) & (residual > tolerance), against, residual)
+    outcome = tl.where(iteration - best_at >= PATIENCE, STAGNATED, -1)
+    outcome = tl.where(iteration >= limit, ITERATION_LIMIT, outcome)
+    outcome = tl.where(stalled & (against <= rounding), ROUNDING, outcome)
+    outcome = tl.where(by_terms | converged, CONVERGED, outcome)
+    outcome = tl.where(residual < float("inf"), outcome, NON_FINITE)
+    residual = tl.where((outcome <= ROUNDING) & (outcome >= 0) & (residual > tolerance), against, residual)
     return outcome, residual, best, best_at
 
 
@@ -173,13 +187,12 @@ def decide_sample(  # type: ignore[no-untyped-def]
     limit,
     tolerance,
     rounding: tl.constexpr,
-    patience: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What becomes of a sample's iteration, from `count` ratios of either kind, `[2, samples, count]`; the outcome.
 
     `stats` `[samples, 3]` are outcome (-1 while there is none), iteration and residual; `history` `[samples, 3]` the
-    residual before, the smallest so far and the iteration that had it.
+    residual before, the one that was progress last and the iteration that had it.
     """
     lane = tl.arange(0, BLOCK)
     residuals = tl.zeros([BLOCK], stats.dtype.element_ty)
@@ -202,7 +215,6 @@ def decide_sample(  # type: ignore[no-untyped-def]
         limit,
         tolerance,
         rounding,
-        patience,
     )
     tl.debug_barrier()  # every thread has read what one now writes
     tl.store(record, outcome.to(stats.dtype.element_ty))

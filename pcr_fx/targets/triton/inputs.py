@@ -11,10 +11,6 @@ from torch import Tensor
 from pcr_fx.call import Call
 
 REALS = {torch.float32: "tl.float32", torch.float64: "tl.float64"}
-# Iterations without a new smallest residual before a solve is given up, and how many roundings a stalled residual may
-# be: as in pcr_fx/solvers/iteration.py, which explains them.
-PATIENCE = 8
-ROUNDING_EPS = 8.0
 # Iterations that are sent to the GPU, done or not, where each is launches of its own: nobody waits to see. Launches that find
 # nothing to do cost some 1.1 us each. The iterations that chains need grow as the root of their length where rounding
 # matters at all: 3 for 1,024 blocks x + W2 tanh(W1 x), 18 for 65,536. An adjoint is solved at once, and refined once.
@@ -36,11 +32,6 @@ def iterations_sent(direction: str, length: int, limit: int) -> int:
     if direction == "adjoint":
         return min(limit, _SENT_BACKWARD)
     return min(limit, max(_FEWEST_SENT, math.ceil(_SENT_A_ROOT * math.sqrt(length))))
-
-
-def smallest_scale(dtype: torch.dtype) -> float:
-    """Below this scale a relative residual would only measure denormal noise."""
-    return torch.finfo(dtype).tiny / torch.finfo(dtype).eps
 
 
 def words_of(dtype: torch.dtype) -> int:

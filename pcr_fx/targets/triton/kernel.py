@@ -18,6 +18,7 @@ from pcr_fx.body.isolation import isolated
 from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.call import Call
 from pcr_fx.codegen import Unprintable
+from pcr_fx.stopping import adjoint_tolerance
 from pcr_fx.targets.kernel import Input, LoweredBody, check_tensors
 from pcr_fx.targets.triton.inputs import REALS, Arguments
 from pcr_fx.targets.triton.launches import Launch
@@ -31,8 +32,7 @@ from pcr_fx.targets.triton.tiles.source import TileSource
 MAX_DIMENSION = tile_launch.MAX_DIMENSION
 # Samples that one program of the gradient kernel adds up.
 _GROUP = 16
-# Accepted residual of an adjoint, in epsilons: as in pcr_fx/solvers/adjoint.py.
-_ADJOINT_EPS = 32.0
+# Reductions of an adjoint: one solves it, others refine it.
 _ADJOINT_ITERATIONS = 4
 
 
@@ -138,7 +138,7 @@ class TritonKernel:
             return [torch.empty_like(initial), *zeros], None
         stats = None
         if solver == "newton":
-            tolerance = _ADJOINT_EPS * torch.finfo(initial.dtype).eps
+            tolerance = adjoint_tolerance(initial.dtype)
             stats = self.kernels.solve_newton("adjoint", arguments, adjoints, tolerance, _ADJOINT_ITERATIONS)
         self.kernels.solve("adjoint", arguments, adjoints, stats)
         return [adjoints[0], *self._gradients(arguments, adjoints)], stats

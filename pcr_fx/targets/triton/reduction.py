@@ -44,15 +44,12 @@ def decide(  # type: ignore[no-untyped-def]
     limit,
     tolerance,
     rounding: tl.constexpr,
-    patience: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program a sample: from each column's ratios to what becomes of the iteration."""
     sample = tl.program_id(0).to(tl.int64)
     if tl.load(stats + sample * 3) < 0:
-        decide_sample(
-            ratios, stats, history, sample, columns, samples, iteration, limit, tolerance, rounding, patience, BLOCK
-        )
+        decide_sample(ratios, stats, history, sample, columns, samples, iteration, limit, tolerance, rounding, BLOCK)
 
 
 @triton.jit(do_not_specialize=["columns", "chunk", "chunks"])

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from pcr_fx.targets.triton.inputs import PATIENCE, ROUNDING_EPS, smallest_scale, words_of
+from pcr_fx.stopping import rounding_level, smallest_scale
+from pcr_fx.targets.triton.inputs import words_of
 from pcr_fx.targets.triton.printer import print_assignments, print_scalar
 from pcr_fx.targets.triton.scalars.gradients import LanesOfBlocks
 from pcr_fx.targets.triton.scalars.lanes import indent, largest
@@ -59,7 +58,7 @@ def newton({parameters}, states, messages, ends, ticket, stats, length, samples,
 {measure}
 {scan}
         verdict, shown, best, best_at = judge(
-            worst, against, residual, best, best_at, iteration, limit, tolerance, {rounding}, {patience}
+            worst, against, residual, best, best_at, iteration, limit, tolerance, {rounding}
         )
         residual = worst
         if is_final == 0:
@@ -107,8 +106,7 @@ class NewtonSource(LanesOfBlocks):
             extra=int(backward),
             words=self.dimension * self._words,
             end_words=3 * self._words,
-            rounding=ROUNDING_EPS * torch.finfo(self.program.dtype).eps,
-            patience=PATIENCE,
+            rounding=rounding_level(self.program.dtype),
             start=indent(
                 [
                     # Adjoints start from nothing, states from where the chain does.

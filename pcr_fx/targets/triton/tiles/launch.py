@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcr_fx.targets.triton.inputs import DECIDING_LANES, PATIENCE, ROUNDING_EPS, Arguments, iterations_sent
+from pcr_fx.stopping import rounding_level
+from pcr_fx.targets.triton.inputs import DECIDING_LANES, Arguments, iterations_sent
 from pcr_fx.targets.triton.launches import Launch, Loader
 from pcr_fx.targets.triton.tiles.printer import padded, warps_for
 from pcr_fx.targets.triton.tiles.source import TILE_BYTES, Text, TileSource
@@ -229,8 +230,7 @@ class TileKernels:
 
     @cached_property
     def _judged(self) -> dict[str, Any]:
-        rounding = ROUNDING_EPS * torch.finfo(self.source.program.dtype).eps
-        return {"rounding": rounding, "patience": PATIENCE, "BLOCK": DECIDING_LANES}
+        return {"rounding": rounding_level(self.source.program.dtype), "BLOCK": DECIDING_LANES}
 
     @cached_property
     def _warps(self) -> dict[str, int]:

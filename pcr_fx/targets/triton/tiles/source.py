@@ -16,8 +16,9 @@ from functools import cached_property
 from pcr_fx.body import Program
 from pcr_fx.codegen import Buffer, Function
 from pcr_fx.codegen.simplify import restricted
+from pcr_fx.stopping import smallest_scale
 from pcr_fx.targets.kernel import Input, LoweredBody
-from pcr_fx.targets.triton.inputs import HEADER, REALS, smallest_scale
+from pcr_fx.targets.triton.inputs import HEADER, REALS
 from pcr_fx.targets.triton.tiles.printer import Fetch, Printed, Sum, TilePrinter, padded
 
 # Bytes of a tile at the most, a sixteenth of all registers: a tile's addresses take twice as many, and the loads of what
