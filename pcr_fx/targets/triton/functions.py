@@ -1,4 +1,4 @@
-"""What Triton's language lacks, and what several kernels share.
+"""What Triton's language lacks, and what several kernels share; printed modules import all of it.
 
 Functions of numbers are libdevice's on a GPU, and PyTorch's in Triton's interpreter, which has no libdevice.
 """
@@ -50,87 +50,87 @@ if INTERPRETED:
 else:
 
     @triton.jit
-    def sqrt(x):  # type: ignore[no-untyped-def]
+    def sqrt(x):
         return libdevice.sqrt(x)
 
     @triton.jit
-    def rsqrt(x):  # type: ignore[no-untyped-def]
+    def rsqrt(x):
         return libdevice.rsqrt(x)
 
     @triton.jit
-    def tanh(x):  # type: ignore[no-untyped-def]
+    def tanh(x):
         return libdevice.tanh(x)
 
     @triton.jit
-    def expm1(x):  # type: ignore[no-untyped-def]
+    def expm1(x):
         return libdevice.expm1(x)
 
     @triton.jit
-    def log10(x):  # type: ignore[no-untyped-def]
+    def log10(x):
         return libdevice.log10(x)
 
     @triton.jit
-    def log1p(x):  # type: ignore[no-untyped-def]
+    def log1p(x):
         return libdevice.log1p(x)
 
     @triton.jit
-    def round(x):  # type: ignore[no-untyped-def]
+    def round(x):
         return libdevice.rint(x)
 
     @triton.jit
-    def tan(x):  # type: ignore[no-untyped-def]
+    def tan(x):
         return libdevice.tan(x)
 
     @triton.jit
-    def atan(x):  # type: ignore[no-untyped-def]
+    def atan(x):
         return libdevice.atan(x)
 
     @triton.jit
-    def asin(x):  # type: ignore[no-untyped-def]
+    def asin(x):
         return libdevice.asin(x)
 
     @triton.jit
-    def acos(x):  # type: ignore[no-untyped-def]
+    def acos(x):
         return libdevice.acos(x)
 
     @triton.jit
-    def sinh(x):  # type: ignore[no-untyped-def]
+    def sinh(x):
         return libdevice.sinh(x)
 
     @triton.jit
-    def cosh(x):  # type: ignore[no-untyped-def]
+    def cosh(x):
         return libdevice.cosh(x)
 
     @triton.jit
-    def trunc(x):  # type: ignore[no-untyped-def]
+    def trunc(x):
         return libdevice.trunc(x)
 
     @triton.jit
-    def erfc(x):  # type: ignore[no-untyped-def]
+    def erfc(x):
         return libdevice.erfc(x)
 
     @triton.jit
-    def pow(x, y):  # type: ignore[no-untyped-def]
+    def pow(x, y):
         return libdevice.pow(x, y)
 
     @triton.jit
-    def atan2(x, y):  # type: ignore[no-untyped-def]
+    def atan2(x, y):
         return libdevice.atan2(x, y)
 
     @triton.jit
-    def fmod(x, y):  # type: ignore[no-untyped-def]
+    def fmod(x, y):
         return libdevice.fmod(x, y)
 
 
 @triton.jit
-def largest(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
+def largest(x, axis: tl.constexpr):
     """The largest number along an axis; NaN if there is one, which `tl.max` loses."""
     is_nan = tl.max(tl.where(x == x, 0, 1), axis)
     return tl.where(is_nan > 0, float("nan"), tl.max(x, axis))
 
 
 @triton.jit
-def relative(residual, scale, floor: tl.constexpr):  # type: ignore[no-untyped-def]
+def relative(residual, scale, floor: tl.constexpr):
     """A residual relative to a scale; infinite if either is not finite."""
     ratio = residual / tl.maximum(scale, floor)
     # A comparison with NaN is false, and nothing is small because a product overflowed.
@@ -138,7 +138,7 @@ def relative(residual, scale, floor: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
-def judge(  # type: ignore[no-untyped-def]
+def judge(
     residual,
     against,
     last,
@@ -176,7 +176,7 @@ def judge(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def decide_sample(  # type: ignore[no-untyped-def]
+def decide_sample(
     ratios,
     stats,
     history,
@@ -189,10 +189,12 @@ def decide_sample(  # type: ignore[no-untyped-def]
     rounding: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What becomes of a sample's iteration, from `count` ratios of either kind, `[2, samples, count]`; the outcome.
+    """Judges a sample's iteration, and returns its outcome.
 
-    `stats` `[samples, 3]` are outcome (-1 while there is none), iteration and residual; `history` `[samples, 3]` the
-    residual before, the one that was progress last and the iteration that had it.
+    Args:
+        ratios: `[2, samples, count]`, the residuals of `count` columns, relative to what they compute and to the terms of that.
+        stats: `[samples, 3]`, outcome (-1 while there is none), iteration and residual; of the sample they are written.
+        history: `[samples, 3]`, the residual before, that which was progress last, and the iteration that had it; likewise.
     """
     lane = tl.arange(0, BLOCK)
     residuals = tl.zeros([BLOCK], stats.dtype.element_ty)
@@ -227,10 +229,11 @@ def decide_sample(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def send(place, number, is_end: tl.constexpr, mask):  # type: ignore[no-untyped-def]
-    """Send a number to another program: each word has 32 bits of it and a tag, so that no order of words matters.
+def send(place, number, is_end: tl.constexpr, mask):
+    """Send a number to another program, in words of 32 bits of it and a tag.
 
-    A word that was not sent is 0; the tag is 1, or 2 where nothing follows.
+    A word that was not sent yet is 0, and tags are not: 1, or 2 where nothing follows. So the receiver sees of each word
+    whether it is there, and it does not matter in which order they get there.
     """
     tag: tl.constexpr = (is_end + 1) * 2**32
     if number.dtype == tl.float32:
@@ -243,32 +246,32 @@ def send(place, number, is_end: tl.constexpr, mask):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def float32_in(word):  # type: ignore[no-untyped-def]
+def float32_in(word):
     """The number that was sent."""
     return word.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def float64_in(low, high):  # type: ignore[no-untyped-def]
+def float64_in(low, high):
     """The number that was sent."""
     return ((high << 32) | (low & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def ends_with(word):  # type: ignore[no-untyped-def]
+def ends_with(word):
     """Whether nothing follows."""
     return word >= 2 * 2**32
 
 
 @triton.jit
-def read2(place, mask):  # type: ignore[no-untyped-def]
-    """Two neighbouring numbers in each lane, by one instruction where they are aligned; 0 where the mask is not."""
+def read2(place, mask):
+    """Two neighbouring numbers in each lane, by one instruction where they are aligned; 0 where the mask is false."""
     places = place[:, None] + tl.arange(0, 2)[None, :]
     return tl.split(tl.load(places) if mask is None else tl.load(places, mask=mask[:, None], other=0))
 
 
 @triton.jit
-def read4(place, mask):  # type: ignore[no-untyped-def]
+def read4(place, mask):
     """Four, likewise."""
     places = place[:, None] + tl.arange(0, 4)[None, :]
     numbers = tl.load(places) if mask is None else tl.load(places, mask=mask[:, None], other=0)
@@ -279,13 +282,13 @@ def read4(place, mask):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def write2(place, first, second, mask):  # type: ignore[no-untyped-def]
+def write2(place, first, second, mask):
     """Two neighbouring numbers in each lane, by one instruction where they are aligned."""
     tl.store(place[:, None] + tl.arange(0, 2)[None, :], tl.join(first, second), mask=mask[:, None])
 
 
 @triton.jit
-def write4(place, first, second, third, fourth, mask):  # type: ignore[no-untyped-def]
+def write4(place, first, second, third, fourth, mask):
     """Four, likewise."""
     numbers = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [place.shape[0], 4])
     tl.store(place[:, None] + tl.arange(0, 4)[None, :], numbers, mask=mask[:, None])

@@ -1,12 +1,21 @@
-"""Triton from assignments of scalars: each becomes a tensor with a block, or a sample, in each lane."""
+"""Triton from assignments of scalars, each of which becomes a tensor, and how every printed module begins."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 
-from pcr_fx.targets.triton.scalars.unroll import Assignment, Scalar, number
+import torch
 
+from pcr_fx.targets.triton.assignments import Assignment, Scalar, number
+
+REALS = {torch.float32: "tl.float32", torch.float64: "tl.float64"}
+HEADER = """
+import triton
+import triton.language as tl
+
+from pcr_fx.targets.triton.functions import *  # noqa: F403
+"""
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 _COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 # Truth values are 0 and 1, as everywhere in the language of kernels.
@@ -38,7 +47,7 @@ _WRITTEN = {
 
 
 def print_assignments(assignments: Iterable[Assignment], dtype: str) -> list[str]:
-    """A line each. Functions without an operator of Triton's are called by name, from `pcr_fx.targets.triton.functions`."""
+    """A line for each. Functions that Triton has no operator for are called by name, from what `HEADER` imports."""
     return [f"{one.name} = {_call(one.function, one.arguments, dtype)}" for one in assignments]
 
 

@@ -1,42 +1,13 @@
-"""What the GPU's kernels of a chain read and write, whichever way they are printed."""
+"""The tensors of a call as a GPU's kernels are given them."""
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pcr_fx.call import Call
-
-REALS = {torch.float32: "tl.float32", torch.float64: "tl.float64"}
-# Iterations that are sent to the GPU, done or not, where each is launches of its own: nobody waits to see. Launches that find
-# nothing to do cost some 1.1 us each. The iterations that chains need grow as the root of their length where rounding
-# matters at all: 3 for 1,024 blocks x + W2 tanh(W1 x), 18 for 65,536. An adjoint is solved at once, and refined once.
-_FEWEST_SENT = 12
-_SENT_A_ROOT = 1 / 8
-_SENT_BACKWARD = 2
-# Lanes of the program that decides what becomes of a sample.
-DECIDING_LANES = 256
-HEADER = """
-import triton
-import triton.language as tl
-
-from pcr_fx.targets.triton.functions import *  # noqa: F403
-"""
-
-
-def iterations_sent(direction: str, length: int, limit: int) -> int:
-    """How many iterations to send of at most `limit`."""
-    if direction == "adjoint":
-        return min(limit, _SENT_BACKWARD)
-    return min(limit, max(_FEWEST_SENT, math.ceil(_SENT_A_ROOT * math.sqrt(length))))
-
-
-def words_of(dtype: torch.dtype) -> int:
-    """Words of 64 bits that a number is sent in between programs: each holds 32 bits of it, and a tag."""
-    return dtype.itemsize // 4
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -46,7 +17,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 class Arguments:
-    """The tensors of a call as kernels are given them: all contiguous and aligned.
+    """Those of one call, all contiguous and aligned.
 
     Attributes:
         initial, operands, shared: those of the call.
