@@ -74,7 +74,7 @@ def slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones, so that short chains have several."""
     from pcr_fx.targets.triton.scalars import launch as scalar_launch
 
-    monkeypatch.setattr(scalar_launch, "TILES", dict.fromkeys(scalar_launch.TILES, ((16, 1), (16, 1))))
+    monkeypatch.setattr(scalar_launch, "SLICES", dict.fromkeys(scalar_launch.SLICES, ((16, 1), (16, 1))))
 
 
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 47, 48, 49])
@@ -93,7 +93,7 @@ def test_bodies_in_several_slices(name: str, width: int, slices: None) -> None:
 def test_long_chains_have_larger_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     from pcr_fx.targets.triton.scalars import launch as scalar_launch
 
-    monkeypatch.setattr(scalar_launch, "TILES", dict.fromkeys(scalar_launch.TILES, ((16, 1), (64, 2))))
+    monkeypatch.setattr(scalar_launch, "SLICES", dict.fromkeys(scalar_launch.SLICES, ((16, 1), (64, 2))))
     few = 16 * scalar_launch.FEW_SLICES
     for length, slices in ((few, scalar_launch.FEW_SLICES), (few + 1, few // 64 + 1)):
         model = net(lambda x, w, b: 0.9 * x + 0.1 * torch.tanh(w * x + b).sum(-1, keepdim=True), 1, length).double()

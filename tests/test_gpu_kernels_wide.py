@@ -121,7 +121,7 @@ def test_gradients_of_a_growing_adjoint() -> None:
 def test_the_reduction_agrees_with_that_in_pytorch() -> None:
     """The kernels of the linear system by themselves, in poisoned memory."""
     from pcr_fx.linear import solve_recurrence
-    from pcr_fx.targets.triton import reduction
+    from pcr_fx.targets.triton.tiles import reduction
 
     samples, columns, d = 2, 7, 18
     jacobians = states(samples, columns, d, d) / math.sqrt(d)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = (
     {"errors", "registry"},
     {"options", "graphs"},
-    {"chain", "call"},
+    {"chain", "call", "stopping"},
     {"body"},
     {"codegen"},
     {"targets"},

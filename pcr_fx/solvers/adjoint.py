@@ -15,10 +15,9 @@ from pcr_fx.body import Program
 from pcr_fx.call import Call
 from pcr_fx.linear import solve_transposed
 from pcr_fx.solvers.sequential import blocks
+from pcr_fx.stopping import ADJOINT_EPS
 
-# Accepted |lambda_l - g_l - J_{l+1}^T lambda_{l+1}|, in epsilons of the adjoints around block l.
-_TOLERANCE_EPS = 32.0
-# Above this it is refined: a loop over the blocks leaves about one.
+# Above this many epsilons an adjoint's residual is refined: a loop over the blocks leaves about one.
 _REFINED_EPS = 1.0
 
 
@@ -84,7 +83,7 @@ def _transposed(
         adjoints = adjoints + solve_transposed(jacobians, residuals, linear_solver)
         d_previous, *rest = program.pullback(previous, *operands, *shared, adjoints)
         residuals = _residuals(adjoints, cotangents, d_previous)
-    return (d_previous[0], *rest), _are_small(residuals, adjoints, _TOLERANCE_EPS)
+    return (d_previous[0], *rest), _are_small(residuals, adjoints, ADJOINT_EPS)
 
 
 def _residuals(adjoints: Tensor, cotangents: Tensor, d_previous: Tensor) -> Tensor:

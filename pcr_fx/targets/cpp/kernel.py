@@ -19,6 +19,7 @@ from pcr_fx.body.isolation import isolated
 from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.call import Call
 from pcr_fx.codegen import Unprintable
+from pcr_fx.stopping import Outcome
 from pcr_fx.targets.cpp.build import CompilerError, check_compiler, load
 from pcr_fx.targets.cpp.memory import empty
 from pcr_fx.targets.cpp.source import REALS, chain_source, summed_numbers
@@ -40,8 +41,6 @@ _VECTOR_GRADIENTS = 512
 # Those of gradients that all blocks share up to which they stay in the second cache. A vector that samples do not fill
 # has them copied at every block: with 8 samples that is slower from 1,000 numbers on, three times so at 4,000.
 _VECTOR_SHARED = 2**15
-# In the order of newton.h.
-_OUTCOMES = ("CONVERGED", "ROUNDING", "STAGNATED", "NON_FINITE", "ITERATION_LIMIT")
 
 Run = Callable[[bytes], None]
 
@@ -153,7 +152,7 @@ class CppKernel:
         work = self.operations[1] * self.program.dimension
         self._call("newton", call, initial, work, trajectory, (0, 0, 0, 0, ctypes.addressof(iteration)))
         _, _, iterations, residual, outcome = iteration
-        return trajectory, _OUTCOMES[int(outcome)], int(iterations), residual
+        return trajectory, list(Outcome)[int(outcome)].name, int(iterations), residual
 
     def solve_adjoint(self, call: Call, trajectory: Tensor, cotangents: Tensor | Mapping[int, Tensor]) -> list[Tensor]:
         """Cotangents `[d_initial, *d_operands, *d_shared]` of what is differentiable, in this order.

@@ -1,16 +1,26 @@
-"""Triton from assignments of scalars: each becomes a tensor with a block, or a sample, in each lane."""
+"""Triton from assignments of scalars, each of which becomes a tensor, and how every printed module begins."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from pcr_fx.codegen.functions import FUNCTIONS
-from pcr_fx.targets.triton.scalars.unroll import Assignment, Scalar, number
+from pcr_fx.targets.triton.assignments import Assignment, Scalar, number
+
+REALS = {torch.float32: "tl.float32", torch.float64: "tl.float64"}
+HEADER = """
+import triton
+import triton.language as tl
+
+from pcr_fx.targets.triton.functions import *  # noqa: F403
+"""
 
 
 def print_assignments(assignments: Iterable[Assignment], dtype: str) -> list[str]:
-    """A line each."""
+    """A line for each. Functions that Triton has no operator for are called by name, from what `HEADER` imports."""
     return [f"{one.name} = {_call(one.function, one.arguments, dtype)}" for one in assignments]
 
 

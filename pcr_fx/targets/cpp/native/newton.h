@@ -1,13 +1,9 @@
-// Newton's method on one chain after another, each on its own: as pcr_fx/solvers/iteration.py, which explains it, has it.
+// Newton's method on one chain after another, each by itself. When it ends is explained in pcr_fx/stopping.py, whose
+// outcomes and constants are printed in front of this.
 //
 // The linear systems delta_l = J_l delta_{l-1} + r_l are solved in parts, one a thread: each part's blocks are composed
 // into one, delta is found at the ends of parts, and put in within each. That is the hybrid of reduction and forward
 // substitution; with one part, and so wherever samples keep all threads busy, it is substitution alone.
-
-enum Outcome { CONVERGED, ROUNDING, STAGNATED, NON_FINITE, ITERATION_LIMIT };
-constexpr int k_patience = 8;
-constexpr double k_rounding_eps = 8;
-constexpr double k_eps = std::numeric_limits<real>::epsilon(), k_tiny = std::numeric_limits<real>::min();
 
 // The larger one; NaN if either is.
 INLINE double k_larger(double a, double b) { return b > a || b != b ? b : a; }
@@ -52,15 +48,16 @@ class Newton {
       if (residual <= tolerance) return CONVERGED;
       if (!std::isfinite(residual)) return NON_FINITE;
       if (expected) evaluate(true);
-      if (expected || residual > 0.5 * last) {
+      const bool stalled = residual > k_stalled * last;
+      if (expected || stalled) {
         const double against_terms = measure(true);
-        const bool rounding = residual > 0.5 * last && against_terms <= k_rounding_eps * k_eps;
+        const bool rounding = stalled && against_terms <= k_rounding_level;
         if (against_terms <= tolerance || rounding) {
           residual = against_terms;
           return against_terms <= tolerance ? CONVERGED : ROUNDING;
         }
       }
-      if (residual < best) best = residual, best_at = iterations;
+      if (residual <= k_progress * best) best = residual, best_at = iterations;
       if (iterations == limit) return ITERATION_LIMIT;
       if (iterations - best_at >= k_patience) return STAGNATED;
       correct();
@@ -125,8 +122,7 @@ class Newton {
             size = k_larger(size, term);
             residual = k_larger(residual, std::abs(residuals[l * d + i]));
           }
-          // Below this scale a relative residual would only measure denormal noise.
-          if (Body::counts[k]) worst = k_larger(worst, residual / (size < k_tiny / k_eps ? k_tiny / k_eps : size));
+          if (Body::counts[k]) worst = k_larger(worst, residual / (size < k_smallest_scale ? k_smallest_scale : size));
           start += Body::counts[k];
         }
       }

@@ -1,42 +1,21 @@
-"""A body without loops: every number a scalar of its own, each computed once.
+"""A body without loops: every number is a scalar with a name, and is computed once.
 
-Where a thread holds all numbers of one block there is nothing to index, and what is known of them, such as that most
-numbers of a unit vector are zero, can be used: a Jacobian by pulling back unit vectors then costs what it would by hand.
+Where a thread holds all numbers of one block there is nothing to index. What is known of the numbers can then be used,
+such as that most of a unit vector's are zero: a Jacobian from pulled-back unit vectors costs as little as one that was
+derived by hand.
 """
 
 from __future__ import annotations
 
-import enum
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from pcr_fx.codegen.functions import FUNCTIONS, REDUCTIONS
 from pcr_fx.codegen.ir import Apply, Constant, Expression, Function, Load, Loop, Unprintable, View
+from pcr_fx.targets.triton.assignments import Assignment, Known, Scalar, number
 
-# Scalar operations that are still worth writing out, and that compilers still get through in seconds.
+# The most scalar operations that compilers get through in seconds.
 MAX_OPERATIONS = 6000
-
-
-class Known(enum.Enum):
-    """A number known from what it stands for. Zero times anything is zero, and vanishes: it is a derivative that is
-    not there, not a number that a model computed."""
-
-    ZERO = 0.0
-    ONE = 1.0
-
-
-# The name of a number, a constant, or what is known.
-Scalar = str | float | Known
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """`name = function(*arguments)`."""
-
-    name: str
-    function: str
-    arguments: tuple[Scalar, ...]
 
 
 class Scalars:
@@ -146,9 +125,3 @@ def _simplified(function: str, arguments: tuple[Scalar, ...]) -> Scalar | None:
     if fold is not None and not any(isinstance(argument, str) for argument in arguments):
         return fold(*map(number, arguments))
     return None
-
-
-def number(scalar: Scalar) -> float:
-    """The value of a scalar that has no name."""
-    assert not isinstance(scalar, str), scalar
-    return scalar.value if isinstance(scalar, Known) else scalar
