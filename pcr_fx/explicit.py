@@ -19,7 +19,7 @@ from pcr_fx.graphs.attributes import holder_of
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import Attributes, Source, StackedAttributes, Watched, stack_operands
 from pcr_fx.options import Options
-from pcr_fx.packing import CONTAINER, Pack, pack_columns
+from pcr_fx.packing import CONTAINER, Pack, pack_operands
 from pcr_fx.passes.capture import Captured, bind_to, capture_model
 from pcr_fx.passes.pipeline import run_passes
 from pcr_fx.passes.plan import PlannedChain
@@ -124,9 +124,9 @@ class TransformedModule(nn.Module):
 
     def _pack(self, run: fx.GraphModule) -> None:
         sources = getattr(run, "attributes", Attributes([])).sources
-        columns = [source for source in sources if isinstance(source, StackedAttributes)]
+        operands = [source for source in sources if isinstance(source, StackedAttributes)]
         others = [source.path for source in sources if isinstance(source, Source)]
-        self._pcr_packs = pack_columns(self, columns, others)
+        self._pcr_packs = pack_operands(self, operands, others)
         for pack in self._pcr_packs:
             pack.take_out()
         self._use_packs(run)
@@ -273,7 +273,7 @@ def _source(model: nn.Module, path: str) -> Source:
 
 
 def _copy_structure(module: nn.Module, copies: dict[int, nn.Module], changes: list[int]) -> nn.Module:
-    """The module tree anew, with the same parameters, buffers and plain attributes in it.
+    """The module tree anew, with the same parameters, buffers and other attributes in it.
 
     `changes` counts from now on how often a parameter or buffer is exchanged for another.
     """

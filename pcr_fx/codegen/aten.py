@@ -23,10 +23,14 @@ from pcr_fx.codegen.ir import (
     map_views,
     views,
 )
-from pcr_fx.graphs.nodes import argument
 
 if TYPE_CHECKING:
     from pcr_fx.codegen.lower import Lowering
+
+
+def op_name(node: fx.Node) -> str:
+    """As in "add.Tensor"."""
+    return str(node.target).removeprefix("aten.")
 
 
 # --- views: PyTorch tells their strides ------------------------------------------------------------------------
@@ -119,24 +123,29 @@ POINTWISE: dict[str, Callable[..., Expression]] = {
 # --- everything else -------------------------------------------------------------------------------------------
 
 
-def _dims(given: Any, value: Value) -> list[int]:
+def _dims(argument: Any, value: Value) -> list[int]:
     """The argument `dim` of a reduction; none given means all."""
-    if given is None or given == []:
+    if argument is None or argument == []:
         return list(range(len(value.shape)))
-    return [given] if isinstance(given, int) else list(given)
+    return [argument] if isinstance(argument, int) else list(argument)
+
+
+def _argument(node: fx.Node, position: int, name: str = "", default: Any = None) -> Any:
+    """An argument by position or by name."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def _reduction(combine: str) -> Callable[[Lowering, fx.Node], Value]:
     def build(lowering: Lowering, node: fx.Node) -> Value:
-        value = lowering.tensor(argument(node, 0))
-        dims = _dims(argument(node, 1, "dim"), value)
-        return lowering.reduce(value, dims, bool(argument(node, 2, "keepdim", False)), combine)
+        value = lowering.tensor(_argument(node, 0))
+        dims = _dims(_argument(node, 1, "dim"), value)
+        return lowering.reduce(value, dims, bool(_argument(node, 2, "keepdim", False)), combine)
 
     return build
 
 
 def _mean(lowering: Lowering, node: fx.Node) -> Value:
-    value = lowering.tensor(argument(node, 0))
+    value = lowering.tensor(_argument(node, 0))
     total = _reduction("add")(lowering, node)
     return _over(total, math.prod(value.shape) / math.prod(total.shape))
 
@@ -148,10 +157,10 @@ def _over(value: Value, count: float) -> Value:
 
 
 def _variance(lowering: Lowering, node: fx.Node) -> tuple[Value, Value]:
-    value = lowering.loaded(lowering.tensor(argument(node, 0)))
-    dims = _dims(argument(node, 1, "dim"), value)
-    correction = argument(node, 2, "correction", 1)
-    keepdim = bool(argument(node, 3, "keepdim", False))
+    value = lowering.loaded(lowering.tensor(_argument(node, 0)))
+    dims = _dims(_argument(node, 1, "dim"), value)
+    correction = _argument(node, 2, "correction", 1)
+    keepdim = bool(_argument(node, 3, "keepdim", False))
     total = lowering.reduce(value, dims, True, "add")
     count = math.prod(value.shape) / math.prod(total.shape)
     mean = lowering.materialised(_over(total, count))
@@ -169,14 +178,14 @@ def _buffer(value: Value) -> Buffer:
 
 
 def _product(lowering: Lowering, node: fx.Node) -> Value:
-    return lowering.contract(lowering.tensor(argument(node, 0)), lowering.tensor(argument(node, 1)))
+    return lowering.contract(lowering.tensor(_argument(node, 0)), lowering.tensor(_argument(node, 1)))
 
 
 def _added_product(lowering: Lowering, node: fx.Node) -> Value:
     """addmm, baddbmm: `beta * added + alpha * (left @ right)`."""
     added, left, right = map(lowering.tensor, node.args[:3])
     product = lowering.contract(left, right)
-    alpha, beta = argument(node, 4, "alpha", 1), argument(node, 3, "beta", 1)
+    alpha, beta = _argument(node, 4, "alpha", 1), _argument(node, 3, "beta", 1)
     scaled = product.expression if alpha == 1 else Apply("mul", (Constant(float(alpha)), product.expression))
     if beta == 0:  # what is added then need not be finite
         return Value(product.shape, scaled)
@@ -190,8 +199,8 @@ def _full(value: Callable[[fx.Node], float]) -> Callable[[Lowering, fx.Node], Va
 
 
 def _cat(lowering: Lowering, node: fx.Node) -> Value:
-    tensors = [lowering.tensor(part) for part in argument(node, 0)]
-    shape, dim = tuple(node.meta["val"].shape), argument(node, 1, "dim", 0) % node.meta["val"].dim()
+    tensors = [lowering.tensor(part) for part in _argument(node, 0)]
+    shape, dim = tuple(node.meta["val"].shape), _argument(node, 1, "dim", 0) % node.meta["val"].dim()
     parts, start = [], 0
     for part in tensors:
         if len(part.shape) == len(shape):  # PyTorch lets an empty vector be joined with anything
@@ -217,17 +226,17 @@ def _assembled(
 
 def _slice_scatter(lowering: Lowering, node: fx.Node) -> Value:
     base, source = map(lowering.tensor, node.args[:2])
-    dim = argument(node, 2, "dim", 0) % len(base.shape)
+    dim = _argument(node, 2, "dim", 0) % len(base.shape)
     size = base.shape[dim]
-    start, _, _ = slice(argument(node, 3, "start"), argument(node, 4, "end"), None).indices(size)
-    if argument(node, 5, "step", 1) != 1:
+    start, _, _ = slice(_argument(node, 3, "start"), _argument(node, 4, "end"), None).indices(size)
+    if _argument(node, 5, "step", 1) != 1:
         raise Unprintable("no kernel is printed for aten.slice_scatter with a step")
     return _assembled(lowering, base.shape, base, [(dim, start, source)])
 
 
 def _select_scatter(lowering: Lowering, node: fx.Node) -> Value:
     base, source = map(lowering.tensor, node.args[:2])
-    dim, index = int(argument(node, 2)) % len(base.shape), int(argument(node, 3))
+    dim, index = int(_argument(node, 2)) % len(base.shape), int(_argument(node, 3))
     shape = (*base.shape[:dim], 1, *base.shape[dim + 1 :])
     spread = lowering.loaded(source) if not isinstance(source.expression, Constant) else source
 
@@ -239,11 +248,11 @@ def _select_scatter(lowering: Lowering, node: fx.Node) -> Value:
 
 
 def _padded(lowering: Lowering, node: fx.Node) -> Value:
-    value, pads = lowering.tensor(argument(node, 0)), list(argument(node, 1))
+    value, pads = lowering.tensor(_argument(node, 0)), list(_argument(node, 1))
     value = _cut(value, pads)
     shape = tuple(node.meta["val"].shape)
     buffer = lowering.local(shape, any(view.buffer.varying for view in views(value.expression)))
-    lowering.write(in_memory(buffer, shape), Value(shape, Constant(float(argument(node, 2, "value", 0.0)))))
+    lowering.write(in_memory(buffer, shape), Value(shape, Constant(float(_argument(node, 2, "value", 0.0)))))
     strides, rank = contiguous(shape), len(shape)
     offset = sum(strides[rank - 1 - index] * max(before, 0) for index, before in enumerate(pads[::2]))
     lowering.write(Value(value.shape, Load(View(buffer, strides, offset))), value)
@@ -267,8 +276,8 @@ def _cut(value: Value, pads: Sequence[int]) -> Value:
 
 
 def _flipped(lowering: Lowering, node: fx.Node) -> Value:
-    value = lowering.loaded(lowering.tensor(argument(node, 0)))
-    dims = {dim % len(value.shape) for dim in argument(node, 1)}
+    value = lowering.loaded(lowering.tensor(_argument(node, 0)))
+    dims = {dim % len(value.shape) for dim in _argument(node, 1)}
 
     def change(view: View) -> View:
         offset = view.offset + sum(view.strides[dim] * (value.shape[dim] - 1) for dim in dims)
@@ -279,8 +288,8 @@ def _flipped(lowering: Lowering, node: fx.Node) -> Value:
 
 
 def _to_copy(lowering: Lowering, node: fx.Node) -> Value:
-    value = lowering.tensor(argument(node, 0))
-    source, target = argument(node, 0).meta["val"].dtype, node.meta["val"].dtype
+    value = lowering.tensor(_argument(node, 0))
+    source, target = _argument(node, 0).meta["val"].dtype, node.meta["val"].dtype
     if target == torch.int64 and source.is_floating_point:
         raise Unprintable("no kernel is printed for a conversion to torch.int64")
     if target == torch.bool and source != torch.bool:
@@ -315,15 +324,15 @@ SPECIAL: dict[str, Callable[[Lowering, fx.Node], Any]] = {
     "_to_copy.default": _to_copy,
     "eye.default": _identity_matrix,
     "eye.m": _identity_matrix,
-    "full.default": _full(lambda node: argument(node, 1)),
-    "full_like.default": _full(lambda node: argument(node, 1)),
-    "new_full.default": _full(lambda node: argument(node, 2)),
-    "scalar_tensor.default": _full(lambda node: argument(node, 0)),
+    "full.default": _full(lambda node: _argument(node, 1)),
+    "full_like.default": _full(lambda node: _argument(node, 1)),
+    "new_full.default": _full(lambda node: _argument(node, 2)),
+    "scalar_tensor.default": _full(lambda node: _argument(node, 0)),
     **{f"{name}.default": _full(lambda node: 0.0) for name in ("zeros", "zeros_like", "new_zeros")},
     # Only their shapes are ever read.
     **{f"{name}.default": _full(lambda node: 0.0) for name in ("empty_like", "new_empty", "empty_permuted")},
     "empty.memory_format": _full(lambda node: 0.0),
-    "fill.Scalar": _full(lambda node: argument(node, 1)),
+    "fill.Scalar": _full(lambda node: _argument(node, 1)),
     **{f"{name}.default": _full(lambda node: 1.0) for name in ("ones", "ones_like", "new_ones")},
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pcr_fx.codegen.aten import MEANINGFUL, POINTWISE, READ_ONCE, SPECIAL, VIEWS
+from pcr_fx.codegen.aten import MEANINGFUL, POINTWISE, READ_ONCE, SPECIAL, VIEWS, op_name
 from pcr_fx.codegen.ir import (
     Apply,
     Buffer,
@@ -28,7 +28,6 @@ from pcr_fx.codegen.ir import (
     simplify,
     views,
 )
-from pcr_fx.graphs.nodes import overload_name
 
 # Constants of a body that are written out in its kernel's source.
 _MAX_CONSTANTS = 4096
@@ -86,7 +85,7 @@ class Lowering:
         if node.target is operator.getitem:
             parts, index = node.args
             return self.values[parts][index]  # type: ignore[index]
-        name = overload_name(node)
+        name = op_name(node)
         self._check_dtype(node, name)
         if name in POINTWISE:
             return self._pointwise(node, POINTWISE[name])
@@ -186,7 +185,7 @@ class Lowering:
         """A view op: PyTorch itself works out the strides, on a tensor without memory."""
         value, *rest = (self.tensor(node.args[0]), *node.args[1:])
         assert callable(node.target)
-        if overload_name(node) == "expand.default":
+        if op_name(node) == "expand.default":
             value = self.loaded(value)
         # PyTorch has no negative strides, and not every version says so.
         if any(stride < 0 for view in views(value.expression) for stride in view.strides):
@@ -277,5 +276,5 @@ def _computes_on_the_way(user: fx.Node) -> bool:
     """Whether an op reads each number of its arguments once, so that it may as well compute it."""
     if user.op == "output":
         return True
-    name = overload_name(user)
+    name = op_name(user)
     return name in POINTWISE or name in READ_ONCE or (name in VIEWS and name != "expand.default")
