@@ -22,7 +22,7 @@ from pcr_fx.passes.assembly import FoundChain, assemble_chain
 from pcr_fx.passes.bindings import Blocks, Broken, Carried, NotCarried, OpSequence
 from pcr_fx.passes.describe import common_modules, describe_source, module_path, module_range
 from pcr_fx.passes.isomorphism import Isomorphism
-from pcr_fx.passes.looks import kind_of_op
+from pcr_fx.passes.kinds import target_of
 from pcr_fx.passes.periods import Run, find_runs
 
 # A cut through an op that returns several tensors would carry the tuple: any other cut is better.
@@ -76,12 +76,12 @@ class _Detector:
         self.misses: dict[tuple[int, int], NearMiss] = {}
 
     def run(self) -> Detection:
-        looks = [self.sequence.looks.of(node) for node in self.sequence.ops]
-        for run in find_runs(looks, max(2, min(self.min_length, 3))):
+        kinds = [self.sequence.kinds.of(node) for node in self.sequence.ops]
+        for run in find_runs(kinds, max(2, min(self.min_length, 3))):
             for start, stop in self._unclaimed(run):
                 self._search(Run(start, stop, run.period))
         self.taken.sort(key=lambda taken: taken.blocks.start)
-        self._miss_by_looks()
+        self._miss_by_target()
         near_misses = [*self._notes(), *self._remaining_misses()]
         return Detection([taken.found for taken in self.taken], near_misses)
 
@@ -208,12 +208,12 @@ class _Detector:
             if 2 * claimed < stop - start:
                 yield miss
 
-    def _miss_by_looks(self) -> None:
+    def _miss_by_target(self) -> None:
         """Runs of the same ops on other shapes: near misses, since the shapes must be one."""
-        kinds: list[Any] = [kind_of_op(node) for node in self.sequence.ops]
+        targets: list[Any] = [target_of(node) for node in self.sequence.ops]
         for index in self.claimed:
-            kinds[index] = index
-        for run in find_runs(kinds, self.min_length):
+            targets[index] = index
+        for run in find_runs(targets, self.min_length):
             start = run.start + self._best_phase(run)
             blocks = Blocks(self.sequence, start, run.period, (run.stop - start) // run.period)
             known = any(first < run.stop and run.start < last for first, last in self.misses)
@@ -279,12 +279,12 @@ class _Detector:
         return differs or (miss.reason if miss is not None else "")
 
     def _resemble(self, blocks: Blocks, block: int, odd: range) -> bool:
-        """Whether some ops that no chain has look like the neighbour of a block: in name, or in most ops."""
+        """Whether some ops that no chain has resemble the neighbour of a block: in name, or in most ops."""
         free = [self.sequence.ops[index] for index in odd if index not in self.claimed]
         if not free:
             return False
-        usual = Counter(map(kind_of_op, blocks.ops(block, block + 1)))
-        common = (usual & Counter(map(kind_of_op, free))).total()
+        usual = Counter(map(target_of, blocks.ops(block, block + 1)))
+        common = (usual & Counter(map(target_of, free))).total()
         path = common_modules(blocks.ops(block, block + 1))
         other = module_path(free[0]).split(".")[: len(path)]
         neighbours = bool(path) and path[:-1] == other[:-1] and path[-1].isdigit() and other[-1].isdigit()
@@ -296,7 +296,7 @@ class _Detector:
     def _difference(self, blocks: Blocks, odd: list[fx.Node]) -> str:
         """The first op that differs from those of the first block, in words."""
         for usual, node in zip(blocks.ops(0, 1), odd, strict=False):
-            words = self.sequence.looks.difference(usual, node)
+            words = self.sequence.kinds.difference(usual, node)
             if words:
                 return words
         missing = blocks.ops(0, 1)[len(odd) :]

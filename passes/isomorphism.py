@@ -37,7 +37,7 @@ class Isomorphism:
         template: the block that shows the wiring.
         bindings: for each op of a block what its arguments are.
         body: the ops that the carried values are computed from, in order.
-        columns: for each argument `(op, slot)` what it is in each block: nodes or literals. Of a carried value, only
+        columns: for each argument `(op, slot)` what it is in each block, its column: nodes or literals. Of a carried value, only
             what the first blocks take in its place; of a value of the block itself, nothing.
 
     Raises:

@@ -91,17 +91,17 @@ def _reads_tuple(node: fx.Node) -> bool:
 
 
 def _free_from_values(graph: fx.Graph) -> None:
-    """Let `randn_like(x)` take its shape from the first node that looks like `x`.
+    """Let `randn_like(x)` take its shape from the first node that has the shape, strides, dtype and device of `x`.
 
     Noise that a denoising step draws in the shape of its state does not depend on the state.
     """
     first: dict[Any, fx.Node] = {}
     for node in graph.nodes:
         if is_noise_like(node.target) and node.args and isinstance(node.args[0], fx.Node):
-            node.args = (first.get(_layout(node.args[0]), node.args[0]), *node.args[1:])
-        layout = _layout(node)
-        if layout is not None and node.op != "get_attr":
-            first.setdefault(layout, node)
+            node.args = (first.get(_form(node.args[0]), node.args[0]), *node.args[1:])
+        form = _form(node)
+        if form is not None and node.op != "get_attr":
+            first.setdefault(form, node)
 
 
 def _take_all_results(node: fx.Node) -> None:
@@ -121,7 +121,7 @@ def _take_all_results(node: fx.Node) -> None:
         last = taken[index]
 
 
-def _layout(node: fx.Node) -> Any:
+def _form(node: fx.Node) -> Any:
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None

@@ -61,7 +61,7 @@ def plan_chains(
 def _plan_chain(found: FoundChain, attributes: dict[str, Any], options: Options) -> PlannedChain:
     groups = [
         [_value(node, attributes) for node in nodes]
-        for nodes in (found.initial, [column[0] for column in found.operands], found.shared)
+        for nodes in (found.initial, [operand[0] for operand in found.operands], found.shared)
     ]
     if any(value is None for group in groups for value in group):
         return PlannedChain(found, None, None)
@@ -88,8 +88,8 @@ def _measured(item: PlannedChain, plan: Plan, values: dict[fx.Node, torch.Tensor
     initial = plan.program.layout.flatten(states)
     if not plan.wants_measuring(plan.samples(initial), needs_gradient):
         return item
-    columns = zip(found.operands, signature.operands, strict=True)
-    operands = [torch.stack([_stand_in(node, spec, values) for node in column]) for column, spec in columns]
+    pairs = zip(found.operands, signature.operands, strict=True)
+    operands = [torch.stack([_stand_in(node, spec, values) for node in operand]) for operand, spec in pairs]
     shared = [_stand_in(n, s, values) for n, s in zip(found.shared, signature.shared, strict=True)]
     call = plan.program.call_with(initial, operands, shared)
     return replace(item, choice=plan.measure(call, needs_gradient, are_stacked=bool(operands)))

@@ -73,9 +73,10 @@ class ModelTracer(fx.Tracer):
         self.reads_shapes = False
         # The base class searches all parameters for each one that it meets.
         self.names = {id(value): name for name, value in [*model.named_buffers(), *model.named_parameters()]}
-        self.plain: dict[str, Tensor] = {}
+        # Tensors that modules keep as neither parameters nor buffers, by path.
+        self.stored: dict[str, Tensor] = {}
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if known else None
-        # By what they look like: blocks that repeat ask the same question again and again.
+        # By shape, strides, dtype and device: blocks that repeat ask the same question again and again.
         self.fakes: dict[Any, Tensor] = {}
         self.values: dict[Any, Any] = {}
         self.settings = _settings()
@@ -102,7 +103,7 @@ class ModelTracer(fx.Tracer):
             for name, value in list(module.__dict__.items()):
                 if isinstance(value, Tensor):
                     place = f"{path}.{name}".lstrip(".")
-                    self.plain[place] = value
+                    self.stored[place] = value
                     module.__dict__[name] = self.create_proxy("get_attr", place, (), {})
         return lambda: forward(*args, **kwargs), []
 
@@ -134,7 +135,7 @@ class ModelTracer(fx.Tracer):
         """What the model gets: a tuple must be one, since it may be unpacked or measured, and a number is a number."""
         if isinstance(value, Tensor) or value is None or proxy.node.op in ("get_attr", "output"):
             return proxy
-        if _is_plain(value):
+        if _is_constant(value):
             self.reads_shapes = True
             self.graph.erase_node(proxy.node)
             return value
@@ -154,7 +155,7 @@ class ModelTracer(fx.Tracer):
         return self._result(node)
 
     def _attribute(self, path: str) -> Any:
-        return self.plain[path] if path in self.plain else attribute(self.root, path)
+        return self.stored[path] if path in self.stored else attribute(self.root, path)
 
     def _result(self, node: fx.Node) -> Any:
         assert self.mode is not None
@@ -192,7 +193,7 @@ class ModelTracer(fx.Tracer):
         return pytree.tree_map_only(Tensor, self._fake, value)
 
     def _fake(self, value: Tensor) -> Tensor:
-        """The one fake tensor that looks like `value`: shape, dtype and device are all that is asked of it."""
+        """The one fake tensor of the shape, strides, dtype and device of `value`: all that is asked of it."""
         if value.layout is not torch.strided:
             return value
         assert self.mode is not None
@@ -232,12 +233,12 @@ class ModelTracer(fx.Tracer):
                     continue
                 if place in read:
                     raise CaptureError(f"the model keeps self.{place} from call to call; {ADVICE}")
-                if place not in self.plain:
+                if place not in self.stored:
                     log.warning("self.%s, which the forward sets, is not set by the transformed module", place)
 
 
 class _ModuleStack(OrderedDict[str, Any]):
-    """The base class copies its module stack for each node; a plain dict is copied in a tenth of the time."""
+    """The base class copies its module stack for each node; an ordinary dict is copied in a tenth of the time."""
 
     def __copy__(self) -> dict[str, Any]:
         return dict(self)
@@ -310,10 +311,10 @@ def _inputs(proxy: fx.Proxy) -> str:
     return ", ".join(sorted(str(node.target) for node in seen if node.op == "placeholder")) or "no input"
 
 
-def _is_plain(value: Any) -> bool:
+def _is_constant(value: Any) -> bool:
     """A number, a dtype or a device, or a tuple of such: `size()` returns one."""
     if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
+        return all(map(_is_constant, value))
     return isinstance(value, (bool, int, float, torch.dtype, torch.device))
 
 

@@ -124,9 +124,9 @@ class TransformedModule(nn.Module):
 
     def _pack(self, run: fx.GraphModule) -> None:
         sources = getattr(run, "attributes", Attributes([])).sources
-        columns = [source for source in sources if isinstance(source, StackedAttributes)]
+        operands = [source for source in sources if isinstance(source, StackedAttributes)]
         others = [source.path for source in sources if isinstance(source, Source)]
-        self._pcr_packs = pack_operands(self, columns, others)
+        self._pcr_packs = pack_operands(self, operands, others)
         for pack in self._pcr_packs:
             pack.take_out()
         self._use_packs(run)
@@ -273,7 +273,7 @@ def _source(model: nn.Module, path: str) -> Source:
 
 
 def _copy_structure(module: nn.Module, copies: dict[int, nn.Module], changes: list[int]) -> nn.Module:
-    """The module tree anew, with the same parameters, buffers and plain attributes in it.
+    """The module tree anew, with the same parameters, buffers and other attributes in it.
 
     `changes` counts from now on how often a parameter or buffer is exchanged for another.
     """
