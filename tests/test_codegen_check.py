@@ -1,5 +1,6 @@
 """What the checker of lowered functions finds."""
 
+import sys
 from dataclasses import replace
 
 import pytest
