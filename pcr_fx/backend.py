@@ -51,7 +51,22 @@ def deeppcr(
     _remember(report)
     if native:
         return compile_around(graph_module, compile_rest)
-    return compile_rest(graph_module, example_inputs)
+    nodes = [module for module in graph_module.modules() if isinstance(module, SolveNode)]
+    return _holding(nodes, compile_rest(graph_module, example_inputs))
+
+
+# The nodes of callables that take no attributes.
+_held: list[list[SolveNode]] = []
+
+
+def _holding(nodes: list[SolveNode], run: Callable[..., Any]) -> Callable[..., Any]:
+    """What a compiler made, which names plans and records that live as long as their nodes."""
+    if nodes:
+        try:
+            run._pcr_fx_nodes = nodes  # type: ignore[attr-defined]
+        except AttributeError:
+            _held.append(nodes)
+    return run
 
 
 def rewrite_captured(

@@ -5,9 +5,11 @@ import weakref
 
 import pytest
 import torch
+from planner_cases import Net
 from torch import Tensor, fx
 
 import pcr_fx
+from pcr_fx import backend
 from pcr_fx.body import program
 from pcr_fx.chain import Chain
 from pcr_fx.node import signature_of
@@ -68,3 +70,22 @@ def test_a_copy_for_other_sizes_holds_what_it_is_a_copy_of() -> None:
     plan._plans._latest.clear()
     gc.collect()
     assert plan._plans.get(key) is copy.origin
+
+
+def test_what_was_compiled_holds_its_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_plans", Registry(kept=1))
+    options = {"solver": "newton", "kernels": False, "inner_backend": "aot_eager", "min_length": 8}
+    model, x = Net(8, 2), torch.randn(3, 2)
+    compiled = torch.compile(model, backend="deeppcr", options=options)
+    expected = compiled(x).detach()
+    key = plan._plans.keys()[-1]
+    monkeypatch.setattr(backend, "_reports", {})  # which hold the nodes of the latest model
+    _planned(3.0)
+    gc.collect()
+    assert plan._plans.get(key) is not None
+    assert torch.equal(compiled(x), expected)
+
+
+def test_a_plan_that_is_gone_is_told_of() -> None:
+    with pytest.raises(pcr_fx.PlanError, match="compile it again"):
+        plan.plan_by_key("of another day")
