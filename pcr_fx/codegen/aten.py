@@ -291,7 +291,7 @@ def _identity_matrix(lowering: Lowering, node: fx.Node) -> Value:
 RULES: dict[str, Rule] = {
     **{
         name: Rule(_view, computes_arguments=True)
-        for name in """alias.default detach.default view.default _unsafe_view.default reshape.default t.default
+        for name in """alias.default detach.default view.default _unsafe_view.default t.default
         transpose.int permute.default unsqueeze.default squeeze.default squeeze.dim squeeze.dims select.int slice.Tensor
         diagonal.default split.Tensor split_with_sizes.default unbind.int unfold.default""".split()
     },
@@ -314,15 +314,15 @@ RULES: dict[str, Rule] = {
     "clamp.Tensor": _pointwise(_clamped),
     "clamp_min.default": _pointwise(_clamped),
     "clamp_max.default": _pointwise(lambda value, max: _clamped(value, None, max)),
-    **{f"where.{overload}": _apply("where") for overload in ("self", "ScalarSelf", "ScalarOther", "Scalar")},
-    **{f"{name}.default": _pointwise(lambda value: value) for name in ("clone", "contiguous", "lift_fresh_copy")},
+    "where.self": _apply("where"),
+    **{f"{name}.default": _pointwise(lambda value: value) for name in ("clone", "lift_fresh_copy")},
     **{
         f"{name}.default": _apply(name)
         for name in """abs ceil cos erf erfc exp expm1 floor log log10 log1p log2 maximum minimum neg reciprocal relu round
-        rsqrt sigmoid sign sin sqrt tan tanh atan asin acos sinh cosh trunc logical_and logical_or logical_not atan2
-        fmod""".split()
+        rsqrt sigmoid sign sin sqrt tan tanh atan asin acos sinh cosh trunc logical_and logical_or logical_not
+        atan2""".split()
     },
-    **{f"{name}.Tensor": _apply(name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "atan2", "fmod")},
+    **{f"{name}.Tensor": _apply(name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "fmod")},
     **{f"{name}.Scalar": _apply(name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "fmod")},
     # Only truth values reach these: other integers have no kernel.
     "bitwise_and.Tensor": _apply("logical_and"),
