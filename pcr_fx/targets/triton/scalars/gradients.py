@@ -17,10 +17,10 @@ _GRADIENTS = """
 @triton.jit(do_not_specialize=["length", "samples", "group"])
 def gradients({parameters}, length, samples, group, BLOCK: tl.constexpr):
     wide = tl.full((), 0, tl.int64) + length
-    tiles = (wide + BLOCK - 1) // BLOCK
-    tile = tl.program_id(0) % tiles
-    team = tl.program_id(0) // tiles
-    column = tile * BLOCK + tl.arange(0, BLOCK)
+    runs = (wide + BLOCK - 1) // BLOCK
+    index = tl.program_id(0) % runs
+    team = tl.program_id(0) // runs
+    column = index * BLOCK + tl.arange(0, BLOCK)
     live = column < wide
     begin = team * group
     end = tl.minimum(begin + group, samples)
@@ -70,10 +70,10 @@ class GradientsSource(PackedSource):
         if one.own and not one.shared:
             return [], [f"tl.store({place} + (column * samples + sample) * {one.size} + {e}, {text}, mask=live)"], []
         if one.own:
-            slot = f"(tile * samples + sample) * {one.size} + {e}"
+            slot = f"(index * samples + sample) * {one.size} + {e}"
             return [], [f"tl.store({place} + {slot}, tl.sum({text} + {self.zeros}, 0))"], []
         if one.shared:
-            slot = f"(team * tiles + tile) * {one.size} + {e}"
+            slot = f"(team * runs + index) * {one.size} + {e}"
             write = f"tl.store({place} + {slot}, tl.sum({total}, 0))"
         else:
             slot = f"(team * wide + column) * {one.size} + {e}"

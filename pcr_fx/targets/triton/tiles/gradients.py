@@ -14,13 +14,13 @@ _GRADIENTS = """
 @triton.jit(do_not_specialize=["length", "samples", "group", "run"])
 def gradients({parameters}, initial, trajectory, adjoints, {results}scratch, length, samples, group, run):
     wide = tl.full((), 0, tl.int64) + length
-    tiles = (wide + run - 1) // run
-    tile = tl.program_id(0) % tiles
-    team = tl.program_id(0) // tiles
+    runs = (wide + run - 1) // run
+    index = tl.program_id(0) % runs
+    team = tl.program_id(0) // runs
     scratch = scratch + tl.program_id(0).to(tl.int64) * {scratch}
     place = tl.arange(0, {padded})
     live = place < {d}
-    first_block = tile * run
+    first_block = index * run
     first_sample = team * group
     for block in range(first_block, tl.minimum(first_block + run, wide)):
         for sample in range(first_sample, tl.minimum(first_sample + group, samples)):
@@ -62,7 +62,7 @@ class GradientsSource(TileSource):
         place, first = {
             (False, False): ("team * wide + block", "sample == first_sample"),
             (False, True): ("block * samples + sample", None),
-            (True, False): ("team * tiles + tile", "(block == first_block) & (sample == first_sample)"),
-            (True, True): ("tile * samples + sample", "block == first_block"),
+            (True, False): ("team * runs + index", "(block == first_block) & (sample == first_sample)"),
+            (True, True): ("index * samples + sample", "block == first_block"),
         }[one.shared, one.own]
         return Sum(f"(d_{one.name} + ({place}) * {one.size})", first)
