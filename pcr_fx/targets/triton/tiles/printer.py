@@ -157,27 +157,24 @@ class TilePrinter:
             if buffer.name not in self.sums:
                 self.printed.results[buffer.name] = self._as_tensor(buffer)
         if self.printed.scratch:
-            self._line("tl.debug_barrier()")  # whoever comes next may write there
+            self._line("tl.debug_barrier()")  # What comes next may write to the same memory.
         return self.printed
 
     # --- where things are -----------------------------------------------------------------------------------
 
     def _reached(self, batched: Sequence[str]) -> set[str]:
-        """Buffers of which each lane has one: what depends on inputs of which it has, and outputs."""
+        """The buffers that each lane has for itself: all outputs, and what is computed from inputs that it has so."""
         reached = {*batched, *(buffer.name for buffer in self.function.outputs if self.lanes)}
-        for _ in self.loops:  # a buffer may be written by many
-            read = ({view.buffer.name for view in views(loop.value)} & set(batched) for loop in self.loops)
-            reached |= {loop.out.buffer.name for loop, found in zip(self.loops, read, strict=True) if found}
-            if reached <= set(batched):
-                break
-            batched = [*reached]
+        for loop in self.loops:
+            if any(view.buffer.name in reached for view in views(loop.value)):
+                reached.add(loop.out.buffer.name)
         return reached
 
     def _is_batched(self, loop: Loop) -> bool:
         return loop.out.buffer.name in self._batched
 
     def _axes(self, loop: Loop) -> Axes:
-        """Of what a loop computes; of a product, its result."""
+        """How what a loop computes lies in a tile; of a product of matrices it is the result that does."""
         lanes = self.lanes if self._is_batched(loop) else 0
         most = max(self._most // max(lanes, 1), 1)
         if self._factors(loop) is not None:
@@ -186,40 +183,48 @@ class TilePrinter:
         if columns is None and len(rows) > 1 and loop.out.buffer.name in self.sums:
             rows, columns = rows[:-1], rows[-1:]
         height, width = padded(math.prod(rows)), padded(math.prod(columns)) if columns is not None else 1
-        if loop.reduced:  # all rows, if they can be: what they are reduced to may then stay in registers
+        if loop.reduced:  # A tile has all rows if it can: what they are reduced to may then stay in registers.
             width = min(width, max(most // height, min(_LINE, most)))
         width = min(width, most)
         height = min(height, max(most // width, 1))
         return Axes(rows, columns, height, width, lanes)
 
     def _factors(self, loop: Loop) -> tuple[View, View] | None:
-        """Of a contraction that is a product of matrices: what has lanes, with none of the rows, and what has not."""
+        """The factors of a loop that is a product of matrices, `result[lane, row] = sum over i of a[lane, i] * b[i, row]`.
+
+        So each lane has an `a` for itself, which is the same for all rows, and all lanes have the same `b`.
+        """
         value = loop.value
         if not (
             self._is_batched(loop) and loop.combine == "add" and isinstance(value, Apply) and value.function == "mul"
         ):
             return None
-        rows, columns = padded(math.prod(loop.shape)), padded(math.prod(loop.reduced))
-        if min(rows, columns, self.lanes) < _LEAST or self.lanes * rows > self._most:
+        rows, inner = padded(math.prod(loop.shape)), padded(math.prod(loop.reduced))
+        if min(rows, inner, self.lanes) < _LEAST or self.lanes * rows > self._most:
             return None
-        found = [argument.view for argument in value.arguments if isinstance(argument, Load)]
-        found.sort(key=lambda view: view.buffer.name not in self._batched)
-        if len(found) != 2 or found[0].buffer.name not in self._batched or found[1].buffer.name in self._batched:
+        factors = [argument.view for argument in value.arguments if isinstance(argument, Load)]
+        own = [view for view in factors if view.buffer.name in self._batched]
+        common = [view for view in factors if view.buffer.name not in self._batched]
+        if len(own) != 1 or len(common) != 1 or any(own[0].strides[: len(loop.shape)]):
             return None
-        return None if any(found[0].strides[: len(loop.shape)]) else (found[0], found[1])
+        return own[0], common[0]
 
     def _factor_axes(self, loop: Loop) -> tuple[Axes, Axes]:
-        """Of the factors `[lanes, inner]` and `[inner, rows]` of a product."""
+        """How the factors `[lanes, inner]` and `[inner, rows]` of a product lie in tiles: in slices of the inner axis."""
         inner = padded(math.prod(loop.reduced))
         height = inner if inner <= _MOST_INNER else _LEAST
         left = Axes(loop.reduced, None, height, lanes=self.lanes)
         return left, Axes(loop.reduced, loop.shape, height, padded(math.prod(loop.shape)))
 
     def _tiles(self, loop: Loop) -> list[Axes]:
+        """Every tile that a loop needs."""
         return [self._axes(loop), *(self._factor_axes(loop) if self._factors(loop) is not None else ())]
 
     def _reads(self, loop: Loop) -> list[tuple[View, Axes]]:
-        """Everything that a loop reads, and in what tile."""
+        """Every view that a loop reads, and the tile that it is read into.
+
+        Those of a product are over the indices of their tiles instead of the loop's.
+        """
         factors = self._factors(loop)
         if factors is None:
             return [(view, self._axes(loop)) for view in views(loop.value)]
@@ -229,15 +234,18 @@ class TilePrinter:
         return [(View(left.buffer, left.strides[rank:], left.offset), left_axes), (turned, right_axes)]
 
     def _stays(self, loop: Loop) -> bool:
-        """Whether the whole of a buffer is what this loop computes, all at once."""
-        out = loop.out
-        whole = out.offset == 0 and out.strides == contiguous(loop.shape) and math.prod(loop.shape) == out.buffer.size
-        axes, name = self._axes(loop), out.buffer.name
-        once = self._writers[name] == 1 and name not in self.sums
-        return whole and once and not axes.slices_rows and (bool(loop.reduced) or not axes.slices_columns)
+        """Whether a loop's result is a tensor that stays in registers: it is all of its buffer, computed all at once."""
+        out, axes = loop.out, self._axes(loop)
+        is_whole = out.offset == 0 and _is_whole(loop.shape, out.strides, out.buffer)
+        is_local = self._writers[out.buffer.name] == 1 and out.buffer.name not in self.sums
+        # Slices of columns that are reduced are combined in registers, one after another.
+        return is_whole and is_local and not axes.slices_rows and (bool(loop.reduced) or not axes.slices_columns)
 
     def _from_registers(self, view: View, axes: Axes) -> str | None:
-        """A view of a tensor that is held, along one of the axes."""
+        """A view as a tensor that registers hold, broadcast over the other axes; nothing where it has to be loaded.
+
+        Registers cannot be indexed: it has to be all of a buffer, along the rows of a tile or along its columns.
+        """
         name = view.buffer.name
         if name not in self._held or view.offset:
             return None
@@ -252,7 +260,7 @@ class TilePrinter:
         return axes.spread(held, *lanes, "row") if view.buffer.size == 1 else None
 
     def _place_in_memory(self) -> None:
-        """Memory for what some loop cannot read from registers, or what no register holds."""
+        """Takes memory for what some loop cannot read from registers, and for what no register holds."""
         local = {
             buffer.name: buffer for buffer in (*self.function.inputs, *self.function.outputs, *self.function.locals)
         }
@@ -269,7 +277,7 @@ class TilePrinter:
                 self.printed.scratch += buffer.size * (self.lanes if name in self._batched else 1)
 
     def _save_inputs(self, batched: bool) -> None:
-        """Store what registers hold, but loops read from memory."""
+        """Stores inputs that registers hold, but that some loop reads from memory."""
         for buffer in self.function.inputs:
             name = buffer.name
             if name in self.registers and name in self.pointers and (name in self._batched) == batched:
@@ -285,7 +293,7 @@ class TilePrinter:
         return offsets, mask
 
     def _counted(self) -> int:
-        """Numbers of all tiles of inputs."""
+        """How many numbers all tiles have that could be loaded before the function begins."""
         every = {}
         for loop in self.loops:
             for view, axes in self._reads(loop):
@@ -295,7 +303,7 @@ class TilePrinter:
         return sum(every.values())
 
     def _is_fetched(self, view: View, axes: Axes) -> bool:
-        """Whether a view is one of an input in memory, of which a tile takes all at once."""
+        """Whether a view can be loaded before the function begins: it is of an input in memory, and its tile is not sliced."""
         return view.buffer.name not in self.registers and not self._writers[view.buffer.name] and not axes.is_sliced
 
     def _as_tensor(self, buffer: Buffer) -> str:
