@@ -25,7 +25,7 @@ class PointerTable:
     """The addresses of `L` tensors of one shape and dtype, each contiguous.
 
     Attributes:
-        spec: shape and dtype of each.
+        shape, dtype: of each.
         words: how a kernel is told of the table.
     """
 
@@ -39,7 +39,7 @@ class PointerTable:
         self.sizes = (ctypes.c_int64 * first.dim())(*first.shape)
         self.strides = (ctypes.c_int64 * first.dim())(*first.stride())
         self.words = (0, 0, ctypes.addressof(self.addresses))
-        self.table = _Table(
+        self._operand = _Operand(
             count,
             first.dim(),
             _DTYPES[first.dtype],
@@ -67,10 +67,12 @@ class PointerTable:
 
     def holds(self) -> bool:
         """Whether every tensor is still where it was, with the same shape, strides and dtype."""
-        return _checker()(ctypes.byref(self.table)) == len(self.tensors)
+        return _checker()(ctypes.byref(self._operand)) == len(self.tensors)
 
 
-class _Table(ctypes.Structure):
+class _Operand(ctypes.Structure):
+    """All tensors of a per-block operand as native/pointers.cpp has them."""
+
     _fields_ = [
         ("count", ctypes.c_int64),
         ("dim", ctypes.c_int64),
