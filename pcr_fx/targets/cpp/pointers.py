@@ -1,4 +1,4 @@
-"""Where the parts of a per-block operand lie in memory: read once, then only looked after.
+"""Where the parts of a per-block operand lie in memory: read once, then only checked.
 
 Stacking 4,096 small parameters costs more than the chain that they belong to. A kernel reads them where they are, from a
 table of addresses; before each call native code checks that none has moved, changed its shape, or its dtype.
@@ -53,8 +53,8 @@ class PointerTable:
         """The table, or `None` where kernels cannot read these tensors in place."""
         first = tensors[0]
         for tensor in tensors:
-            plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
-            if not plain or tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
+            has_addresses = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+            if not has_addresses or tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
                 return None
             if tensor.shape != first.shape or tensor.dtype != first.dtype or tensor.stride() != first.stride():
                 return None

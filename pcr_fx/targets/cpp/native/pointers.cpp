@@ -1,5 +1,5 @@
-// Whether the parameters of a chain still lie where they lay, and look as they looked: some ten nanoseconds each, where
-// asking in Python costs a hundred. PyTorch answers through its stable C interface, whose functions are passed in.
+// Whether the parameters of a chain still have the addresses, shapes and dtypes that were read: some ten nanoseconds each,
+// where asking in Python costs a hundred. PyTorch answers through its stable C interface, whose functions are passed in.
 #include <cstdint>
 
 extern "C" {
