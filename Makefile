@@ -1,11 +1,17 @@
-# Each target that needs the virtual environment makes it first. A later run leaves it alone, unless one of the two
+# Each target that needs the virtual environment makes it first. A later run leaves it alone, unless one of the
 # files that say what belongs in it has changed.
+#
+#   make test PYTHON=python3.13 VENV=/tmp/venv     with this Python, in an environment of its own
+#   make demo SYSTEM_TORCH=1                       with the PyTorch that PYTHON has, without a download of one
+#   make demo UV=                                  with pip, also where uv is installed
 
-VENV   := .venv
-READY  := $(VENV)/.ready
-BIN    := $(VENV)/bin
-ARGS   ?=
-PYTHON ?= python3 python3.13 python3.12 python3.11
+VENV         ?= .venv
+READY        := $(VENV)/.ready
+BIN          := $(VENV)/bin
+ARGS         ?=
+PYTHON       ?= python3 python3.14 python3.13 python3.12 python3.11
+UV           ?= $(shell command -v uv 2>/dev/null)
+SYSTEM_TORCH ?=
 
 # Each candidate is run, not only looked up: it may be too old, or lack ensurepip or the headers, which distributions
 # package separately. torch.compile builds its kernels against the headers.
@@ -15,12 +21,15 @@ USABLE := import ensurepip, pathlib, sys, sysconfig; \
 BASE    = $(firstword $(foreach name,$(PYTHON),$(shell $(name) -c '$(USABLE)' 2>/dev/null && echo $(name))))
 
 # torch.compile itself looks only for g++ (clang++ on a Mac), unless CXX names another.
-override export CXX := $(firstword $(foreach name,$(CXX) g++ clang++,$(shell command -v $(name) 2>/dev/null)))
+override CXX := $(firstword $(foreach name,$(CXX) g++ clang++,$(shell command -v $(name) 2>/dev/null)))
+export CXX
 
-.PHONY: help demo test lint types wheel examples zoo clean compiler
+.PHONY: help environment demo test lint types wheel examples zoo clean compiler
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
+
+environment: $(READY)  ## make the virtual environment, and nothing else
 
 demo: compiler $(READY)  ## train a deep residual network both ways, and show what was gained
 	$(BIN)/python examples/train_resnet.py $(ARGS)
@@ -28,8 +37,9 @@ demo: compiler $(READY)  ## train a deep residual network both ways, and show wh
 test: compiler $(READY)  ## run the tests, or some of them: make test ARGS="-k layering"
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(READY)  ## check the style of the code
+lint: $(READY)  ## check the style of the code and its format
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 
 types: $(READY)  ## check the types of the package
 	$(BIN)/mypy
@@ -50,9 +60,7 @@ clean:  ## remove the virtual environment and everything built
 compiler:
 	@: $(if $(CXX),,$(error torch.compile needs a C++ compiler: install g++ or clang++, or name one in CXX))
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt tools/environment.py
 	@: $(if $(BASE),,$(error no Python >= 3.11 with venv and headers (on Debian: python3-venv, python3-dev) among: $(PYTHON)))
 	@echo "Setting up $(VENV) with $(BASE): some minutes the first time."
-	@$(BASE) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[examples,test]' --constraint constraints.txt
-	@touch $@
+	@$(BASE) tools/environment.py $(VENV) $(if $(UV),--installer $(UV)) $(if $(SYSTEM_TORCH),--system-torch)

@@ -11,11 +11,11 @@ from torch import fx
 
 from benchmarks.measure import record
 from benchmarks.models import residual_net
+from pcr_fx.graphs.attributes import attributes_of
 from pcr_fx.passes.capture import capture_model
 from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.passes.rewrite import sortable_chains
-from pcr_fx.passes.tracer import attribute
 
 
 def blocks(ops: int) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
@@ -23,7 +23,7 @@ def blocks(ops: int) -> tuple[fx.Graph, dict[str, torch.Tensor]]:
     model = residual_net(ops // 5, 4)
     graph = capture_model(model, torch.randn(2, 4)).graph
     normalise_graph(graph)
-    return graph, {str(n.target): attribute(model, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    return graph, attributes_of(model, graph)
 
 
 def random_ops(ops: int) -> tuple[fx.Graph, dict[str, torch.Tensor]]:

@@ -18,7 +18,8 @@ from benchmarks.measure import median_ms, record
 from benchmarks.models import residual_net
 from pcr_fx import ops
 from pcr_fx.planner import Choice, Plan
-from pcr_fx.planner.rule import Case, estimated_choice
+from pcr_fx.planner.rule import estimated_choice
+from pcr_fx.ways import Case
 
 LENGTHS, WIDTHS, BATCHES = (16, 64, 256, 1024), (2, 4, 8, 16), (1, 8, 64)
 # Jacobian entries of a whole chain; more would take minutes and teach nothing new.

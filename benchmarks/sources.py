@@ -39,19 +39,15 @@ from pcr_fx.chain import TensorSpec
 from pcr_fx.errors import PcrFxError
 from pcr_fx.targets.cpp.source import chain_source
 from pcr_fx.targets.kernel import LoweredBody
-from pcr_fx.targets.triton.scalars.source import ScalarSource
-from pcr_fx.targets.triton.tiles.source import TileSource
+from pcr_fx.targets.triton.scalars import launch as scalars
+from pcr_fx.targets.triton.tiles import launch as tiles
 
 RECORD = RESULTS / "sources.json"
 # No operand has 11 of anything, so none looks like a sample's own by chance.
 LENGTH, SAMPLES = 5, 11
-# The largest d that has kernels of scalars: they hold a block in a thread's registers.
-MOST_SCALARS = 4
 NOT_PRINTED = "not printed: "
 WAYS = ("forward", "adjoint")
 CPP = [*((direction, lanes) for direction in WAYS for lanes in ("features", "samples")), ("newton", "features")]
-SCALARS = [*((name, way) for name in ("newton", "sequential") for way in WAYS), ("gradients", "adjoint")]
-TILES = [*((name, way) for name in ("linearise", "sequential") for way in WAYS), ("gradients", "adjoint")]
 
 # --- chains -----------------------------------------------------------------------------------------------------------
 
@@ -172,22 +168,21 @@ def program_of(case: Case, dtype: torch.dtype) -> Program:
 
 def printers(program: Program, body: SampleBody) -> dict[str, Callable[[], str]]:
     lowered = LoweredBody(program, body)
-    tiles, scalars = TileSource(lowered), ScalarSource(lowered)
     found: dict[str, Callable[[], str]] = {
         f"{direction}-{lanes}.cpp": partial(chain_source, lowered, direction, lanes == "samples")
         for direction, lanes in CPP
     }
-    found |= {f"tiles-{name}-{direction}.py": partial(_tile_text, tiles, name, direction) for name, direction in TILES}
-    if body.dimension <= MOST_SCALARS:
-        found |= {
-            f"scalars-{name}-{direction}.py": partial(scalars.text, name, direction) for name, direction in SCALARS
-        }
+    for name, direction in tiles.NAMES:
+        found[f"tiles-{name}-{direction}.py"] = partial(_tile_text, lowered, name, direction)
+    if body.dimension <= scalars.MAX_DIMENSION:
+        for name, direction in scalars.NAMES:
+            found[f"scalars-{name}-{direction}.py"] = partial(scalars.kernel_text, lowered, name, direction)
     return found
 
 
-def _tile_text(source: TileSource, name: str, direction: str) -> str:
+def _tile_text(lowered: LoweredBody, name: str, direction: str) -> str:
     """With what a launch is told beside it: numbers of memory for each program, and warps."""
-    text = source.text(name, direction)
+    text = tiles.kernel_text(lowered, name, direction)
     return f"{text.module}\nscratch, warps = {text.scratch}, {text.warps}\n"
 
 

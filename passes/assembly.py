@@ -10,11 +10,11 @@ import torch
 from torch import fx
 
 from pcr_fx.chain import Chain, Origin
+from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.bindings import Binding, Broken, Carried, Inside, Literal, NotCarried
 from pcr_fx.passes.describe import describe_node
-from pcr_fx.passes.effects import op_name
 from pcr_fx.passes.isomorphism import Isomorphism, same_literal
-from pcr_fx.passes.looks import say_shape
+from pcr_fx.passes.kinds import say_spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,11 +136,11 @@ class _Assembly:
         nodes = self.initial[component], self.blocks.op(0, component[0])
         for value in map(self.sequence.value, nodes):
             if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
-                got = say_shape(self.sequence.looks.shape(nodes[0]))
+                got = say_spec(self.sequence.kinds.spec(nodes[0]))
                 raise Broken(1, f"the value carried from block to block is no floating tensor but {got}")
-        before, after = map(self.sequence.looks.shape, nodes)
+        before, after = map(self.sequence.kinds.spec, nodes)
         if before is not None and after is not None and before[0] != after[0]:
-            words = f"the first block changes the shape of its state from {say_shape(before)} to {say_shape(after)}"
+            words = f"the first block changes the shape of its state from {say_spec(before)} to {say_spec(after)}"
             raise Broken(0, words)
 
     def _check_users(self) -> None:
@@ -158,9 +158,9 @@ class _Assembly:
                         raise Broken(block, f"inner value used outside: {words}", user)
 
     def _check_unwritten(self) -> None:
-        columns = [tuple(self.initial.values()), tuple(self.shared), *self.operands]
-        for number, column in enumerate(columns):
-            for position, node in enumerate(column):
+        groups = [tuple(self.initial.values()), tuple(self.shared), *self.operands]
+        for number, nodes in enumerate(groups):
+            for position, node in enumerate(nodes):
                 writer = self.sequence.written.get(node)
                 if writer is not None:
                     words = f"mutation: {describe_node(writer)} writes to {node.name}, which the blocks read"
@@ -250,13 +250,13 @@ class _Assembly:
         value = self.sequence.value(node)
         if value is not None and not isinstance(value, torch.Tensor):
             depends = isinstance(value, (torch.SymInt, torch.SymFloat))
-            got = "a number that depends on data" if depends else say_shape(self.sequence.looks.shape(node))
+            got = "a number that depends on data" if depends else say_spec(self.sequence.kinds.spec(node))
             op = self.blocks.op(0, index)
             raise Broken(0, f"{op_name(op)} takes {node.name}, which is no tensor but {got}", op)
 
     def _check_stackable(self, nodes: Sequence[fx.Node], index: int) -> None:
         """Operands that differ from block to block are stacked: they must have one shape and dtype."""
-        shapes = list(map(self.sequence.looks.shape, nodes))
+        shapes = list(map(self.sequence.kinds.spec, nodes))
         for block, shape in enumerate(shapes):
             if isinstance(shape, tuple) and shape == shapes[0]:
                 continue
@@ -264,10 +264,10 @@ class _Assembly:
             if shape is None:
                 words = f"the shape of {name}, an operand of {op_name(op)}, is not known without example inputs"
             elif not isinstance(shape, tuple):
-                words = f"{op_name(op)} takes {name}, which is no tensor but {say_shape(shape)}"
+                words = f"{op_name(op)} takes {name}, which is no tensor but {say_spec(shape)}"
             else:
-                usual = say_shape(shapes[0])
-                words = f"{op_name(op)} takes an operand of {say_shape(shape)} where the blocks before take {usual}"
+                usual = say_spec(shapes[0])
+                words = f"{op_name(op)} takes an operand of {say_spec(shape)} where the blocks before take {usual}"
             raise Broken(block, words, op)
 
 

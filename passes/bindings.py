@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from pcr_fx.graphs.effects import is_random, written_nodes
+from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.describe import describe_source, module_range
-from pcr_fx.passes.effects import is_random, op_name, written_nodes
-from pcr_fx.passes.looks import Looks, flatten_arguments
+from pcr_fx.passes.kinds import Kinds, flatten_arguments
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class OpSequence:
         self.ops = [*filter(self._is_constant, ops), *(node for node in ops if not self._is_constant(node))]
         self.position = {node: index for index, node in enumerate(self.ops)}
         self.written = written_nodes(graph)
-        self.looks = Looks(self.value)
+        self.kinds = Kinds(self.value)
         self._leaves: dict[fx.Node, list[Any]] = {}
 
     def value(self, node: fx.Node) -> Any:
@@ -100,7 +101,7 @@ class Blocks:
         return self.sequence.ops[self.start + block * self.period + index]
 
     def column(self, index: int, length: int) -> list[fx.Node]:
-        """Op `index` of each of the first `length` blocks."""
+        """Op `index` of each of the first `length` blocks: a column of ops."""
         first = self.start + index
         return self.sequence.ops[first : first + length * self.period : self.period]
 

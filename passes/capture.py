@@ -16,8 +16,8 @@ from pcr_fx.body.isolation import tracing
 from pcr_fx.errors import CaptureError, UnsupportedError
 from pcr_fx.passes.tracer import ADVICE, ModelTracer
 
-# An argument that compares by value; anything else must be the same object.
-_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+# An argument of these types compares by value; any other must be the same object.
+_COMPARED_BY_VALUE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,4 +147,4 @@ def _facts(value: Any, with_shapes: bool) -> Any:
         return type(value), [_facts(item, with_shapes) for item in value]
     if isinstance(value, Mapping):
         return {name: _facts(item, with_shapes) for name, item in value.items()}
-    return value if value is Tensor else (type(value), value if isinstance(value, _PLAIN) else id(value))
+    return value if value is Tensor else (type(value), value if isinstance(value, _COMPARED_BY_VALUE) else id(value))

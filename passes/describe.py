@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from pcr_fx.passes.effects import op_name
+from pcr_fx.graphs.nodes import op_name
 
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
@@ -67,12 +67,12 @@ def _range(first: str, last: str) -> str:
 
 
 def describe_source(node: fx.Node) -> str:
-    """`model.py:31`, the innermost line of the user's own code; empty when it is not known."""
+    """`model.py:31`, the innermost line of the user's code; empty when it is not known."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if not frame[0].startswith(_TORCH)]
-    if not own:
+    users = [frame for frame in frames if not frame[0].startswith(_TORCH)]
+    if not users:
         return ""
-    file, line = own[-1]
+    file, line = users[-1]
     return f"{os.path.basename(file)}:{line}"
 
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from pcr_fx.chain import NearMiss
+from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.assembly import FoundChain, assemble_chain
 from pcr_fx.passes.bindings import Blocks, Broken, Carried, NotCarried, OpSequence
 from pcr_fx.passes.describe import common_modules, describe_source, module_path, module_range
-from pcr_fx.passes.effects import op_name
 from pcr_fx.passes.isomorphism import Isomorphism
-from pcr_fx.passes.looks import kind_of_op
+from pcr_fx.passes.kinds import target_of
 from pcr_fx.passes.periods import Run, find_runs
 
 # A cut through an op that returns several tensors would carry the tuple: any other cut is better.
@@ -30,22 +31,12 @@ _TUPLE_COST = 1000
 _GROWTH = 8
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A near miss: blocks that look like a chain, and why they are none."""
-
-    modules: str
-    reason: str
-    length: int = 0
-    source: str = ""
-
-
 @dataclass
 class Detection:
     """What `find_chains` found."""
 
     chains: list[FoundChain] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
 
 
 def find_chains(graph: fx.Graph, attributes: dict[str, Any], min_length: int) -> Detection:
@@ -82,17 +73,17 @@ class _Detector:
         self.claimed: set[int] = set()
         self.taken: list[_Taken] = []
         # Near misses by where they start and stop: a longer period may yet make a chain of the same ops.
-        self.misses: dict[tuple[int, int], Rejected] = {}
+        self.misses: dict[tuple[int, int], NearMiss] = {}
 
     def run(self) -> Detection:
-        looks = [self.sequence.looks.of(node) for node in self.sequence.ops]
-        for run in find_runs(looks, max(2, min(self.min_length, 3))):
+        kinds = [self.sequence.kinds.of(node) for node in self.sequence.ops]
+        for run in find_runs(kinds, max(2, min(self.min_length, 3))):
             for start, stop in self._unclaimed(run):
                 self._search(Run(start, stop, run.period))
         self.taken.sort(key=lambda taken: taken.blocks.start)
-        self._miss_by_looks()
-        rejected = [*self._notes(), *self._remaining_misses()]
-        return Detection([taken.found for taken in self.taken], rejected)
+        self._miss_by_target()
+        near_misses = [*self._notes(), *self._remaining_misses()]
+        return Detection([taken.found for taken in self.taken], near_misses)
 
     # --- searching -------------------------------------------------------------------------------------------------
 
@@ -208,21 +199,21 @@ class _Detector:
         else:
             reason = broken.reason
         modules = blocks.modules(0, length if length >= 2 else blocks.count)
-        self.misses[start, stop] = Rejected(modules, reason, blocks.count, blocks.source())
+        self.misses[start, stop] = NearMiss(modules, reason, blocks.count, blocks.source())
 
-    def _remaining_misses(self) -> Iterator[Rejected]:
+    def _remaining_misses(self) -> Iterator[NearMiss]:
         """The near misses of which no chain has come after all."""
         for (start, stop), miss in sorted(self.misses.items(), key=lambda item: item[0]):
             claimed = sum(1 for index in range(start, stop) if index in self.claimed)
             if 2 * claimed < stop - start:
                 yield miss
 
-    def _miss_by_looks(self) -> None:
+    def _miss_by_target(self) -> None:
         """Runs of the same ops on other shapes: near misses, since the shapes must be one."""
-        kinds: list[Any] = [kind_of_op(node) for node in self.sequence.ops]
+        targets: list[Any] = [target_of(node) for node in self.sequence.ops]
         for index in self.claimed:
-            kinds[index] = index
-        for run in find_runs(kinds, self.min_length):
+            targets[index] = index
+        for run in find_runs(targets, self.min_length):
             start = run.start + self._best_phase(run)
             blocks = Blocks(self.sequence, start, run.period, (run.stop - start) // run.period)
             known = any(first < run.stop and run.start < last for first, last in self.misses)
@@ -231,14 +222,14 @@ class _Detector:
             differs = next(filter(None, (self._odd(blocks, block) for block in range(1, blocks.count))), "")
             if differs and self._feed_each_other(blocks):
                 words = f"blocks of the same ops that differ: {differs}"
-                miss = Rejected(blocks.modules(0, blocks.count), words, blocks.count, blocks.source())
+                miss = NearMiss(blocks.modules(0, blocks.count), words, blocks.count, blocks.source())
                 self.misses[run.start, run.stop] = miss
 
     def _feed_each_other(self, blocks: Blocks) -> bool:
         leaves = (leaf for node in blocks.ops(1, 2) for leaf in self.sequence.leaves(node))
         return any(isinstance(blocks.bind(1, leaf), Carried) for leaf in leaves)
 
-    def _notes(self) -> Iterator[Rejected]:
+    def _notes(self) -> Iterator[NearMiss]:
         """The odd blocks before and behind chains."""
         said: set[int] = set()
         for number, taken in enumerate(self.taken):
@@ -257,7 +248,7 @@ class _Detector:
                 ops = self.sequence.ops[odd.start : odd.stop]
                 if reason and ops and said.isdisjoint(odd):
                     said.update(odd)
-                    yield Rejected(module_range([ops]), f"{words}: {reason}", 1, describe_source(ops[-1]))
+                    yield NearMiss(module_range([ops]), f"{words}: {reason}", 1, describe_source(ops[-1]))
 
     def _end(self, taken: _Taken, number: int) -> str:
         """Why the block behind a chain is none of it."""
@@ -288,12 +279,12 @@ class _Detector:
         return differs or (miss.reason if miss is not None else "")
 
     def _resemble(self, blocks: Blocks, block: int, odd: range) -> bool:
-        """Whether some ops that no chain has look like the neighbour of a block: in name, or in most ops."""
+        """Whether some ops that no chain has resemble the neighbour of a block: in name, or in most ops."""
         free = [self.sequence.ops[index] for index in odd if index not in self.claimed]
         if not free:
             return False
-        usual = Counter(map(kind_of_op, blocks.ops(block, block + 1)))
-        common = (usual & Counter(map(kind_of_op, free))).total()
+        usual = Counter(map(target_of, blocks.ops(block, block + 1)))
+        common = (usual & Counter(map(target_of, free))).total()
         path = common_modules(blocks.ops(block, block + 1))
         other = module_path(free[0]).split(".")[: len(path)]
         neighbours = bool(path) and path[:-1] == other[:-1] and path[-1].isdigit() and other[-1].isdigit()
@@ -305,7 +296,7 @@ class _Detector:
     def _difference(self, blocks: Blocks, odd: list[fx.Node]) -> str:
         """The first op that differs from those of the first block, in words."""
         for usual, node in zip(blocks.ops(0, 1), odd, strict=False):
-            words = self.sequence.looks.difference(usual, node)
+            words = self.sequence.kinds.difference(usual, node)
             if words:
                 return words
         missing = blocks.ops(0, 1)[len(odd) :]

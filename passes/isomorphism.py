@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from pcr_fx.graphs.effects import hides_ops, is_random, updates_statistics, writes
+from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.bindings import (
     Binding,
     Blocks,
@@ -21,26 +23,9 @@ from pcr_fx.passes.bindings import (
     say_difference,
 )
 from pcr_fx.passes.describe import describe_node
-from pcr_fx.passes.effects import hides_ops, is_random, op_name, updates_statistics, writes
 
 # Ops for which a number that differs from block to block may become a tensor that does.
-_SCALAR_OPS = frozenset(
-    [
-        "add",
-        "div",
-        "mul",
-        "multiply",
-        "pow",
-        "radd",
-        "rmul",
-        "rsub",
-        "rtruediv",
-        "sub",
-        "subtract",
-        "true_divide",
-        "truediv",
-    ]
-)
+_SCALAR_OPS = frozenset("add div mul multiply pow radd rmul rsub rtruediv sub subtract true_divide truediv".split())
 
 
 class Isomorphism:
@@ -52,7 +37,7 @@ class Isomorphism:
         template: the block that shows the wiring.
         bindings: for each op of a block what its arguments are.
         body: the ops that the carried values are computed from, in order.
-        columns: for each argument `(op, slot)` what it is in each block: nodes or literals. Of a carried value, only
+        columns: for each argument `(op, slot)` what it is in each block, its column: nodes or literals. Of a carried value, only
             what the first blocks take in its place; of a value of the block itself, nothing.
 
     Raises:

@@ -9,16 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcr_fx.passes.effects import (
-    is_fresh,
-    is_idle_dropout,
-    is_inplace_variant,
-    is_noise_like,
-    is_pytorchs,
-    is_random,
-    op_name,
-    writes,
-)
+from pcr_fx.graphs.effects import is_fresh, is_idle_dropout, is_inplace_variant, is_noise_like, is_random, writes
+from pcr_fx.graphs.nodes import is_pytorchs, op_name
 
 _FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -33,26 +25,10 @@ _FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
 # Ops that do no more than compute or view, beside those that give fresh results. One that nobody reads would set its
 # block apart from the others, or be taken for a reader of the block's inner values.
 _VIEW_NAMES = frozenset(
-    [
-        "chunk",
-        "detach",
-        "expand",
-        "getitem",
-        "permute",
-        "reshape",
-        "select",
-        "split",
-        "squeeze",
-        "t",
-        "transpose",
-        "unbind",
-        "unsqueeze",
-        "var_mean",
-        "view",
-        "view_as",
-    ]
+    """chunk detach expand getitem permute reshape select split squeeze t transpose unbind unsqueeze var_mean view
+    view_as""".split()
 )
-_CELL_NAMES = frozenset(["lstm_cell"])
+_CELL_NAMES = frozenset("lstm_cell".split())
 
 
 def normalise_graph(graph: fx.Graph) -> None:
@@ -115,17 +91,17 @@ def _reads_tuple(node: fx.Node) -> bool:
 
 
 def _free_from_values(graph: fx.Graph) -> None:
-    """Let `randn_like(x)` take its shape from the first node that looks like `x`.
+    """Let `randn_like(x)` take its shape from the first node that has the shape, strides, dtype and device of `x`.
 
     Noise that a denoising step draws in the shape of its state does not depend on the state.
     """
     first: dict[Any, fx.Node] = {}
     for node in graph.nodes:
         if is_noise_like(node.target) and node.args and isinstance(node.args[0], fx.Node):
-            node.args = (first.get(_layout(node.args[0]), node.args[0]), *node.args[1:])
-        layout = _layout(node)
-        if layout is not None and node.op != "get_attr":
-            first.setdefault(layout, node)
+            node.args = (first.get(_form(node.args[0]), node.args[0]), *node.args[1:])
+        form = _form(node)
+        if form is not None and node.op != "get_attr":
+            first.setdefault(form, node)
 
 
 def _take_all_results(node: fx.Node) -> None:
@@ -145,7 +121,7 @@ def _take_all_results(node: fx.Node) -> None:
         last = taken[index]
 
 
-def _layout(node: fx.Node) -> Any:
+def _form(node: fx.Node) -> Any:
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None

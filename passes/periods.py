@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# How many later occurrences of the same window are looked at. A block may hold this many equal windows of
-# `_WINDOW` ops before its period is missed.
-_LOOK_AHEAD = 8
-_WINDOWS = (1, 4, 16)
-# Windows by which a recurrence is told from an accident.
+# To how many later occurrences of an n-gram (n ops in a row) the distance is taken. A block may hold this many equal
+# n-grams before its period is missed.
+_OCCURRENCES = 8
+_GRAMS = (1, 4, 16)
+# The n by which a recurrence is told from an accident.
 _TELLING = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -28,7 +28,7 @@ def find_runs(sequence: Sequence[Hashable], min_length: int) -> Iterator[Run]:
     """Maximal runs of at least `min_length` whole periods, by period, smallest first.
 
     Runs of different periods may overlap: every multiple of a period is one too. Near linear: the candidate periods
-    are the distances at which the same window of ops recurs.
+    are the distances at which the same n-gram of ops recurs.
     """
     codes: dict[Hashable, int] = {}
     numbers = np.array([codes.setdefault(item, len(codes)) for item in sequence], dtype=np.int64)
@@ -40,16 +40,16 @@ def find_runs(sequence: Sequence[Hashable], min_length: int) -> Iterator[Run]:
 
 
 def _candidate_periods(numbers: np.ndarray, min_length: int) -> list[int]:
-    codes = _window_codes(numbers)
+    codes = _gram_codes(numbers)
     periods: set[int] = set()
-    for window in _WINDOWS:
-        if window in codes:
-            periods |= _recurring_distances(codes, window, min_length)
+    for n in _GRAMS:
+        if n in codes:
+            periods |= _recurring_distances(codes, n, min_length)
     return sorted(periods)
 
 
-def _window_codes(numbers: np.ndarray) -> dict[int, np.ndarray]:
-    """By width, one code for each window of the sequence; equal windows have equal codes."""
+def _gram_codes(numbers: np.ndarray) -> dict[int, np.ndarray]:
+    """By n, one code for each n-gram of the sequence; equal n-grams have equal codes."""
     found = {1: numbers}
     for width in _TELLING[1:]:
         codes, half = found[width // 2], width // 2
@@ -60,12 +60,12 @@ def _window_codes(numbers: np.ndarray) -> dict[int, np.ndarray]:
     return found
 
 
-def _recurring_distances(every: dict[int, np.ndarray], window: int, min_length: int) -> set[int]:
-    codes = every[window]
+def _recurring_distances(every: dict[int, np.ndarray], n: int, min_length: int) -> set[int]:
+    codes = every[n]
     order = np.argsort(codes, kind="stable")
     grouped = codes[order]
     found: set[int] = set()
-    for ahead in range(1, _LOOK_AHEAD + 1):
+    for ahead in range(1, _OCCURRENCES + 1):
         same = grouped[ahead:] == grouped[:-ahead]
         first = order[:-ahead][same]
         distances = order[ahead:][same] - first

@@ -11,23 +11,30 @@ import torch
 from torch import fx
 
 from pcr_fx.body import Signature
-from pcr_fx.call import Call
-from pcr_fx.chain import TensorSpec
+from pcr_fx.chain import NearMiss, TensorSpec
 from pcr_fx.errors import BodyError
-from pcr_fx.node import solved_dtype
+from pcr_fx.node import SolveNode, solved_dtype
 from pcr_fx.options import Options
-from pcr_fx.passes.detect import Detection, FoundChain, Rejected
+from pcr_fx.passes.assembly import FoundChain
+from pcr_fx.passes.detect import Detection
 from pcr_fx.passes.rewrite import explain_unsortable, sortable_chains
 from pcr_fx.planner import Choice, Plan, make_plan
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedChain:
-    """A chain with its plan; `plan` and `choice` are `None` while its shapes are not known yet."""
+    """A chain with its plan.
+
+    Attributes:
+        found: the chain, and where it is tied into the graph.
+        plan, choice: how it is to run; `None` while its shapes are not known yet.
+        node: what is to stand for it in the graph; `None` where the model's own ops stay.
+    """
 
     found: FoundChain
     plan: Plan | None
     choice: Choice | None
+    node: SolveNode | None = None
 
     def left_alone(self, needs_gradient: bool) -> bool:
         """Whether the rest of the compiler does as well or better: block by block, and nobody asked for it."""
@@ -36,9 +43,9 @@ class PlannedChain:
 
 def plan_chains(
     graph: fx.Graph, detection: Detection, attributes: dict[str, Any], options: Options
-) -> tuple[list[PlannedChain], list[Rejected]]:
-    """Plans for the chains found; those that cannot be solved as a whole go to the rejected, with the reason."""
-    planned, rejected = [], list(detection.rejected)
+) -> tuple[list[PlannedChain], list[NearMiss]]:
+    """Plans for the chains found; those that cannot be solved as a whole are near misses, with the reason."""
+    planned, near_misses = [], list(detection.near_misses)
     sortable = sortable_chains(graph, detection.chains)
     for found in detection.chains:
         try:
@@ -47,14 +54,14 @@ def plan_chains(
             planned.append(_plan_chain(found, attributes, options))
         except BodyError as reason:
             origin = found.chain.origin
-            rejected.append(Rejected(origin.modules, str(reason), found.chain.length, origin.source))
-    return planned, rejected
+            near_misses.append(NearMiss(origin.modules, str(reason), found.chain.length, origin.source))
+    return planned, near_misses
 
 
 def _plan_chain(found: FoundChain, attributes: dict[str, Any], options: Options) -> PlannedChain:
     groups = [
         [_value(node, attributes) for node in nodes]
-        for nodes in (found.initial, [column[0] for column in found.operands], found.shared)
+        for nodes in (found.initial, [operand[0] for operand in found.operands], found.shared)
     ]
     if any(value is None for group in groups for value in group):
         return PlannedChain(found, None, None)
@@ -81,10 +88,10 @@ def _measured(item: PlannedChain, plan: Plan, values: dict[fx.Node, torch.Tensor
     initial = plan.program.layout.flatten(states)
     if not plan.wants_measuring(plan.samples(initial), needs_gradient):
         return item
-    columns = zip(found.operands, signature.operands, strict=True)
-    operands = [torch.stack([_stand_in(node, spec, values) for node in column]) for column, spec in columns]
+    pairs = zip(found.operands, signature.operands, strict=True)
+    operands = [torch.stack([_stand_in(node, spec, values) for node in operand]) for operand, spec in pairs]
     shared = [_stand_in(n, s, values) for n, s in zip(found.shared, signature.shared, strict=True)]
-    call = Call(initial, [*operands, *plan.program.literals], shared)
+    call = plan.program.call_with(initial, operands, shared)
     return replace(item, choice=plan.measure(call, needs_gradient, are_stacked=bool(operands)))
 
 

@@ -11,25 +11,19 @@ import networkx as nx
 import torch
 from torch import fx
 
+from pcr_fx.graphs.effects import hides_ops, is_random, written_memory
+from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
 from pcr_fx.operands import stack_parts
 from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.detect import FoundChain
-from pcr_fx.passes.effects import argument, hides_ops, is_pytorchs, is_random, op_name, written_memory
 from pcr_fx.passes.inline import copy_node
 
 Stack = Callable[[fx.Graph, Sequence[fx.Node], dict[fx.Node, fx.Node]], fx.Node]
 
 # Ops that change how all later ops run.
 _BARRIERS = frozenset(
-    [
-        "set_grad_enabled",
-        "enter_autocast",
-        "exit_autocast",
-        "enter_inference_mode",
-        "exit_inference_mode",
-        "saved_tensors_hooks_enable",
-        "saved_tensors_hooks_disable",
-    ]
+    """set_grad_enabled enter_autocast exit_autocast enter_inference_mode exit_inference_mode
+    saved_tensors_hooks_enable saved_tensors_hooks_disable""".split()
 )
 
 
@@ -69,11 +63,11 @@ def rewrite_chains(graph: fx.Graph, chains: Sequence[FoundChain], names: Sequenc
     """
     order = _order(graph, chains)
     assert order is not None, "chains that cannot be sorted are to be dropped before"
-    new, copies, regions = fx.Graph(), dict[fx.Node, fx.Node](), _regions(graph)
+    new, copies, barriers = fx.Graph(), dict[fx.Node, fx.Node](), _barriers_before(graph)
     new.set_codegen(graph._codegen)
     for item in order:
         if isinstance(item, int):
-            _emit(new, chains[item], names[item], stack, copies, regions)
+            _emit(new, chains[item], names[item], stack, copies, barriers)
         else:
             copies[item] = copy_node(new, item, copies)
     for node in reversed(list(new.nodes)):
@@ -84,7 +78,7 @@ def rewrite_chains(graph: fx.Graph, chains: Sequence[FoundChain], names: Sequenc
     return new
 
 
-def _regions(graph: fx.Graph) -> dict[fx.Node, int]:
+def _barriers_before(graph: fx.Graph) -> dict[fx.Node, int]:
     """For each node how many ops before it change how all later ops run."""
     return dict(zip(graph.nodes, itertools.accumulate(map(is_barrier, graph.nodes)), strict=True))
 
@@ -95,15 +89,15 @@ def _emit(
     name: str,
     stack: Stack,
     copies: dict[fx.Node, fx.Node],
-    regions: dict[fx.Node, int],
+    barriers: dict[fx.Node, int],
 ) -> None:
     initial = [copies[node] for node in found.initial]
-    here = {regions[node] for node in found.nodes}
+    inside = {barriers[node] for node in found.nodes}
     operands = []
-    for column in found.operands:
+    for operand in found.operands:
         # Parts that were taken elsewhere, without gradients, say, are taken there.
-        whole = _cut_before(new, column, copies) if {regions[node] for node in _cutting(column)} == here else None
-        operands.append(whole or stack(new, column, copies))
+        whole = _cut_before(new, operand, copies) if {barriers[node] for node in _cutting(operand)} == inside else None
+        operands.append(whole or stack(new, operand, copies))
     shared = [copies[node] for node in found.shared]
     taps = new.call_module(name, (initial, operands, shared))
     for position, (index, block) in enumerate(found.taps):
@@ -112,12 +106,12 @@ def _emit(
         copies[state].meta = dict(state.meta)
 
 
-def _cut_before(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node | None:
+def _cut_before(new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """A per-block operand that one tensor was cut into, as that tensor: an unrolled recurrence has one at each step."""
-    cuts = [cut for cut in map(_cut, column) if cut is not None]
-    if len(cuts) < len(column) or len({cut[:2] for cut in cuts}) > 1:
+    cuts = [cut for cut in map(_cut, operand) if cut is not None]
+    if len(cuts) < len(operand) or len({cut[:2] for cut in cuts}) > 1:
         return None
-    if any(user.op == "output" for node in column for user in node.users):
+    if any(user.op == "output" for node in operand for user in node.users):
         return None  # who gets a part may ask for its gradient
     whole, dim, first = cuts[0]
     indices = [index for _, _, index in cuts]
@@ -127,9 +121,9 @@ def _cut_before(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, 
     return new.call_function(stack_parts, (copies[whole], dim, first, len(indices), step))
 
 
-def _cutting(column: Sequence[fx.Node]) -> set[fx.Node]:
+def _cutting(operand: Sequence[fx.Node]) -> set[fx.Node]:
     """The nodes that cut a tensor into these parts."""
-    return {*column, *(source for node in column for source in node.all_input_nodes if _is(source, "unbind"))}
+    return {*operand, *(source for node in operand for source in node.all_input_nodes if _is(source, "unbind"))}
 
 
 def _is(node: fx.Node, name: str) -> bool:
@@ -150,7 +144,7 @@ def _cut(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     elif node.target is not operator.getitem:
         return None
     elif _is(whole, "unbind"):
-        whole, dim = argument(whole, "input", 0), argument(whole, "dim", 1, 0)
+        whole, dim = argument(whole, 0, "input"), argument(whole, 1, "dim", 0)
     elif isinstance(index, tuple) and index and all(one == slice(None) for one in index[:-1]):
         dim, index = len(index) - 1, index[-1]
     is_cut = type(index) is int and index >= 0 and type(dim) is int and isinstance(whole, fx.Node) and _is_tensor(whole)

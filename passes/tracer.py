@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pcr_fx.errors import CaptureError
-from pcr_fx.passes.effects import RESHAPING_METHODS, is_noise_like
+from pcr_fx.graphs.attributes import attribute
+from pcr_fx.graphs.effects import RESHAPING_METHODS, is_noise_like
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ _FACTORIES = frozenset(
     ]
 )
 # What a fake tensor knows, and what only a real one would.
-_KNOWN = frozenset(["shape", "dtype", "device", "ndim", "is_cuda", "layout", "itemsize", "nbytes"])
-_UNKNOWN = frozenset(["requires_grad", "is_leaf", "grad", "grad_fn", "_version"])
+_KNOWN = frozenset("shape dtype device ndim is_cuda layout itemsize nbytes".split())
+_UNKNOWN = frozenset("requires_grad is_leaf grad grad_fn _version".split())
 _CONSTANT = "_tensor_constant"
 
 
@@ -73,9 +74,10 @@ class ModelTracer(fx.Tracer):
         self.reads_shapes = False
         # The base class searches all parameters for each one that it meets.
         self.names = {id(value): name for name, value in [*model.named_buffers(), *model.named_parameters()]}
-        self.plain: dict[str, Tensor] = {}
+        # Tensors that modules keep as neither parameters nor buffers, by path.
+        self.stored: dict[str, Tensor] = {}
         self.mode = FakeTensorMode(allow_non_fake_inputs=True) if known else None
-        # By what they look like: blocks that repeat ask the same question again and again.
+        # By shape, strides, dtype and device: blocks that repeat ask the same question again and again.
         self.fakes: dict[Any, Tensor] = {}
         self.values: dict[Any, Any] = {}
         self.settings = _settings()
@@ -102,7 +104,7 @@ class ModelTracer(fx.Tracer):
             for name, value in list(module.__dict__.items()):
                 if isinstance(value, Tensor):
                     place = f"{path}.{name}".lstrip(".")
-                    self.plain[place] = value
+                    self.stored[place] = value
                     module.__dict__[name] = self.create_proxy("get_attr", place, (), {})
         return lambda: forward(*args, **kwargs), []
 
@@ -139,7 +141,7 @@ class ModelTracer(fx.Tracer):
         """What the model gets: a tuple must be one, since it may be unpacked or measured, and a number is a number."""
         if isinstance(value, Tensor) or value is None or proxy.node.op in ("get_attr", "output"):
             return proxy
-        if _is_plain(value):
+        if _is_constant(value):
             self.reads_shapes = True
             self.graph.erase_node(proxy.node)
             return value
@@ -159,7 +161,7 @@ class ModelTracer(fx.Tracer):
         return self._result(node)
 
     def _attribute(self, path: str) -> Any:
-        return self.plain[path] if path in self.plain else attribute(self.root, path)
+        return self.stored[path] if path in self.stored else attribute(self.root, path)
 
     def _result(self, node: fx.Node) -> Any:
         assert self.mode is not None
@@ -197,7 +199,7 @@ class ModelTracer(fx.Tracer):
         return pytree.tree_map_only(Tensor, self._fake, value)
 
     def _fake(self, value: Tensor) -> Tensor:
-        """The one fake tensor that looks like `value`: shape, dtype and device are all that is asked of it."""
+        """The one fake tensor of the shape, strides, dtype and device of `value`: all that is asked of it."""
         if value.layout is not torch.strided:
             return value
         assert self.mode is not None
@@ -237,12 +239,12 @@ class ModelTracer(fx.Tracer):
                     continue
                 if place in read:
                     raise CaptureError(f"the model keeps self.{place} from call to call; {ADVICE}")
-                if place not in self.plain:
+                if place not in self.stored:
                     log.warning("self.%s, which the forward sets, is not set by the transformed module", place)
 
 
 class _ModuleStack(OrderedDict[str, Any]):
-    """The base class copies its module stack for each node; a plain dict is copied in a tenth of the time."""
+    """The base class copies its module stack for each node; an ordinary dict is copied in a tenth of the time."""
 
     def __copy__(self) -> dict[str, Any]:
         return dict(self)
@@ -315,10 +317,10 @@ def _inputs(proxy: fx.Proxy) -> str:
     return ", ".join(sorted(str(node.target) for node in seen if node.op == "placeholder")) or "no input"
 
 
-def _is_plain(value: Any) -> bool:
+def _is_constant(value: Any) -> bool:
     """A number, a dtype or a device, or a tuple of such: `size()` returns one."""
     if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
+        return all(map(_is_constant, value))
     return isinstance(value, (bool, int, float, torch.dtype, torch.device))
 
 
@@ -412,17 +414,6 @@ def _frozen(value: Any) -> Any:
         return "slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step)
     hash(value)
     return type(value), value
-
-
-def attribute(root: nn.Module, path: str) -> Any:
-    """`root.a.b.c`, past `Module.__getattr__`, which a tracer at work has replaced."""
-    *modules, name = path.split(".")
-    for module in modules:
-        root = root._modules[module] if module in root._modules else root.__dict__[module]  # type: ignore[assignment]
-    for holder in (root._parameters, root._buffers, root._modules, root.__dict__):
-        if name in holder:
-            return holder[name]
-    return getattr(root, name)
 
 
 def _at(line: str) -> str:

@@ -10,6 +10,7 @@ from pcr_fx.errors import (
     CaptureError,
     OptionError,
     PcrFxError,
+    PlanError,
     SolveError,
     UnsupportedError,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Options",
     "Outcome",
     "PcrFxError",
+    "PlanError",
     "RewriteReport",
     "SolveError",
     "SolveStats",

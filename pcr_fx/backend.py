@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import CodeType, FrameType
 from typing import Any
 
@@ -15,17 +16,18 @@ from torch.fx.passes.split_module import split_module
 
 from pcr_fx.errors import OptionError
 from pcr_fx.node import SolveNode
-from pcr_fx.operands import InputColumn, stack_operands, stack_parts
+from pcr_fx.operands import InputOperand, stack_operands, stack_parts
 from pcr_fx.options import Options
-from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.inline import holds_regions, inline_regions
-from pcr_fx.passes.normalise import normalise_graph
-from pcr_fx.passes.plan import measure_chains, plan_chains
-from pcr_fx.passes.rewrite import is_barrier, rewrite_chains
-from pcr_fx.reports import RewriteReport, build_report, merge_reports
+from pcr_fx.passes.pipeline import run_passes
+from pcr_fx.passes.plan import PlannedChain, measure_chains
+from pcr_fx.passes.rewrite import is_barrier
+from pcr_fx.reports import RewriteReport, merge_reports
 
 NAME = "deeppcr"
-_reports: list[RewriteReport] = []
+# Of the latest model, one for each graph that it was broken into: by the code that Dynamo compiled, so that what is
+# compiled anew for other arguments takes the place of what was said of it before.
+_reports: dict[CodeType | None, RewriteReport] = {}
 
 
 def deeppcr(
@@ -49,7 +51,22 @@ def deeppcr(
     _remember(report)
     if native:
         return compile_around(graph_module, compile_rest)
-    return compile_rest(graph_module, example_inputs)
+    nodes = [module for module in graph_module.modules() if isinstance(module, SolveNode)]
+    return _holding(nodes, compile_rest(graph_module, example_inputs))
+
+
+# The nodes of callables that take no attributes.
+_held: list[list[SolveNode]] = []
+
+
+def _holding(nodes: list[SolveNode], run: Callable[..., Any]) -> Callable[..., Any]:
+    """What a compiler made, which names plans and records that live as long as their nodes."""
+    if nodes:
+        try:
+            run._pcr_fx_nodes = nodes  # type: ignore[attr-defined]
+        except AttributeError:
+            _held.append(nodes)
+    return run
 
 
 def rewrite_captured(
@@ -60,53 +77,71 @@ def rewrite_captured(
     Returns:
         The report, and whether all chains run as native kernels that can be called apart from the rest.
     """
-    graph = inline_regions(graph_module) if holds_regions(graph_module.graph) else graph_module.graph
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    normalise_graph(graph)
-    attributes = _attributes(graph_module, graph)
-    planned, rejected = plan_chains(graph, find_chains(graph, attributes, options.min_length), attributes, options)
-    needs_gradient = torch.is_grad_enabled()
-    planned = measure_chains(planned, _real_inputs(placeholders, example_inputs))
-    active = [item for item in planned if not item.left_alone(needs_gradient)]
-    native = all(item.choice is not None and item.choice.is_native(needs_gradient) for item in active)
-    # What changes how ops run may not be cut off from those that it changes.
-    native = native and bool(active) and not any(map(is_barrier, graph.nodes))
-    nodes = [SolveNode(item.found.chain, options, item.plan, item.found.taps) for item in active]
-    names = []
-    for index, node in enumerate(nodes):
-        names.append(f"pcr_fx_solve_{index}")
-        graph_module.add_submodule(names[-1], node)
-    if nodes:
-        stack = _Columns(graph_module) if native else _stack
-        graph_module.graph = rewrite_chains(graph, [item.found for item in active], names, stack)
-    report = build_report(graph, planned, dict(zip(map(id, active), nodes, strict=True)), rejected, options)
+    way_in = _CapturedByDynamo(graph_module, example_inputs, options)
+    rewritten = run_passes(way_in, options)
+    if rewritten.nodes:
+        for name, node in rewritten.nodes.items():
+            graph_module.add_submodule(name, node)
+        graph_module.graph = rewritten.graph
     graph_module.recompile()
+    report = rewritten.report
     if torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
         report.notes.append(
             "DistributedDataParallel splits the graph into buckets before this backend sees it, which cuts chains; "
             "torch._dynamo.config.optimize_ddp = False keeps it whole"
         )
-    return report, native
+    return report, way_in.is_native
 
 
-def _real_inputs(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> dict[fx.Node, torch.Tensor]:
+class _CapturedByDynamo:
+    """A graph that Dynamo captured, on its way through the passes.
+
+    Attributes:
+        root: its module.
+        is_native: whether all its chains run as native kernels that can be called apart from the rest.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
+        self.root, self.example_inputs, self.options = graph_module, example_inputs, options
+        self.is_native = False
+        self.values: dict[fx.Node, torch.Tensor] = {}
+        self.read_in_place = 0
+
+    def capture(self) -> fx.Graph:
+        graph = inline_regions(self.root) if holds_regions(self.root.graph) else self.root.graph
+        self.values = _real_inputs(graph.find_nodes(op="placeholder"), self.example_inputs)
+        return graph
+
+    def place(self, graph: fx.Graph, planned: Sequence[PlannedChain]) -> list[PlannedChain]:
+        needs_gradient = torch.is_grad_enabled()
+        placed = [
+            item if item.left_alone(needs_gradient) else replace(item, node=self._node(item))
+            for item in measure_chains(planned, self.values)
+        ]
+        choices = [item.choice for item in placed if item.node is not None]
+        native = all(choice is not None and choice.is_in_place(needs_gradient) for choice in choices)
+        # What changes how ops run may not be cut off from those that it changes.
+        self.is_native = native and bool(choices) and not any(map(is_barrier, graph.nodes))
+        return placed
+
+    def _node(self, item: PlannedChain) -> SolveNode:
+        return SolveNode(item.found.chain, self.options, item.plan, item.found.taps)
+
+    def stack(self, new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
+        """Kernels are given the inputs of the graph where they lie."""
+        tensors = [copies[node] for node in operand]
+        if not self.is_native:
+            return new.call_function(stack_operands, (tensors,))
+        name = f"pcr_fx_operand_{self.read_in_place}"
+        self.read_in_place += 1
+        self.root.add_submodule(name, InputOperand())
+        return new.call_module(name, (tensors,))
+
+
+def _real_inputs(placeholders: Iterable[fx.Node], example_inputs: Sequence[Any]) -> dict[fx.Node, torch.Tensor]:
     """The inputs that hold numbers: some callers only give shapes."""
     pairs = zip(placeholders, example_inputs, strict=False)
     return {node: value for node, value in pairs if isinstance(value, torch.Tensor) and not is_fake(value)}
-
-
-class _Columns:
-    """Emits what gives kernels the inputs of the graph where they lie."""
-
-    def __init__(self, graph_module: fx.GraphModule) -> None:
-        self.graph_module = graph_module
-        self.count = 0
-
-    def __call__(self, new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
-        name = f"pcr_fx_column_{self.count}"
-        self.count += 1
-        self.graph_module.add_submodule(name, InputColumn())
-        return new.call_module(name, ([copies[node] for node in column],))
 
 
 def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,20 +149,20 @@ def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any
 
     A compiler has nothing to add to a native kernel, and checks each of thousands of inputs at each call.
     """
-    modules = {name for name, module in graph_module.named_children() if isinstance(module, SolveNode | InputColumn)}
+    modules = {name for name, module in graph_module.named_children() if isinstance(module, SolveNode | InputOperand)}
 
     def is_called(node: fx.Node) -> bool:
         return node.target is stack_parts or (node.op == "call_module" and node.target in modules)
 
-    part, was_own, parts = 0, None, dict[fx.Node, int]()
+    part, was_called, parts = 0, None, dict[fx.Node, int]()
     for node in graph_module.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        is_own = is_called(node)
         # What a solve node returned is unpacked beside it.
-        is_own = is_own or (node.target is operator.getitem and parts.get(node.args[0], -1) == part and bool(was_own))
-        part += was_own is not None and is_own != was_own
-        was_own = is_own
+        unpacks = node.target is operator.getitem and parts.get(node.args[0], -1) == part and bool(was_called)
+        called = is_called(node) or unpacks
+        part += was_called is not None and called != was_called
+        was_called = called
         parts[node] = part
     if part == 0:
         return graph_module.forward
@@ -150,21 +185,6 @@ class _Compiled(torch.nn.Module):
         return self.run(*inputs)
 
 
-def _stack(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
-    return new.call_function(stack_operands, ([copies[node] for node in column],))
-
-
-def _attributes(graph_module: fx.GraphModule, graph: fx.Graph) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            value: Any = graph_module
-            for name in str(node.target).split("."):
-                value = getattr(value, name)
-            found[str(node.target)] = value
-    return found
-
-
 def _inner_backend(options: Options, mode: str | None) -> Callable[..., Any]:
     inner = options.inner_backend
     if not isinstance(inner, str):
@@ -183,25 +203,26 @@ def _inner_backend(options: Options, mode: str | None) -> Callable[..., Any]:
 
 def _remember(report: RewriteReport) -> None:
     """Keep the report for `pcr_fx.report()`: with those before it where this graph continues a broken one."""
-    if not _continues_a_graph():
+    code = _compiled_code()
+    if code is None or not code.co_name.startswith("torch_dynamo_resume_in"):
         _reports.clear()
-    _reports.append(report)
+    _reports[code] = report
 
 
-def _continues_a_graph() -> bool:
-    """Whether Dynamo compiles the rest of a function behind a graph break."""
+def _compiled_code() -> CodeType | None:
+    """The function that Dynamo is compiling, or the rest of one behind a graph break."""
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_locals.get("code") if frame.f_code.co_filename.endswith("convert_frame.py") else None
         if isinstance(code, CodeType):
-            return code.co_name.startswith("torch_dynamo_resume_in")
+            return code
         frame = frame.f_back
-    return False
+    return None
 
 
 def last_report() -> RewriteReport | None:
     """The report of the last compilation."""
-    return merge_reports(_reports) if _reports else None
+    return merge_reports(list(_reports.values())) if _reports else None
 
 
 def register() -> None:

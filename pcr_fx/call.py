@@ -16,15 +16,17 @@ class Call(NamedTuple):
         operands: the per-block operands, then the literals: each stacked, `[L, ...]`, or for kernels that read them in
             place a table of where the parts lie.
         shared: shared operands, which every block gets whole.
+        length: L, the number of blocks.
     """
 
     initial: Tensor
     operands: Sequence[Any]
     shared: Sequence[Tensor]
+    length: int
 
     def first(self, count: int) -> Call:
         """The call of the first `count` blocks; its operands are stacked."""
-        return Call(self.initial, [operand[:count] for operand in self.operands], self.shared)
+        return self._replace(operands=self.window(0, count), length=count)
 
     def window(self, begin: int, end: int) -> list[Tensor]:
         """The stacked operands of the blocks from `begin` up to `end`."""

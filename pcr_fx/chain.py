@@ -1,4 +1,4 @@
-"""The chain: a maximal run of L isomorphic blocks, as one record that every other room passes on."""
+"""The chain: a maximal run of L isomorphic blocks, as one record that every other room passes on; and near misses."""
 
 from __future__ import annotations
 
@@ -57,3 +57,20 @@ class Chain:
     num_shared: int = 0
     literals: tuple[tuple[float, ...], ...] = ()
     origin: Origin = field(default_factory=Origin)
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """Blocks that have the makings of a chain, or broke one.
+
+    Attributes:
+        modules: where they stand in the model.
+        reason: why they are no chain, or none as a whole.
+        length: how many blocks they are; 0 if that is not known.
+        source: the line of the model that they come from; empty if that is not known.
+    """
+
+    modules: str
+    reason: str
+    length: int = 0
+    source: str = ""

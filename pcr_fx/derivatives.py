@@ -11,11 +11,10 @@ from torch import Tensor
 from pcr_fx import ops
 from pcr_fx.body import Program, StateLayout
 from pcr_fx.body.isolation import is_plain_call
-from pcr_fx.call import Call
 from pcr_fx.planner import Plan, plan_by_key
 from pcr_fx.record import SolveRecord
-from pcr_fx.solvers import blocks
-from pcr_fx.targets import CppKernel, PointerTable
+from pcr_fx.targets import PointerTable
+from pcr_fx.ways import Native, evaluate
 
 # States that are wanted: (which of the chain's states, after which block).
 Taps: TypeAlias = Sequence[tuple[int, int]]
@@ -33,23 +32,24 @@ class Solve(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        initial, ctx.plan, ctx.record, ctx.num_operands, *tensors = inputs
+        initial, key, ctx.record, ctx.num_operands, *tensors = inputs
+        ctx.plan = plan_by_key(key)
         ctx.save_for_backward(initial, output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, cotangents: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         initial, trajectory, *tensors = ctx.saved_tensors
-        program = plan_by_key(ctx.plan).program
+        program = ctx.plan.program
         needs = [*program.differentiable_operands, *program.differentiable_shared]
         d_initial, *rest = _Adjoint.apply(
-            initial, trajectory, cotangents, ctx.plan, ctx.record, ctx.num_operands, *tensors
+            initial, trajectory, cotangents, ctx.plan.key, ctx.record, ctx.num_operands, *tensors
         )
         waiting = iter(rest)
         return d_initial, None, None, None, *(next(waiting) if need else None for need in needs)
 
 
 class KernelSolve(torch.autograd.Function):
-    """`Solve` by the chain's kernel, for plain calls: less than half of what `Solve` and its operators cost.
+    """`Solve` by native code, for plain calls: less than half of what `Solve` and its operators cost.
 
     Returns the states at `taps`, or without them the trajectory. Of operands read in place the blocks' own tensors are
     inputs, and get their gradients as views of one: to stack thousands, and take the gradient apart again, in autograd
@@ -60,6 +60,7 @@ class KernelSolve(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         plan: Plan,
+        way: Native,
         record: SolveRecord,
         taps: Taps | None,
         operands: Sequence[Tensor | PointerTable],
@@ -68,9 +69,9 @@ class KernelSolve(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor | tuple[Tensor, ...]:
         """`tensors`: the operands, tables as their tensors, then the shared operands."""
-        ctx.plan, ctx.record, ctx.taps = plan, record, taps
+        ctx.plan, ctx.way, ctx.record, ctx.taps = plan, way, record, taps
         ctx.set_materialize_grads(False)
-        trajectory = native_kernel(plan).solve(Call(initial, [*operands, *plan.program.literals], shared))
+        trajectory = way.kernel.solve(plan.program.call_with(initial, operands, shared))
         if any(ctx.needs_input_grad):
             ctx.inputs = _SavedInputs(operands, len(shared))
             ctx.save_for_backward(initial, trajectory, *(t for t in operands if isinstance(t, Tensor)), *shared)
@@ -81,19 +82,19 @@ class KernelSolve(torch.autograd.Function):
         if all(part is None for part in given):
             return (None,) * len(ctx.needs_input_grad)
         initial, trajectory, *saved = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        program, kernel = plan.program, native_kernel(plan)
+        plan, way = ctx.plan, ctx.way
+        program = plan.program
         cotangents = {} if ctx.taps is None else _by_block(program.layout, initial, ctx.taps, given)
         parts = given if ctx.taps is None else tuple(cotangents.values())
         rest: Sequence[Tensor]
         # Not where a gradient is differentiated in turn, or many are taken at once.
         plain = not torch.is_grad_enabled() and is_plain_call() and all(type(part) is Tensor for part in parts)
-        if plain and kernel.is_ready("adjoint", initial):
+        if plain and way.is_ready("backward", initial):
             operands, shared = ctx.inputs.in_place(saved)
             among = cotangents if ctx.taps is not None else given[0]
-            call = Call(initial, [*operands, *program.literals], shared)
-            d_initial, *rest = kernel.solve_adjoint(call, trajectory, among)  # type: ignore[arg-type]
-            ctx.record.backward("sequential", False)
+            call = program.call_with(initial, operands, shared)
+            d_initial, *rest = way.kernel.solve_adjoint(call, trajectory, among)  # type: ignore[arg-type]
+            ctx.record.backward(way.solver, False)
         else:
             stacked = ctx.inputs.stacked(saved)
             dense = given[0]
@@ -105,7 +106,7 @@ class KernelSolve(torch.autograd.Function):
         waiting = iter(rest)
         needs = [*program.differentiable_operands, *program.differentiable_shared]
         gradients = [next(waiting) if need else None for need in needs]
-        return None, None, None, None, None, d_initial, *ctx.inputs.spread(gradients)
+        return None, None, None, None, None, None, d_initial, *ctx.inputs.spread(gradients)
 
 
 class _SavedInputs:
@@ -162,11 +163,6 @@ class _SavedInputs:
         return spread
 
 
-def native_kernel(plan: Plan) -> CppKernel:
-    assert isinstance(plan.kernel, CppKernel), plan.kernel
-    return plan.kernel
-
-
 def tapped(layout: StateLayout, trajectory: Tensor, taps: Taps) -> tuple[Tensor, ...]:
     """The states at `taps`, copied: a view would keep the trajectory alive, and pass writes to it on to the backward."""
     return tuple([layout.unflatten(trajectory[block])[index].clone() for index, block in taps])
@@ -211,13 +207,14 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        initial, _, cotangents, ctx.plan, _, ctx.num_operands, *tensors = inputs
+        initial, _, cotangents, key, _, ctx.num_operands, *tensors = inputs
+        ctx.program = plan_by_key(key).program
         ctx.save_for_backward(initial, cotangents, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *seconds: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         initial, cotangents, *tensors = ctx.saved_tensors
-        program = plan_by_key(ctx.plan).program
+        program = ctx.program
         needs = [True, *program.differentiable_operands, *program.differentiable_shared]
         primals = [initial, *tensors]
         active = [primal for primal, need in zip(primals, needs, strict=True) if need]
@@ -239,8 +236,6 @@ class _Adjoint(torch.autograd.Function):
 
 def unrolled(program: Program, initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
     """The trajectory `[L, *batch, d]` block by block, in the model's own ops, which any transform can differentiate."""
-    layout, states, trajectory = program.layout, program.layout.unflatten(initial), []
-    for block in blocks([*operands, *program.literals], program.length):
-        states = tuple(program.chain.body(*states, *block, *shared))
-        trajectory.append(layout.flatten(states))
-    return torch.stack(trajectory)
+    layout = program.layout
+    trajectory = evaluate(program.chain, layout.unflatten(initial), operands, shared)
+    return torch.stack([layout.flatten(states) for states in trajectory.values()])

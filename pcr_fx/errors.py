@@ -23,3 +23,7 @@ class BodyError(PcrFxError, RuntimeError):
 
 class SolveError(PcrFxError, RuntimeError):
     """A solve did not reach its tolerance and `on_failure="raise"` was asked for."""
+
+
+class PlanError(PcrFxError, RuntimeError):
+    """A compiled graph names a plan that is gone with the module that it was compiled from."""

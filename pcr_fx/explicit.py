@@ -8,24 +8,26 @@ import inspect
 import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from pcr_fx.errors import UnsupportedError
+from pcr_fx.graphs.attributes import holder_of
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import Attributes, Source, StackedAttributes, Watched, stack_operands
 from pcr_fx.options import Options
-from pcr_fx.packing import CONTAINER, Pack, pack_columns
+from pcr_fx.packing import CONTAINER, Pack, pack_operands
 from pcr_fx.passes.capture import Captured, bind_to, capture_model
-from pcr_fx.passes.detect import find_chains
-from pcr_fx.passes.normalise import normalise_graph
-from pcr_fx.passes.plan import plan_chains
-from pcr_fx.passes.rewrite import rewrite_chains
-from pcr_fx.passes.tracer import attribute
-from pcr_fx.reports import RewriteReport, build_report
+from pcr_fx.passes.pipeline import run_passes
+from pcr_fx.passes.plan import PlannedChain
+from pcr_fx.reports import RewriteReport
+
+# How many graphs a module keeps, of those used last: one for each mode, and for each of what the forward asked of its
+# arguments. Whoever needs more in turn pays for tracing each anew.
+_GRAPHS_KEPT = 64
 
 
 def transform(
@@ -71,8 +73,8 @@ class TransformedModule(nn.Module):
         self._pcr_options = options
         self._pcr_signature = inspect.signature(self._model().forward)
         parameters = self._pcr_signature.parameters.values()
-        plain = all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-        self._pcr_places = tuple(p.name for p in parameters) if plain else ()
+        by_place = all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+        self._pcr_places = tuple(p.name for p in parameters) if by_place else ()
         self._pcr_variants: list[_Variant] = []
         self._pcr_packs: list[Pack] = []
         variant = self._latest()
@@ -117,13 +119,14 @@ class TransformedModule(nn.Module):
     def _put_first(self, variant: _Variant) -> None:
         if not self._pcr_variants or self._pcr_variants[0] is not variant:
             # A new list: another thread may be going through the old one.
-            self._pcr_variants = [variant, *(known for known in self._pcr_variants if known is not variant)]
+            others = [known for known in self._pcr_variants if known is not variant]
+            self._pcr_variants = [variant, *others[: _GRAPHS_KEPT - 1]]
 
     def _pack(self, run: fx.GraphModule) -> None:
         sources = getattr(run, "attributes", Attributes([])).sources
-        columns = [source for source in sources if isinstance(source, StackedAttributes)]
+        operands = [source for source in sources if isinstance(source, StackedAttributes)]
         others = [source.path for source in sources if isinstance(source, Source)]
-        self._pcr_packs = pack_columns(self, columns, others)
+        self._pcr_packs = pack_operands(self, operands, others)
         for pack in self._pcr_packs:
             pack.take_out()
         self._use_packs(run)
@@ -200,36 +203,53 @@ class _Variant:
 def rewrite_model(
     model: nn.Module, example_inputs: Any, options: Options, changes: list[int]
 ) -> tuple[Captured, fx.GraphModule, RewriteReport]:
-    """Capture, normalise, detect, plan and rewrite `model`; its attributes are read from it at each call."""
-    captured = capture_model(model, example_inputs)
-    graph = captured.graph
-    normalise_graph(graph)
-    attributes = {str(n.target): attribute(model, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
-    detection = find_chains(graph, attributes, options.min_length)
-    planned, rejected = plan_chains(graph, detection, attributes, options)
-    # All become nodes, since a later call may have another batch size: what to do then, each decides by itself.
-    nodes = [SolveNode(item.found.chain, options, taps=item.found.taps) for item in planned]
-    for item, node in zip(planned, nodes, strict=True):
+    """`model` as it was captured, rewritten, and what is to be said of that; its attributes are read at each call."""
+    way_in = _TracedModel(model, example_inputs, options, changes)
+    rewritten = run_passes(way_in, options)
+    attributes = _fetch_attributes(rewritten.graph, model, way_in.stacked)
+    run = fx.GraphModule({**rewritten.nodes, "attributes": attributes}, rewritten.graph)
+    return way_in.captured, run, rewritten.report
+
+
+class _TracedModel:
+    """A model that is traced, on its way through the passes.
+
+    Attributes:
+        root: the model.
+        captured: its graph.
+        stacked: the per-block operands that are attributes of it, by the names that the rewritten graph reads them by.
+    """
+
+    captured: Captured
+
+    def __init__(self, model: nn.Module, example_inputs: Any, options: Options, changes: list[int]) -> None:
+        self.root, self.example_inputs, self.options, self.changes = model, example_inputs, options, changes
+        self.stacked: dict[str, StackedAttributes] = {}
+
+    def capture(self) -> fx.Graph:
+        self.captured = capture_model(self.root, self.example_inputs)
+        return self.captured.graph
+
+    def place(self, graph: fx.Graph, planned: Sequence[PlannedChain]) -> list[PlannedChain]:
+        """All become nodes, since a later call may have another batch size: what to do then, each decides by itself."""
+        return [replace(item, node=self._node(item)) for item in planned]
+
+    def _node(self, item: PlannedChain) -> SolveNode:
+        node = SolveNode(item.found.chain, self.options, taps=item.found.taps)
         if item.plan is not None:
             node.learn(item.plan)
-    modules: dict[str, nn.Module] = {f"solve_{index}": node for index, node in enumerate(nodes)}
-    names = list(modules)
-    columns: dict[str, StackedAttributes] = {}
+        return node
 
-    def stack(new: fx.Graph, column: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
-        if all(node.op == "get_attr" for node in column):
-            name = f"column {len(columns)}"  # no attribute of the model can have this name
-            columns[name] = StackedAttributes([_source(model, str(node.target)) for node in column], changes)
-            return new.get_attr(name)
-        return new.call_function(stack_operands, ([copies[node] for node in column],))
-
-    new = rewrite_chains(graph, [item.found for item in planned], names, stack)
-    modules["attributes"] = _fetch_attributes(new, model, columns)
-    report = build_report(graph, planned, dict(zip(map(id, planned), nodes, strict=True)), rejected, options)
-    return captured, fx.GraphModule(modules, new), report
+    def stack(self, new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
+        if any(node.op != "get_attr" for node in operand):
+            return new.call_function(stack_operands, ([copies[node] for node in operand],))
+        name = f"operand {len(self.stacked)}"  # no attribute of the model can have this name
+        sources = [_source(self.root, str(node.target)) for node in operand]
+        self.stacked[name] = StackedAttributes(sources, self.changes)
+        return new.get_attr(name)
 
 
-def _fetch_attributes(graph: fx.Graph, model: nn.Module, columns: dict[str, StackedAttributes]) -> Attributes:
+def _fetch_attributes(graph: fx.Graph, model: nn.Module, stacked: dict[str, StackedAttributes]) -> Attributes:
     """Read all attributes of the graph at one place, by name and not by path: a path of four names costs 1 us."""
     found = [node for node in graph.nodes if node.op == "get_attr"]
     first = next((node for node in graph.nodes if node.op != "placeholder"), None)
@@ -242,22 +262,18 @@ def _fetch_attributes(graph: fx.Graph, model: nn.Module, columns: dict[str, Stac
         for node in found:
             graph.erase_node(node)
     names = [str(node.target) for node in found]
-    return Attributes([columns[name] if name in columns else _source(model, name) for name in names])
+    return Attributes([stacked[name] if name in stacked else _source(model, name) for name in names])
 
 
 def _source(model: nn.Module, path: str) -> Source:
     """Where an attribute is kept."""
-    *modules, name = path.split(".")
-    for module in modules:
-        model = attribute(model, module)
-    for holder in (model._parameters, model._buffers, model._modules, model.__dict__):
-        if name in holder:
-            return Source(path, holder, name)
-    raise AssertionError(f"the tracer named an attribute that does not exist: {path}")
+    holder, name = holder_of(model, path)
+    assert isinstance(holder, dict), f"the tracer named an attribute that does not exist: {path}"
+    return Source(path, holder, name)
 
 
 def _copy_structure(module: nn.Module, copies: dict[int, nn.Module], changes: list[int]) -> nn.Module:
-    """The module tree anew, with the same parameters, buffers and plain attributes in it.
+    """The module tree anew, with the same parameters, buffers and other attributes in it.
 
     `changes` counts from now on how often a parameter or buffer is exchanged for another.
     """

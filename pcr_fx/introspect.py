@@ -54,11 +54,11 @@ def explain(model: Callable[..., Any], *args: Any, options: Any = None, **kwargs
     settings = Options.of(options)
     reports: list[RewriteReport] = []
 
-    def look(graph_module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+    def explain_graph(graph_module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         untouched = fx.Graph()
         untouched.output(untouched.graph_copy(graph_module.graph, {}))
         reports.append(rewrite_captured(fx.GraphModule(graph_module, untouched), example_inputs, settings)[0])
         return graph_module.forward
 
-    torch.compile(model, backend=look)(*args, **kwargs)
+    torch.compile(model, backend=explain_graph)(*args, **kwargs)
     return merge_reports(reports)

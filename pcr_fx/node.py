@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import enum
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,24 +15,65 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcr_fx.body import Signature
 from pcr_fx.body.isolation import is_plain_call, is_undisturbed
-from pcr_fx.call import Call
 from pcr_fx.chain import Chain, TensorSpec
-from pcr_fx.derivatives import KernelSolve, Solve, Taps, native_kernel, tapped
+from pcr_fx.derivatives import KernelSolve, Solve, Taps, tapped
 from pcr_fx.errors import BodyError
-from pcr_fx.operands import Operand, StackedAttributes, parts_of, stacked
+from pcr_fx.operands import (
+    Operand,
+    StackedAttributes,
+    dtype_of,
+    first_part,
+    in_place,
+    is_plain,
+    parts_of,
+    stacked,
+)
 from pcr_fx.options import Options
 from pcr_fx.planner import Choice, Plan, make_plan
 from pcr_fx.record import SolveRecord
-from pcr_fx.solvers import Outcome, SolveStats, blocks
-from pcr_fx.targets import CppKernel, PointerTable
+from pcr_fx.targets import PointerTable
+from pcr_fx.ways import IN_SEQUENCE, Native, evaluate
 
 log = logging.getLogger(__name__)
 
 # Solved in float32: Newton needs digits to converge by, and a state in float16 or bfloat16 has two or three.
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _SOLVED_DTYPES = (torch.float32, torch.float64)
-_PLAIN = (Tensor, nn.Parameter, PointerTable)
-_IN_SEQUENCE = SolveStats(Outcome.SEQUENTIAL)
+
+
+# Shapes and dtypes that a node keeps a route for; a model that meets ever new ones plans those anew that it met first.
+_ROUTES = 256
+
+
+class Where(enum.Enum):
+    """Where a call goes."""
+
+    IN_PLACE = "straight to native code, which reads the blocks' tensors where they lie"
+    EAGER = "the blocks as the model wrote them, because nothing is faster"
+    OPERATORS = "the operators, which compilers and transforms see"
+    UNSOLVABLE = "the blocks as the model wrote them, because they cannot be solved as a chain"
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where calls with such tensors go.
+
+    Attributes:
+        signature: what the plan is for; `None` where the plan was made beforehand.
+        way: what runs calls in place.
+        dtypes: of the states that the model itself would return, for calls of operators.
+    """
+
+    signature: Signature | None
+    plan: Plan | BodyError
+    where: Where
+    way: Native | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
+
+    @property
+    def is_final(self) -> bool:
+        """Whether later calls need not ask again; what operators run may yet turn out to be slower than the model."""
+        return self.where is not Where.OPERATORS
 
 
 class SolveNode(nn.Module):
@@ -51,18 +94,13 @@ class SolveNode(nn.Module):
         self.options = options
         self.plan = plan
         self.record = SolveRecord(chain.origin.modules or "a chain")
-        self._planned: dict[Signature, Plan | BodyError] = {}
         self.choice: Choice | None = None
-        self._dtypes: dict[Any, tuple[torch.dtype, ...]] = {}
-        # By the look of a call's tensors.
-        self._kernels: dict[Any, Plan] = {}
-        self._left_alone: set[Any] = set()
-        self._by_operators: set[Any] = set()
+        self._routes: dict[Any, Route] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SolveNode:
         # Plans are immutable and shared; what happened at a node is its own.
         node = SolveNode(self.chain, self.options, self.plan, self.taps)
-        node._planned = copy.copy(self._planned)
+        node._routes = copy.copy(self._routes)
         node.training = self.training
         memo[id(self)] = node
         return node
@@ -80,214 +118,229 @@ class SolveNode(nn.Module):
         Returns:
             The states at the taps, or for each state its trajectory `[L, *state]`.
         """
-        if is_plain_call():
-            given = [operand.read() if isinstance(operand, StackedAttributes) else operand for operand in operands]
-            key = _look([*states, *given, *shared])
-            if key is not None and key not in self._kernels and key not in self._left_alone:
-                self._route(key, states, given, shared)
-            if key in self._kernels:
-                return self._by_kernel(self._kernels[key], states, given, shared)
-            if key in self._left_alone:
-                return self._wanted(self._left_as_it_is(states, operands, shared))
-        return self._wanted(self._by_operator(states, operands, shared))
+        key = _plain_look(states, operands, shared) if is_plain_call() else None
+        is_plain = key is not None
+        if key is None:
+            key = self._look(states, operands, shared)
+        route = self._routes.get(key)
+        if route is None or not route.is_final:
+            route = self._route(key, route, is_plain, states, operands, shared)
+        if route.where is Where.IN_PLACE:
+            return self._in_place(route, states, operands, shared)
+        if route.where is Where.OPERATORS:
+            return self._by_operators(route, states, operands, shared)
+        return self._block_by_block(route, states, operands, shared)
 
-    def _wanted(self, trajectories: Sequence[Any]) -> tuple[Any, ...]:
-        """The states at the taps, if there are any."""
-        if self.taps is None:
-            return tuple(trajectories)
-        # What the model's own ops made is nobody else's.
-        states = [trajectories[index][block] for index, block in self.taps]
-        return tuple([state if isinstance(trajectories[0], dict) else state.clone() for state in states])
+    def _look(self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]) -> Any:
+        """All that decides where a call goes that something looks on at."""
+        autocast = _autocast_dtype(states[0].device.type)
+        # A plan made beforehand is for symbolic sizes too, which may not be asked for.
+        signature = None if self.plan is not None else signature_of(states, operands, shared)
+        return signature, torch.is_grad_enabled(), autocast, *_dtypes_of(states, operands, shared)
 
     def _route(
-        self, key: Any, states: Sequence[Tensor], operands: Sequence[Tensor | PointerTable], shared: Sequence[Tensor]
-    ) -> None:
-        """Find out whether calls with such tensors may go straight somewhere, from the first one on.
+        self,
+        key: Any,
+        known: Route | None,
+        is_plain: bool,
+        states: Sequence[Tensor],
+        operands: Sequence[Operand],
+        shared: Sequence[Tensor],
+    ) -> Route:
+        """Find out where calls with such tensors go.
 
-        A call that took another way than the one before would save other tensors, which checkpoints compare: their way
-        stays what it is.
+        A call that took another way than the one before would save other tensors, which checkpoints compare: in one, a
+        route stays what it is.
         """
-        plan = self.plan or self.plan_for(states, operands, shared)
-        # Low precision is solved in float32, by way of copies.
-        if isinstance(plan, BodyError) or any(t.dtype != plan.program.dtype for t in (*states, *operands, *shared)):
-            return
-        with plan.lock:
-            if key not in self._kernels and key not in self._left_alone:
-                self._route_by(plan, key, states, operands, shared)
+        if known is not None and not is_undisturbed():
+            return known
+        signature, plan = (known.signature, known.plan) if known else self._planned(states, operands, shared)
+        if isinstance(plan, BodyError):
+            route = Route(signature, plan, Where.UNSOLVABLE)
+        else:
+            with plan.learnt.lock:
+                route = self._route_by(plan, signature, is_plain, states, operands, shared)
+        self._routes[key] = route
+        if len(self._routes) > _ROUTES:
+            del self._routes[next(iter(self._routes))]
+        return route
 
     def _route_by(
         self,
         plan: Plan,
-        key: Any,
+        signature: Signature | None,
+        is_plain: bool,
         states: Sequence[Tensor],
-        operands: Sequence[Tensor | PointerTable],
+        operands: Sequence[Operand],
         shared: Sequence[Tensor],
-    ) -> None:
-        if key in self._by_operators and not is_undisturbed():
-            return
-        initial, kernel = plan.program.layout.flatten(states), plan.kernel
+    ) -> Route:
+        # Low precision is solved in float32, by way of copies.
+        as_it_is = all(dtype == plan.program.dtype for dtype in _dtypes_of(states, operands, shared))
         if self.plan is None:
-            self.choice = self.choose(plan, initial, operands, shared)
-        choice = plan.choice(plan.samples(initial))
-        if self._is_left_alone(choice):
-            self._left_alone.add(key)
-            return
-        self._by_operators.add(key)
-        is_native = choice.is_native(torch.is_grad_enabled())
-        if is_native and isinstance(kernel, CppKernel) and kernel.is_ready("forward", initial):
-            self._kernels[key] = plan
+            choice = self.choice = self._choose(plan, states, operands, shared)
+        elif is_plain and as_it_is:
+            choice = plan.choice(plan.samples_of(states))
+        else:
+            return Route(signature, plan, Where.OPERATORS, dtypes=self._output_dtypes(states, operands, shared))
+        if choice.leaves_alone(torch.is_grad_enabled()):
+            return Route(signature, plan, Where.EAGER)
+        way = choice.forward
+        reads = is_plain and as_it_is and choice.is_in_place(torch.is_grad_enabled())
+        if reads and isinstance(way, Native) and way.is_ready("forward", plan.program.layout.flatten(states)):
+            return Route(signature, plan, Where.IN_PLACE, way)
+        return Route(signature, plan, Where.OPERATORS, dtypes=self._output_dtypes(states, operands, shared))
 
-    def _is_left_alone(self, choice: Choice) -> bool:
-        return choice.leaves_alone(torch.is_grad_enabled())
-
-    def _by_kernel(
-        self, plan: Plan, states: Sequence[Tensor], operands: Sequence[Tensor | PointerTable], shared: Sequence[Tensor]
+    def _in_place(
+        self, route: Route, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """Straight to native code: most of what an operator costs is asking who else wants to know."""
+        plan, way, given = route.plan, route.way, [in_place(operand) for operand in operands]
+        assert isinstance(plan, Plan) and way is not None
         layout = plan.program.layout
         initial = layout.flatten(states)
-        self.record.forward("sequential", _IN_SEQUENCE)
-        tensors = [
+        self.record.forward(way.solver, IN_SEQUENCE)
+        parts = [
             tensor
-            for operand in operands
+            for operand in given
             for tensor in (operand.tensors if isinstance(operand, PointerTable) else (operand,))
         ]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (initial, *tensors, *shared)):
-            solved = KernelSolve.apply(plan, self.record, self.taps, operands, shared, initial, *tensors, *shared)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (initial, *parts, *shared)):
+            solved = KernelSolve.apply(plan, way, self.record, self.taps, given, shared, initial, *parts, *shared)
             return solved if self.taps is not None else layout.unflatten(solved, leading=1)
-        trajectory = native_kernel(plan).solve(Call(initial, [*operands, *plan.program.literals], shared))
+        trajectory = way.kernel.solve(plan.program.call_with(initial, given, shared))
         return layout.unflatten(trajectory, leading=1) if self.taps is None else tapped(layout, trajectory, self.taps)
 
-    def _by_operator(
-        self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
-    ) -> tuple[Any, ...]:
-        plan = self.plan or self.plan_for(states, operands, shared)
-        if isinstance(plan, BodyError):
-            return self._block_by_block(states, operands, shared)
+    def _by_operators(
+        self, route: Route, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        plan = route.plan
+        assert isinstance(plan, Plan)
         layout = plan.program.layout
         initial = layout.flatten([_raised(state) for state in states])
-        if self.plan is None:
-            self.choice = self.choose(plan, initial, operands, shared)
-        if self.choice is not None and self._is_left_alone(self.choice):
-            return self._left_as_it_is(states, operands, shared)
         self.record.prepare(plan, initial.device)
-        columns = [stacked(operand) for operand in operands]
-        tensors = [_raised(tensor) for tensor in (*columns, *shared)]
+        tensors = [_raised(tensor) for tensor in (*map(stacked, operands), *shared)]
         trajectory: Tensor = Solve.apply(initial, plan.key, self.record.id, len(operands), *tensors)
-        dtypes = self._output_dtypes(states, columns, shared)
-        trajectories = layout.unflatten(trajectory, leading=1)
-        return tuple(part.to(dtype) for part, dtype in zip(trajectories, dtypes, strict=True))  # type: ignore[misc]
+        whole = layout.unflatten(trajectory, leading=1)
+        trajectories = [part.to(dtype) for part, dtype in zip(whole, route.dtypes, strict=True)]
+        if self.taps is None:
+            return tuple(trajectories)
+        return tuple([trajectories[index][block].clone() for index, block in self.taps])
 
-    def choose(self, plan: Plan, initial: Tensor, operands: Sequence[Operand], shared: Sequence[Tensor]) -> Choice:
+    def _block_by_block(
+        self, route: Route, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
+    ) -> tuple[Any, ...]:
+        """The blocks as the model wrote them, under plain autograd."""
+        wanted = None if self.taps is None else {block for _, block in self.taps}
+        found = evaluate(self.chain, states, [parts_of(operand) for operand in operands], shared, wanted)
+        self.record.forward("sequential", IN_SEQUENCE)
+        self.record.solver_backward = "sequential"
+        self.record.left_alone = route.where is Where.EAGER
+        if self.taps is None:
+            return tuple(list(part) for part in zip(*found.values(), strict=True))
+        return tuple(
+            [found[block][index] for index, block in self.taps]
+        )  # what the model's own ops made is nobody else's
+
+    def _choose(
+        self, plan: Plan, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
+    ) -> Choice:
         """What is to run these tensors: measured on them where that is wanted, and where nothing looks on."""
-        samples, needs_gradient = plan.samples(initial), torch.is_grad_enabled()
-        if not plan.wants_measuring(samples, needs_gradient) or not _may_measure(initial):
+        samples, needs_gradient = plan.samples_of(states), torch.is_grad_enabled()
+        if not plan.wants_measuring(samples, needs_gradient) or not _may_measure(states[0]):
             return plan.choice(samples)
         # A checkpoint computes again what it computed, and compares what is saved: no time to change the way.
         if plan.wants_another_look(samples) and not is_undisturbed():
             return plan.choice(samples)
         with torch.no_grad():
-            every = [*(_raised(stacked(operand)) for operand in operands), *plan.program.literals]
+            initial = plan.program.layout.flatten([_raised(state) for state in states])
+            every = [_raised(stacked(operand)) for operand in operands]
             are_stacked = not all(isinstance(operand, Tensor) for operand in operands)
-            call = Call(initial, every, [_raised(tensor) for tensor in shared])
+            call = plan.program.call_with(initial, every, [_raised(tensor) for tensor in shared])
             return plan.measure(call, needs_gradient, are_stacked)
 
     def learn(self, plan: Plan) -> None:
         """Take a plan made before the first call."""
-        self._planned[plan.program.signature] = plan
+        signature = plan.program.signature
+        self._routes[signature] = Route(signature, plan, Where.OPERATORS)
 
     def plan_for(
         self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
     ) -> Plan | BodyError:
-        """The plan for these tensors, or the reason why there is none."""
+        """The plan for such tensors, or the reason why there is none."""
+        return self._planned(states, operands, shared)[1]
+
+    def _planned(
+        self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
+    ) -> tuple[Signature | None, Plan | BodyError]:
+        """What the plan is for, unless it was given; and `plan_for`."""
+        if self.plan is not None:
+            return None, self.plan
         signature = signature_of(states, operands, shared)
-        if signature not in self._planned:
-            try:
-                self._planned[signature] = make_plan(self.chain, signature, self.options)
-            except BodyError as reason:
-                log.warning("%s runs block by block: %s", self.record.name, reason)
-                self._planned[signature] = reason
-        return self._planned[signature]
+        known = next((route.plan for route in self._routes.values() if route.signature == signature), None)
+        if known is not None:
+            return signature, known
+        try:
+            return signature, make_plan(self.chain, signature, self.options)
+        except BodyError as reason:
+            log.warning("%s runs block by block: %s", self.record.name, reason)
+            return signature, reason
 
     @property
     def outcome(self) -> Plan | BodyError | None:
         """The latest plan, or the reason why there is none; `None` before the first call."""
-        return self.plan or next(reversed(self._planned.values()), None)
+        latest = next(reversed(self._routes.values()), None)
+        return self.plan or (None if latest is None else latest.plan)
 
-    def _output_dtypes(self, *groups: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
-        """The dtypes that the model itself would return, which autocast and low precision decide."""
-        states = groups[0]
-        device = states[0].device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        if autocast is None and all(
-            tensor.dtype in _SOLVED_DTYPES for group in groups for tensor in group if tensor.is_floating_point()
-        ):
-            return tuple(state.dtype for state in states)
-        key = (autocast, *(tensor.dtype for group in groups for tensor in group))
-        if key not in self._dtypes:
-            self._dtypes[key] = self._native_dtypes(*groups)
-        return self._dtypes[key]
-
-    def _native_dtypes(
-        self, states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]
+    def _output_dtypes(
+        self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
     ) -> tuple[torch.dtype, ...]:
-        signature = Signature(*(tuple(map(TensorSpec.of, group)) for group in (states, operands, shared)))
+        """The dtypes that the model itself would return, which autocast and low precision decide."""
+        every = _dtypes_of(states, operands, shared)
+        solved = (dtype in _SOLVED_DTYPES for dtype in every if dtype.is_floating_point)
+        if _autocast_dtype(states[0].device.type) is None and all(solved):
+            return tuple(state.dtype for state in states)
+        groups = states, [first_part(operand) for operand in operands], shared
         with FakeTensorMode():
             current, each, common = (
-                [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in group]
-                for group in (signature.states, signature.operands, signature.shared)
+                [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in group]
+                for group in groups
             )
             literals = [values[0] for values in self.chain.literals]
             # Twice: the first block may change the dtype that all others then keep.
             for _ in range(min(2, self.chain.length)):
-                current = list(self.chain.body(*current, *(t[0] for t in each), *literals, *common))
+                current = list(self.chain.body(*current, *each, *literals, *common))
         return tuple(state.dtype for state in current)
 
-    def _left_as_it_is(
-        self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
-    ) -> tuple[list[Tensor] | dict[int, Tensor], ...]:
-        """The blocks as the model wrote them, because nothing is faster."""
-        trajectories = self._block_by_block(states, operands, shared)
-        self.record.left_alone = True
-        return trajectories
 
-    def _block_by_block(
-        self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
-    ) -> tuple[list[Tensor] | dict[int, Tensor], ...]:
-        """The blocks as the model wrote them, under plain autograd: of each state all values, or by block those wanted.
-
-        A value that nobody wants is let go at once, as the model does: its memory is still in the cache for the next.
-        """
-        wanted = None if self.taps is None else {block for _, block in self.taps}
-        trajectory: dict[int, Sequence[Tensor]] = {}
-        numbers = list(zip(*self.chain.literals, strict=True)) or [()] * self.chain.length
-        each = blocks([parts_of(operand) for operand in operands], self.chain.length)
-        for index, (block, values) in enumerate(zip(each, numbers, strict=True)):
-            states = self.chain.body(*states, *block, *values, *shared)
-            if wanted is None or index in wanted:
-                trajectory[index] = states
-        self.record.forward("sequential", _IN_SEQUENCE)
-        self.record.solver_backward = "sequential"
-        if wanted is None:
-            return tuple(list(part) for part in zip(*trajectory.values(), strict=True))
-        return tuple({block: found[i] for block, found in trajectory.items()} for i in range(self.chain.num_states))
-
-
-def _look(tensors: Sequence[Tensor | PointerTable]) -> Any:
-    """All that decides which kernel a plain call may go to; `None` where it may go to none."""
+def _plain_look(
+    states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
+) -> tuple[Any, ...] | None:
+    """All that decides where a plain call goes; `None` for tensors that native code cannot read as they are."""
     looks: list[Any] = [torch.is_grad_enabled()]
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
+    seen = [operand.look() if isinstance(operand, StackedAttributes) else operand for operand in operands]
+    for tensor in (*states, *seen, *shared):
+        if type(tensor) is PointerTable:
+            looks.append((tensor.shape, tensor.dtype))
+        elif is_plain(tensor):
+            looks.append((tensor.shape, tensor.dtype, tensor.device))
+        else:
             return None
-        if type(tensor) is not PointerTable and (tensor.device.type != "cpu" or tensor.is_neg()):
-            return None
-        looks.append((type(tensor) is PointerTable, tensor.shape, tensor.dtype))
     return tuple(looks)
+
+
+def _dtypes_of(
+    states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
+) -> tuple[torch.dtype, ...]:
+    return tuple(dtype_of(tensor) for tensor in (*states, *operands, *shared))
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _may_measure(initial: Tensor) -> bool:
     """Whether time can be taken here, on this tensor's device."""
-    if not is_plain_call() or type(initial) not in _PLAIN:
+    if not is_plain_call() or not is_plain(initial):
         return False
     return initial.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
@@ -301,7 +354,7 @@ def signature_of(states: Sequence[Tensor], operands: Sequence[Operand], shared: 
     def block(operand: Operand) -> TensorSpec:
         if isinstance(operand, Tensor):
             return spec(operand, operand.shape[1:])
-        part = parts_of(operand)[0]
+        part = first_part(operand)
         return spec(part, part.shape)
 
     return Signature(

@@ -17,6 +17,11 @@ from pcr_fx.targets import PointerTable
 Operand: TypeAlias = "Tensor | StackedAttributes | PointerTable"
 
 
+def is_plain(tensor: Any) -> bool:
+    """Whether it is an ordinary tensor whose memory holds its values as they are."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg()
+
+
 class _Stack(torch.autograd.Function):
     @staticmethod
     def forward(*tensors: Tensor) -> Tensor:
@@ -51,6 +56,22 @@ def parts_of(operand: Operand) -> Sequence[Tensor]:
     if isinstance(operand, StackedAttributes):
         return operand.values()
     return operand.tensors if isinstance(operand, PointerTable) else operand.unbind(0)
+
+
+def first_part(operand: Operand) -> Tensor:
+    """The tensor of the first block."""
+    if isinstance(operand, StackedAttributes):
+        return operand.first()
+    return operand.tensors[0] if isinstance(operand, PointerTable) else operand[0]
+
+
+def dtype_of(operand: Operand) -> torch.dtype:
+    return operand.first().dtype if isinstance(operand, StackedAttributes) else operand.dtype
+
+
+def in_place(operand: Operand) -> Tensor | PointerTable:
+    """For a kernel: where the parts lie, if they can be read there; else stacked."""
+    return operand.read() if isinstance(operand, StackedAttributes) else operand
 
 
 def stacked(operand: Operand) -> Tensor:
@@ -160,6 +181,10 @@ class StackedAttributes:
     def values(self) -> list[Any]:
         return [source.holder[source.name] for source in self.sources]
 
+    def first(self) -> Any:
+        """That of the first block."""
+        return self.sources[0].holder[self.sources[0].name]
+
     def stacked(self) -> Tensor:
         return torch.stack(self.values())
 
@@ -167,6 +192,14 @@ class StackedAttributes:
         """For a kernel: where they lie, if they can be read there; else stacked."""
         table = self._present_table()
         return self.stacked() if table is None else table
+
+    def look(self) -> PointerTable | Tensor:
+        """What `read` would tell of them, without stacking: the table; else a part, one that is no plain tensor if there is one."""
+        table = self._present_table()
+        if table is not None:
+            return table
+        values = self.values()
+        return next((value for value in values if not is_plain(value)), values[0])
 
     def _present_table(self) -> PointerTable | None:
         if self._seen != self.changes[0] or (self.table is not None and not self.table.holds()):
@@ -181,7 +214,7 @@ class StackedAttributes:
         return {**self.__dict__, "table": None}
 
 
-class InputColumn(nn.Module):
+class InputOperand(nn.Module):
     """One per-block operand of tensors that each call is given, as a compiler gives parameters."""
 
     def __init__(self) -> None:

@@ -8,27 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcr_fx.body import Program
 from pcr_fx.call import Call
 from pcr_fx.errors import SolveError, UnsupportedError
-from pcr_fx.planner import Plan, Way, plan_by_key
+from pcr_fx.planner import Plan, plan_by_key
 from pcr_fx.record import SolveRecord, place_of, record_of
-from pcr_fx.solvers import (
-    Outcome,
-    Settings,
-    SolveStats,
-    adjoint_sequential,
-    adjoint_transposed,
-    solve_iteratively,
-    solve_sequential,
-)
-from pcr_fx.targets import CppKernel, TritonKernel
+from pcr_fx.solvers import Outcome, SolveStats
+from pcr_fx.ways import Backward, Forward, Solution
 
 log = logging.getLogger(__name__)
 
@@ -37,56 +27,25 @@ def solve_here(initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Ten
     """The trajectory `[L, *batch, d]` of the chain that `plan` names, from `initial` `[*batch, d]`."""
     with torch.autocast(initial.device.type, enabled=False), torch.cuda.device_of(initial):
         named = plan_by_key(plan)
-        return _solve(Call(initial, [*operands, *named.program.literals], shared), named, record_of(record))
+        return _solve(named.program.call_with(initial, operands, shared), named, record_of(record))
 
 
 def _solve(call: Call, plan: Plan, record: SolveRecord) -> Tensor:
-    program, initial = plan.program, call.initial
-    samples = plan.samples(initial)
+    samples, may_fall_back = plan.samples(call.initial), plan.options.on_failure == "fallback"
     if plan.wants_another_look(samples):
         plan.measure(call, needs_gradient=False, with_eager=False)
-    choice = plan.choice(samples)
-    way = choice.forward
-    if isinstance(way.kernel, TritonKernel):
-        return _solve_on_gpu(way.kernel, way.solver, call, plan, record)
-    if way.solver == "sequential":
-        record.forward(way.solver, SolveStats(Outcome.SEQUENTIAL))
-        return solve_block_by_block(program, call, way.kernel)
-    if plan.options.on_failure == "fallback" and not record.rest.passes():
-        record.forward("sequential", SolveStats(Outcome.SEQUENTIAL))
-        return solve_block_by_block(program, call, plan.fallback_kernel(samples))
-    settings = replace(plan.settings, window=way.window)
-    start = _start(initial, plan, record)
-    trajectory, stats = iterate(program, call, way.solver, settings, way.kernel, start)
-    if stats.outcome.success:
-        record.rest.succeeded()
-        if plan.options.start == "previous":
-            record.remember(trajectory.clone())
-    else:
-        if plan.options.on_failure == "raise":  # the report tells of it all the same
-            record.forward(way.solver, stats)
-        stats = _failed(stats, way, plan, record)
-        record.rest.failed()
-        trajectory = solve_block_by_block(program, call, plan.fallback_kernel(samples))
-    plan.learn(samples, stats)
-    record.forward(way.solver, stats)
-    return _owned([trajectory], [initial, *call.operands, *call.shared])[0]
-
-
-def solve_block_by_block(program: Program, call: Call, kernel: CppKernel | None) -> Tensor:
-    if kernel is not None and kernel.is_ready("forward", call.initial):
-        return kernel.solve(call)
-    return solve_sequential(program, call)
-
-
-def iterate(
-    program: Program, call: Call, solver: str, settings: Settings, kernel: CppKernel | None, start: Tensor | None
-) -> tuple[Tensor, SolveStats]:
-    if kernel is not None and start is None and call.initial.numel() and kernel.is_ready("newton", call.initial):
-        limit = settings.limit(solver, program.length)
-        trajectory, outcome, iterations, last = kernel.solve_newton(call, settings.tolerance, limit)
-        return trajectory, SolveStats(Outcome[outcome], iterations, last)
-    return solve_iteratively(program, call, solver, settings, start)
+    way: Forward = plan.choice(samples).forward
+    if way.iterates and not way.queues and may_fall_back and not record.rest.passes():
+        way = plan.fallback(samples)
+    solution = way.solve(plan.program, call, plan.settings, _start(call.initial, plan, record), may_fall_back)
+    if solution.queued is not None:
+        _queued(solution.queued, way, plan, record)
+        return solution.trajectory
+    if way.iterates:
+        solution = _checked(solution, way, call, plan, record)
+        plan.learn(samples, solution.stats)
+    record.forward(way.solver, solution.stats)
+    return _owned([solution.trajectory], [call.initial, *call.operands, *call.shared])[0]
 
 
 def _start(initial: Tensor, plan: Plan, record: SolveRecord) -> Tensor | None:
@@ -96,39 +55,39 @@ def _start(initial: Tensor, plan: Plan, record: SolveRecord) -> Tensor | None:
     return record.trajectories.get(place_of(initial))
 
 
-def _solve_on_gpu(
-    kernel: TritonKernel,
-    solver: str,
-    call: Call,
-    plan: Plan,
-    record: SolveRecord,
-) -> Tensor:
-    """Nothing here waits for the GPU, unless a failure is to raise."""
-    if solver == "sequential":
-        record.forward(solver, SolveStats(Outcome.SEQUENTIAL))
-        return kernel.solve(call)
-    raises = plan.options.on_failure == "raise"
-    settings, length = plan.settings, plan.program.length
-    trajectory, stats = kernel.solve_newton(
-        call, settings.tolerance, settings.limit(solver, length), fall_back=not raises
-    )
-    record.queued(solver, stats)
-    if raises and (last := record.last) is not None and not last.outcome.success:
-        _failed(last, Way(solver, kernel), plan, record)
-    return trajectory
+def _queued(queued: Tensor, way: Forward, plan: Plan, record: SolveRecord) -> None:
+    """Nothing here waits for the device, unless a failure is to raise."""
+    record.queued(way.solver, queued)
+    if plan.options.on_failure == "raise" and (last := record.last) is not None and not last.outcome.success:
+        raise SolveError(_failure(last, way, plan, record))
 
 
-def _failed(stats: SolveStats, way: Way, plan: Plan, record: SolveRecord) -> SolveStats:
-    solver = "Newton" if way.solver == "newton" else way.solver
-    message = (
-        f"{record.name}: {solver} did not solve the chain of {plan.program.length} blocks: {stats.outcome} "
-        f"(residual {stats.residual:.2e}, tolerance {plan.settings.tolerance:.2e}, {stats.iterations} iterations)"
-    )
+def _checked(solution: Solution, way: Forward, call: Call, plan: Plan, record: SolveRecord) -> Solution:
+    """What an iteration found, or the chain evaluated block by block where it found nothing."""
+    stats = solution.stats
+    if stats.outcome.success:
+        record.rest.succeeded()
+        if plan.options.start == "previous":
+            record.remember(solution.trajectory.clone())
+        return solution
+    message = _failure(stats, way, plan, record)
     if plan.options.on_failure == "raise":
+        record.forward(way.solver, stats)  # the report tells of it all the same
         raise SolveError(message)
     # Once loudly; a training run that falls back at every step would fill the log.
     log.log(logging.DEBUG if record.fallbacks else logging.WARNING, "%s; evaluated sequentially instead", message)
-    return SolveStats(Outcome.SEQUENTIAL, stats.iterations, 0.0, fallback=stats.outcome)
+    record.rest.failed()
+    in_sequence = plan.fallback(plan.samples(call.initial)).solve(plan.program, call, plan.settings)
+    told = SolveStats(Outcome.SEQUENTIAL, stats.iterations, 0.0, fallback=stats.outcome)
+    return in_sequence._replace(stats=told)
+
+
+def _failure(stats: SolveStats, way: Forward, plan: Plan, record: SolveRecord) -> str:
+    solver = "Newton" if way.solver == "newton" else way.solver
+    return (
+        f"{record.name}: {solver} did not solve the chain of {plan.program.length} blocks: {stats.outcome} "
+        f"(residual {stats.residual:.2e}, tolerance {plan.settings.tolerance:.2e}, {stats.iterations} iterations)"
+    )
 
 
 def _fake_solve(
@@ -149,40 +108,26 @@ def adjoint_here(
     """Cotangents `[d_initial, *d_operands, *d_shared]`, of floating and complex operands only, in this order."""
     with torch.autocast(initial.device.type, enabled=False), torch.cuda.device_of(initial):
         named = plan_by_key(plan)
-        call = Call(initial, [*operands, *named.program.literals], shared)
+        call = named.program.call_with(initial, operands, shared)
         return _adjoint(call, trajectory, cotangents, named, record_of(record))
 
 
 def _adjoint(call: Call, trajectory: Tensor, cotangents: Tensor, plan: Plan, record: SolveRecord) -> list[Tensor]:
-    program, (initial, operands, shared) = plan.program, call
-    samples = plan.samples(initial)
-    way, fallback = plan.choice(samples).backward, False
-    result: Sequence[Tensor]
-    if isinstance(way.kernel, TritonKernel):
-        # Where the reduction is not accurate, the kernels go block by block on their own.
-        result, _ = way.kernel.solve_adjoint(call, trajectory, cotangents, way.solver)
-        record.backward(way.solver, False)
-        return _owned(result, [initial, trajectory, *operands, *shared, cotangents])
-    solver = way.solver
-    if solver != "sequential" and plan.options.on_failure == "fallback" and not record.rest_backward.passes():
-        solver = "sequential"
-    if solver == "newton":
-        method = plan.options.linear_solver
-        result, accurate = adjoint_transposed(program, call, trajectory, cotangents, method, way.window)
-        fallback = not accurate
-        if fallback:
-            _failed_adjoint(plan, record)
-            record.rest_backward.failed()
-        else:
-            record.rest_backward.succeeded()
-    if solver == "sequential" or fallback:
-        kernel = plan.fallback_kernel(samples) if way.solver == "newton" else way.kernel
-        if kernel is not None and kernel.is_ready("adjoint", initial):
-            result = kernel.solve_adjoint(call, trajectory, cotangents)
-        else:
-            result = adjoint_sequential(program, call, trajectory, cotangents)
-    record.backward(solver, fallback)
-    return _owned(result, [initial, trajectory, *operands, *shared, cotangents])
+    samples, may_fall_back = plan.samples(call.initial), plan.options.on_failure == "fallback"
+    way: Backward = plan.choice(samples).backward
+    rests = way.iterates and not way.queues
+    if rests and may_fall_back and not record.rest_backward.passes():
+        way, rests = plan.fallback(samples), False
+    result, accurate = way.solve_adjoint(plan.program, call, trajectory, cotangents, plan.settings)
+    if not accurate:
+        _failed_adjoint(plan, record)
+        record.rest_backward.failed()
+        in_sequence = plan.fallback(samples)
+        result, _ = in_sequence.solve_adjoint(plan.program, call, trajectory, cotangents, plan.settings)
+    elif rests:
+        record.rest_backward.succeeded()
+    record.backward(way.solver, not accurate)
+    return _owned(result, [call.initial, trajectory, *call.operands, *call.shared, cotangents])
 
 
 def _owned(results: Iterable[Tensor], inputs: Iterable[Tensor]) -> list[Tensor]:
@@ -279,12 +224,10 @@ stack = _operator("stack", stack_here, _fake_stack)
 
 def waits(plan: Plan) -> bool:
     """Whether solves by this plan may read on the host how they went."""
-    if not isinstance(plan.kernel, TritonKernel):
+    if not plan.queues:
         return plan.options.solver != "sequential"
-    choice = plan.choice(plan.expected_samples)
-    iterates = [way for way in (choice.forward, choice.backward) if way.solver != "sequential"]
-    raises = plan.options.on_failure == "raise"
-    return any(raises or not isinstance(way.kernel, TritonKernel) for way in iterates)
+    choice, raises = plan.choice(plan.expected_samples), plan.options.on_failure == "raise"
+    return any(way.iterates and (raises or not way.queues) for way in choice.needed(needs_gradient=True))
 
 
 def operators_for(plan: Plan) -> tuple[Any, Any]:

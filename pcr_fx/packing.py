@@ -1,7 +1,7 @@
 """One parameter `[L, ...]` in place of the L parameters of a chain's blocks.
 
 A chain of 1,024 small blocks has thousands of parameters, and to hand each its gradient costs autograd many times what
-the chain costs. Packed, a column of them is one leaf: one gradient, one update by the optimiser. Only `state_dict` and
+the chain costs. Packed, those of one operand are one leaf: one gradient, one update by the optimiser. Only `state_dict` and
 `load_state_dict` still speak of the blocks' own parameters.
 """
 
@@ -59,27 +59,27 @@ class Pack:
             home.holder[home.name] = nn.Parameter(parameter.detach()[index], parameter.requires_grad)
 
 
-def pack_columns(root: nn.Module, columns: Sequence[StackedAttributes], other: Iterable[str]) -> list[Pack]:
-    """Pack the columns that can be: of parameters that nothing else uses, alike in shape, dtype and `requires_grad`.
+def pack_operands(root: nn.Module, operands: Sequence[StackedAttributes], other: Iterable[str]) -> list[Pack]:
+    """Pack the operands that can be: of parameters that nothing else uses, alike in shape, dtype and `requires_grad`.
 
     Args:
         root: gets the packed parameters, and hooks through which its `state_dict` keeps its form.
-        columns: per-block operands.
+        operands: per-block operands.
         other: the names of all attributes used elsewhere.
     """
     container = nn.Module()
     order = list(root.state_dict())
-    used = Counter([*other, *(path for column in columns for path in column.paths)])
+    used = Counter([*other, *(path for operand in operands for path in operand.paths)])
     again = {path for path, count in used.items() if count > 1}
     packs = []
-    for column in columns:
-        values = column.values()
-        if not _are_alike(values) or not again.isdisjoint(column.paths):
+    for operand in operands:
+        values = operand.values()
+        if not _are_alike(values) or not again.isdisjoint(operand.paths):
             continue
-        name = _common_name(column.paths, container)
+        name = _common_name(operand.paths, container)
         stacked = torch.stack([value.detach() for value in values])
         container.register_parameter(name, nn.Parameter(stacked, values[0].requires_grad))
-        packs.append(Pack(container._parameters, name, tuple(column.sources)))
+        packs.append(Pack(container._parameters, name, tuple(operand.sources)))
     if packs:
         root.add_module(CONTAINER, container)
         root._pcr_order = order  # type: ignore[assignment]

@@ -14,7 +14,6 @@ from torch import Tensor
 from pcr_fx.body.isolation import isolated
 from pcr_fx.planner import Plan
 from pcr_fx.solvers import Outcome, SolveStats
-from pcr_fx.targets import TritonKernel
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ class Pending:
     or captured belongs to that graph, and a replay writes here without any of this being called.
 
     Attributes:
-        worst: `[3]` on the device, as a row of what `TritonKernel.solve_newton` returns: the largest of all samples and
+        worst: `[3]` on the device, as a row of `Solution.queued`: the largest of all samples and
             solves since somebody asked; negative if there was none.
         raises: whether samples that failed are left as they are, and not evaluated block by block.
     """
@@ -153,7 +152,7 @@ class SolveRecord:
 
     def prepare(self, plan: Plan, device: torch.device) -> None:
         """Make what a solve on a GPU writes to, before there may be a CUDA graph around."""
-        if isinstance(plan.kernel, TritonKernel) and device not in self.pending:
+        if plan.queues and device not in self.pending:
             self.pending[device] = Pending.on(device, plan.options.on_failure == "raise")
 
     def forward(self, solver: str, stats: SolveStats) -> None:

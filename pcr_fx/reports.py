@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import fx
 
-from pcr_fx.chain import Chain
+from pcr_fx.chain import Chain, NearMiss
 from pcr_fx.errors import BodyError
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
-from pcr_fx.passes.detect import Rejected
-from pcr_fx.passes.plan import PlannedChain
-from pcr_fx.passes.rewrite import depth
-from pcr_fx.planner import BESIDE, Choice, Plan, Timing, Way, block_bytes, in_units
-from pcr_fx.solvers import Outcome, SolveStats, linearisation
-from pcr_fx.targets import CppKernel, TritonKernel
-
-log = logging.getLogger(__name__)
+from pcr_fx.planner import BESIDE, Choice, Plan, Timing
+from pcr_fx.solvers import Outcome, SolveStats
+from pcr_fx.ways import Way, in_units
 
 
 @dataclass(eq=False)
@@ -65,14 +57,14 @@ class ChainEntry:
         ran = getattr(record, f"solver_{direction}", None)
         return ran or (way.solver if way is not None else "not yet known")
 
-    def _is_native(self, direction: str) -> bool:
+    def _is_generated(self, direction: str) -> bool:
         """Whether generated code runs in this direction."""
         way, choice, plan = self._way(direction), self.present_choice, self.plan
         if way is None or choice is None or plan is None or self.is_left_alone:
             return False
         if self._solver(direction) == way.solver:
-            return way.kernel is not None
-        return plan.fallback_kernel(plan.expected_samples) is not None
+            return bool(way.kind)
+        return bool(plan.fallback(plan.expected_samples).kind)
 
     @property
     def is_left_alone(self) -> bool:
@@ -85,20 +77,12 @@ class ChainEntry:
         return choice is not None and choice.leaves_alone(torch.is_grad_enabled())
 
     def _memory(self, plan: Plan) -> int:
-        """Bytes that the linear systems take at a time. Native code holds those of one sample a thread."""
-        needed, samples = 0, plan.expected_samples
+        """Bytes that the linear systems take at a time."""
+        needed = 0
         for direction in () if self.is_left_alone else ("forward", "backward"):
             way = self._way(direction)
-            if way is None or self._solver(direction) == "sequential":
-                continue
-            if isinstance(way.kernel, TritonKernel):
-                needed = max(
-                    needed, way.kernel.scratch_bytes(samples, plan.settings.limit("newton", plan.program.length))
-                )
-            else:
-                held = samples if way.kernel is None else min(samples, torch.get_num_threads())
-                window = way.window or plan.program.length
-                needed = max(needed, window * block_bytes(way.solver, plan.program, held))
+            if way is not None and self._solver(direction) != "sequential":
+                needed = max(needed, way.memory(plan.program, plan.expected_samples, plan.settings))
         return needed
 
     def _depth(self, plan: Plan, last: SolveStats) -> int:
@@ -106,10 +90,7 @@ class ChainEntry:
         way = self._way("forward")
         if way is None or self._solver("forward") == "sequential" or last.fallback is not None:
             return self.chain.length
-        if isinstance(way.kernel, CppKernel):
-            return last.iterations * _native_depth(plan)
-        kind = linearisation(way.solver, self.options.diagonal_probes)
-        return last.iterations * kind.depth(way.window or self.chain.length, self.options.linear_solver)
+        return way.depth(plan.program, plan.expected_samples, last.iterations, plan.settings)
 
     def to_dict(self) -> dict[str, Any]:
         plan, record = self.plan, self.node.record if self.node is not None else None
@@ -128,9 +109,9 @@ class ChainEntry:
             "left_alone": self.is_left_alone,
             "solver_forward": self._solver("forward"),
             "solver_backward": self._solver("backward"),
-            "kernel_kind": "fused" if plan is not None and isinstance(plan.kernel, TritonKernel) else "native",
-            "native_forward": self._is_native("forward"),
-            "native_backward": self._is_native("backward"),
+            "kernel_kind": "native" if plan is None or isinstance(plan.kernel, str) else plan.kernel.kind,
+            "native_forward": self._is_generated("forward"),
+            "native_backward": self._is_generated("backward"),
             "window": way.window if way else None,
             "reason": self.reason,
             "timings": [asdict(timing) for timing in choice.timings] if choice else [],
@@ -163,7 +144,7 @@ class RewriteReport:
     """
 
     chains: list[ChainEntry] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: list[NearMiss] = field(default_factory=list)
     depth: int = 0
     depth_in_chains: int = 0
     nodes: int = 0
@@ -206,23 +187,6 @@ class RewriteReport:
         )
 
 
-def build_report(
-    graph: fx.Graph,
-    planned: Sequence[PlannedChain],
-    nodes: Mapping[int, SolveNode],
-    rejected: Sequence[Rejected],
-    options: Options,
-) -> RewriteReport:
-    """The report of one rewrite of `graph`. `nodes` are the solve nodes by `id` of the planned chain."""
-    entries = [ChainEntry(item.found.chain, options, item.plan, item.choice, nodes.get(id(item))) for item in planned]
-    ops = sum(node.op.startswith("call_") for node in graph.nodes)
-    report = RewriteReport(entries, list(rejected), *depth(graph, [item.found for item in planned]), ops)
-    if not entries:
-        log.warning("no chain found in %d ops; the model runs as it was%s", ops, _first_reason(rejected))
-    log.debug("%s", report)
-    return report
-
-
 def merge_reports(reports: Sequence[RewriteReport]) -> RewriteReport:
     """One report for the graphs that a model was broken into."""
     if len(reports) == 1:
@@ -238,18 +202,6 @@ def merge_reports(reports: Sequence[RewriteReport]) -> RewriteReport:
     if len(reports) > 1:
         merged.notes.append(f"torch.compile broke the model into {len(reports)} graphs; a chain cannot span two")
     return merged
-
-
-def _first_reason(rejected: Sequence[Rejected]) -> str:
-    if not rejected:
-        return " (nothing in it repeats)"
-    return f" ({rejected[0].modules}: {rejected[0].reason})"
-
-
-def _native_depth(plan: Plan) -> int:
-    """Steps one after another in an iteration of native Newton: threads that samples leave idle share the blocks."""
-    parts = max(1, torch.get_num_threads() // max(plan.expected_samples, 1))
-    return math.ceil(plan.program.length / parts)
 
 
 def _shapes(plan: Plan | None) -> Any:

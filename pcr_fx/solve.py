@@ -78,29 +78,29 @@ def solve_chain(
         BodyError: `step` is random, mutates its arguments, or does not return a state like the one it got.
     """
     states, state_spec = pytree.tree_flatten(x0)
-    columns, operand_spec = pytree.tree_flatten(operands)
+    every, operand_spec = pytree.tree_flatten(operands)
     common, shared_spec = pytree.tree_flatten(shared)
-    _check(states, columns, common)
-    length = _length(columns, length)
+    _check(states, every, common)
+    length = _length(every, length)
     structure = (state_spec, operand_spec, shared_spec)
-    body, closed_over = _trace_step(step, states, [column[0] for column in columns], common, structure)
+    body, closed_over = _trace_step(step, states, [operand[0] for operand in every], common, structure)
     if closed_over and peek_interpreter_stack() is not None:
         raise UnsupportedError(
             "under a torch.func transform, which would miss them, step may not close over tensors; pass them in shared"
         )
     common = [*common, *closed_over]
-    chain = Chain(body, length, len(states), len(columns), len(common), (), Origin(getattr(step, "__name__", "step")))
+    chain = Chain(body, length, len(states), len(every), len(common), (), Origin(getattr(step, "__name__", "step")))
     settings = Options.of(options)
     if start is not None and settings.solver == "sequential":
         raise UnsupportedError('start is for an iteration to start from, and solver="sequential" does not iterate')
     if start is not None:
         settings = replace(settings, start="previous")
-    plan = make_plan(chain, signature_of(states, columns, common), settings)
+    plan = make_plan(chain, signature_of(states, every, common), settings)
     node = SolveNode(chain, settings)
     node.learn(plan)
     if start is not None:
         node.record.remember(_start(start, states, state_spec, length, plan))
-    trajectories = [part if isinstance(part, Tensor) else torch.stack(part) for part in node(states, columns, common)]
+    trajectories = [part if isinstance(part, Tensor) else torch.stack(part) for part in node(states, every, common)]
     return ChainSolution(pytree.tree_unflatten(trajectories, state_spec), node.record)
 
 
@@ -115,10 +115,10 @@ def _start(start: Any, states: list[Tensor], state_spec: Any, length: int, plan:
     return torch.stack([layout.flatten([part[index].detach().to(dtype) for part in parts]) for index in range(length)])
 
 
-def _check(states: list[Any], columns: list[Any], common: list[Any]) -> None:
+def _check(states: list[Any], every: list[Any], common: list[Any]) -> None:
     if not states:
         raise UnsupportedError("x0 holds no tensor; a state is a floating tensor or a pytree of them")
-    for name, group in (("x0", states), ("operands", columns), ("shared", common)):
+    for name, group in (("x0", states), ("operands", every), ("shared", common)):
         for value in group:
             if not isinstance(value, Tensor):
                 raise UnsupportedError(f"{name} must be tensors, got {type(value).__name__}")
@@ -127,10 +127,10 @@ def _check(states: list[Any], columns: list[Any], common: list[Any]) -> None:
             raise UnsupportedError(f"a state must have a floating dtype, got {state.dtype}")
 
 
-def _length(columns: list[Tensor], length: int | None) -> int:
+def _length(every: list[Tensor], length: int | None) -> int:
     if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
         raise UnsupportedError(f"length must be a whole number, got {length!r}")
-    sizes = {column.shape[0] if column.ndim else None for column in columns}
+    sizes = {operand.shape[0] if operand.ndim else None for operand in every}
     if None in sizes:
         raise UnsupportedError("operands are stacked along dimension 0, got a tensor without dimensions")
     if length is not None:

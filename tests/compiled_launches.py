@@ -19,7 +19,6 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu_resources import kernel
-from pcr_fx.call import Call
 from pcr_fx.targets import TritonKernel
 
 
@@ -56,7 +55,7 @@ def call_everything(fused: TritonKernel) -> None:
     length, d = fused.program.length, fused.body.dimension
     initial, trajectory = filled(2, d), filled(length, 2, d)
     operands = [filled(length, *spec.shape) for spec in fused.program.signature.operands]
-    call = Call(initial, operands, [])
+    call = fused.program.call_with(initial, operands, [])
     fused.solve(call)
     for fall_back in (True, False):
         fused.solve_newton(call, 1e-6, 10, fall_back)

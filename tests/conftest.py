@@ -1,4 +1,4 @@
-"""What Triton and cuBLAS have to know before they are used, and fixtures of several tests."""
+"""What Triton, cuBLAS and the package have to know before they are used, and fixtures of several tests."""
 
 import os
 from collections.abc import Iterator
@@ -10,6 +10,8 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# All that is lowered is checked.
+os.environ.setdefault("PCR_FX_CHECK", "1")
 # Without it PyTorch refuses every product of matrices on a GPU where algorithms are to be deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -18,10 +20,11 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Chains go to the GPU's kernels wherever they are, and no memory is clean that was not written to."""
     from pcr_fx.planner import plan
+    from pcr_fx.registry import Registry
     from pcr_fx.targets import TritonKernel
 
     monkeypatch.setitem(plan.KERNELS, "cuda" if torch.cuda.is_available() else "cpu", TritonKernel)
-    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setattr(plan, "_plans", Registry())
     # This fills new memory with NaN. What has no deterministic form on a GPU is allowed: results are compared, not bits.
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -11,6 +11,7 @@ from comparison import relative_error
 from torch import Tensor, nn
 
 import pcr_fx
+from pcr_fx.registry import Registry
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEWTON = {"solver": "newton", "min_length": 2, "on_failure": "raise"}
@@ -96,7 +97,7 @@ def check_stats(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) ->
 
     ours = pcr_fx.transform(model, (x,), options=NEWTON)
     ours(x)
-    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setattr(plan, "_plans", Registry())
     theirs = pcr_fx.transform(model, (x,), options={**NEWTON, "kernels": False})
     theirs(x)
     ours, theirs = chain_of(ours), chain_of(theirs)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from comparison import assert_same
 from models import Diverging, ResidualNet, plain_mlp
-from torch import nn
+from torch import Tensor, nn
 
 import pcr_fx
+from pcr_fx import backend
 
 EAGER = {"solver": "newton", "kernels": False, "inner_backend": "eager"}
 
@@ -363,3 +364,22 @@ def test_logs_through_torch_logs() -> None:
     script = "import pcr_fx\n" + script
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert "forward by newton" in done.stderr
+
+
+def test_what_is_compiled_anew_is_not_remembered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the rest behind a graph break depends on the mode, so that it alone is compiled for each."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 100)
+    net, modes = plain_mlp(12), [f"mode {index}" for index in range(20)]
+
+    def forward(x: Tensor, mode: str) -> Tensor:
+        y = net(x)
+        torch._dynamo.graph_break()
+        return net(y) + modes.index(mode)
+
+    compiled = torch.compile(forward, backend="deeppcr", options=EAGER)
+    for index, mode in enumerate(modes):
+        x = torch.randn(2, 4)
+        torch.testing.assert_close(compiled(x, mode), net(net(x)) + index)
+    assert len(backend._reports) == 2
+    assert len(pcr_fx.report().chains) == 2
+    assert "torch.compile broke the model into 2 graphs" in str(pcr_fx.report())

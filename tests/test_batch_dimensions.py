@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from pcr_fx.body import batch_rules
 from pcr_fx.body.batch import BatchDimensions, prove_batch_dimensions
 from pcr_fx.body.batch_layouts import Layout, align
-from pcr_fx.body.batch_rules import RULES, Call, Rule
-from pcr_fx.body.nodes import aten_name
+from pcr_fx.body.batch_rules import RULES, OpCall, Rule
+from pcr_fx.graphs.nodes import aten_name
 
 aten = torch.ops.aten
 
@@ -88,7 +88,7 @@ ELSEWHERE = {
 PLACES = {rule.place: op for op, rule in RULES.items() if op not in ELSEWHERE}
 
 
-def careless(call: Call) -> list[Layout]:
+def careless(call: OpCall) -> list[Layout]:
     """What every op would do if all were elementwise."""
     return [align(layout[max(len(layout) - call.rank, 0) :], call.rank) for layout in call.operands]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import pcr_fx
 from pcr_fx.body import program
 from pcr_fx.planner import plan
+from pcr_fx.registry import Registry
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")
 OPTIONS: list[dict[str, Any]] = [
@@ -25,8 +26,8 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal content of other tests would hide what is made for the first of several shapes."""
-    monkeypatch.setattr(program, "_of_block", {})
-    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setattr(program, "_of_block", Registry())
+    monkeypatch.setattr(plan, "_plans", Registry())
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
@@ -56,8 +57,8 @@ def test_plans_are_shared_where_one_is_right_for_all_sizes() -> None:
         fast = pcr_fx.transform(Net(8), None, {"solver": "sequential"})
         for batch, shape in shapes:
             fast(torch.randn(*batch, D), torch.randn(*shape))
-        (node,) = (node for node in fast._pcr_variants[0].run.children() if hasattr(node, "_planned"))
-        assert len({plan.key for plan in node._planned.values()}) == plans
+        (node,) = (node for node in fast._pcr_variants[0].run.children() if hasattr(node, "_routes"))
+        assert len({route.plan.key for route in node._routes.values()}) == plans
 
 
 def test_what_is_too_large_for_a_kernel_is_so_for_its_size_only() -> None:

@@ -32,7 +32,6 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 
 import pcr_fx
-from pcr_fx.call import Call
 from pcr_fx.targets import TritonKernel
 
 pytest.importorskip("triton")
@@ -75,7 +74,7 @@ def slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ones, so that short chains have several."""
     from pcr_fx.targets.triton.scalars import launch as scalar_launch
 
-    monkeypatch.setattr(scalar_launch, "TILES", dict.fromkeys(scalar_launch.TILES, ((16, 1), (16, 1))))
+    monkeypatch.setattr(scalar_launch, "SLICES", dict.fromkeys(scalar_launch.SLICES, ((16, 1), (16, 1))))
 
 
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 47, 48, 49])
@@ -94,7 +93,7 @@ def test_bodies_in_several_slices(name: str, width: int, slices: None) -> None:
 def test_long_chains_have_larger_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     from pcr_fx.targets.triton.scalars import launch as scalar_launch
 
-    monkeypatch.setattr(scalar_launch, "TILES", dict.fromkeys(scalar_launch.TILES, ((16, 1), (64, 2))))
+    monkeypatch.setattr(scalar_launch, "SLICES", dict.fromkeys(scalar_launch.SLICES, ((16, 1), (64, 2))))
     few = 16 * scalar_launch.FEW_SLICES
     for length, slices in ((few, scalar_launch.FEW_SLICES), (few + 1, few // 64 + 1)):
         model = net(lambda x, w, b: 0.9 * x + 0.1 * torch.tanh(w * x + b).sum(-1, keepdim=True), 1, length).double()
@@ -162,7 +161,7 @@ def test_a_slice_that_ends_by_rounding_is_told_of_though_the_next_converges(slic
     (item,) = (one.plan for one in transformed.report.chains)
     operands = [torch.stack([block.bias for block in model])]
     for _ in range(5):
-        _, stats = item.kernel.solve_newton(Call(normal(24, 1), operands, []), 1e-7, 20)
+        _, stats = item.kernel.solve_newton(item.program.call_with(normal(24, 1), operands, []), 1e-7, 20)
         assert ((stats[:, 0] != 0) | (stats[:, 2] <= 1e-7)).all()
         assert (stats[:, 0] == 1).any()
 

@@ -14,6 +14,7 @@ from models import plain_mlp
 from torch import Tensor, nn
 
 import pcr_fx
+from pcr_fx.registry import Registry
 from pcr_fx.targets import CppKernel
 from pcr_fx.targets.cpp import build
 
@@ -129,7 +130,7 @@ def narrow_vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     flag, size = request.param
     monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, flag])
     monkeypatch.setattr("pcr_fx.targets.cpp.kernel._VECTOR_BYTES", size)
-    monkeypatch.setattr("pcr_fx.planner.plan._plans", {})
+    monkeypatch.setattr("pcr_fx.planner.plan._plans", Registry())
     build._toolchain.cache_clear()
     yield
     build._toolchain.cache_clear()

@@ -14,9 +14,9 @@ from planner_cases import Net, chain_of, in_ops, rigged
 from torch import Tensor, nn
 
 import pcr_fx
+from pcr_fx import ways
 from pcr_fx.body.isolation import apart, isolated
-from pcr_fx.call import Call
-from pcr_fx.planner import Plan, measure, plan, rule
+from pcr_fx.planner import Plan, measure, plan
 from pcr_fx.targets import CppKernel
 
 pytestmark = pytest.mark.usefixtures("plan_cache")
@@ -82,14 +82,18 @@ def test_what_eager_does_best_is_left_alone(through: str, monkeypatch: pytest.Mo
 
 
 def test_a_kernel_is_refused_where_its_lanes_are_features_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pcr_fx.planner.rule.KERNEL_OPERATIONS_MEASURED", 1)
+    monkeypatch.setattr("pcr_fx.ways.native.KERNEL_OPERATIONS_MEASURED", 1)
     monkeypatch.setattr("pcr_fx.targets.cpp.kernel._VECTOR_GRADIENTS", 0)
     x = torch.randn(16, 3)
     planned = pcr_fx.transform(Net(20, 3), x, {"planning": "estimated"}).report.chains[0].plan
-    (_, none), (_, refused) = (rule.candidates(planned._case(16), direction) for direction in DIRECTIONS)
-    kernel = "sequential (native kernel)"
-    assert kernel not in none and "gradients are too large" in refused[kernel]
-    assert "fewer than" in rule.candidates(planned._case(1), "forward")[1][kernel]
+
+    def refused(samples: int, direction: str) -> str | None:
+        none = ways.candidates(planned._case(samples), direction)[1]
+        return next((each.reason for each in none if each.name == "sequential (native kernel)"), None)
+
+    assert refused(16, "forward") is None
+    assert "gradients are too large" in (refused(16, "backward") or "")
+    assert "fewer than" in (refused(1, "forward") or "")
 
 
 def test_drift_is_noticed_and_measured_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -133,12 +137,12 @@ def test_ways_for_which_memory_is_too_short_are_passed_over(monkeypatch: pytest.
     def exhausted(*_: Any, **__: Any) -> Any:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(measure, "solve_iteratively", exhausted)
+    monkeypatch.setattr("pcr_fx.ways.iterative.solve_iteratively", exhausted)
     monkeypatch.setattr(torch, "stack", exhausted)
     model, x = Net(600, 2), torch.randn(1, 2)
     fast = pcr_fx.transform(model, x, in_ops())
     made = fast.report.chains[0].plan
-    call = Call(x, [torch.randn(600, 2, 2), torch.randn(600, 2), *made.program.literals], [])
+    call = made.program.call_with(x, [torch.randn(600, 2, 2), torch.randn(600, 2)], [])
     timings = measure.measure(made._case(1), made.settings, call, needs_gradient=False, are_stacked=True)
     notes = {t.way: t.note for t in timings}
     assert notes["newton"] == notes["stacking operands"] == "out of memory"
@@ -293,7 +297,7 @@ def test_what_comes_on_top_of_a_way_counts() -> None:
         return plan._fastest(made._case(4), timings, needs_gradient=True)
 
     assert [way.name for way in (chosen().forward, chosen().backward)] == ["sequential", "newton"]
-    assert chosen(stacking_operands=2.0).is_native(True)
+    assert chosen(stacking_operands=2.0).is_in_place(True)
     assert not chosen(stacking_operands=2.0).leaves_alone(True)
     assert chosen(stacking_operands=2.0, handing_out_gradients=4.0).leaves_alone(True)
 
@@ -305,7 +309,7 @@ def test_two_that_are_close_are_timed_again_in_turn() -> None:
     made = fast.report.chains[0].plan
     assert made is not None
     operands = [torch.randn(40, 3, 3), torch.randn(40, 3)]
-    call = Call(x, [*operands, *made.program.literals], [])
+    call = made.program.call_with(x, operands, [])
     match = measure._Measurement(made._case(4), made.settings, call, False, are_stacked=False, with_eager=True)
     calls: list[str] = []
     for way, seconds in (("eager", 1.0), ("sequential", 1.1), ("newton", 3.0)):

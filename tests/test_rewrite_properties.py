@@ -23,12 +23,12 @@ from torch import Tensor, fx, nn
 import pcr_fx
 from pcr_fx.backend import rewrite_captured
 from pcr_fx.errors import CaptureError
+from pcr_fx.graphs.attributes import attributes_of
 from pcr_fx.options import Options
 from pcr_fx.passes.capture import capture_model
 from pcr_fx.passes.detect import FoundChain, find_chains
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.passes.rewrite import rewrite_chains, sortable_chains
-from pcr_fx.passes.tracer import attribute
 
 RANDOM = st.randoms(use_true_random=False)
 
@@ -60,7 +60,7 @@ def rewrite(model: nn.Module, x: Tensor | None, min_length: int) -> tuple[Callab
     captured = capture_model(model, x)
     graph = captured.graph
     normalise_graph(graph)
-    attributes = {str(n.target): attribute(model, str(n.target)) for n in graph.nodes if n.op == "get_attr"}
+    attributes = attributes_of(model, graph)
     chains = sortable_chains(graph, find_chains(graph, attributes, min_length).chains)
     loops = {f"loop_{index}": PlainLoop(found) for index, found in enumerate(chains)}
 

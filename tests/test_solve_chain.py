@@ -288,7 +288,7 @@ def test_operators_keep_their_contract() -> None:
     solve_chain(tanh_step, x0, operands, shared=shared, options=NEWTON)
     from pcr_fx.planner import plan as plans
 
-    key = next(reversed(plans._plans))
+    key = plans._plans.keys()[-1]
     every = [operands["weight"], operands["bias"]]
     trajectory = torch.ops.pcr_fx.solve(x0, every, list(shared), key, -1)
     tests = ("test_schema", "test_faketensor")

@@ -15,6 +15,7 @@ from pcr_fx.body import Signature, build_program
 from pcr_fx.chain import Chain, TensorSpec
 from pcr_fx.linear import solve_recurrence
 from pcr_fx.solvers import linearisation
+from pcr_fx.stopping import PATIENCE
 
 ITERATIVE = ("newton", "quasi-newton", "picard", "jacobi")
 IN_OPS = {"kernels": False, "on_failure": "raise"}
@@ -125,7 +126,7 @@ def test_damping_to_nothing_is_given_up() -> None:
     x0, operands = problem(20)
     options = {"kernels": False, "solver": "newton", "damping": 1e-12}
     stats = solve_chain(near_identity, x0, operands, options=options).stats
-    assert stats.fallback is Outcome.STAGNATED and stats.iterations < 320
+    assert stats.fallback is Outcome.STAGNATED and stats.iterations < 640
 
 
 def test_too_slow_is_not_called_stagnated() -> None:
@@ -267,7 +268,7 @@ def test_a_hopeless_chain_is_given_up_after_a_few_iterations(solver: str) -> Non
     fast = pcr_fx.transform(model, options={"solver": solver, "kernels": False})
     torch.testing.assert_close(fast(x), model(x))
     chain = chain_of(fast)
-    assert chain["fallbacks"] == 1 and chain["iterations"] <= 8
+    assert chain["fallbacks"] == 1 and chain["iterations"] <= 2 * PATIENCE
     with pytest.raises(SolveError, match=f"{'Newton' if solver == 'newton' else solver} did not solve"):
         pcr_fx.transform(model, options={"solver": solver, **IN_OPS})(x)
 
@@ -285,10 +286,10 @@ def test_a_hopeless_chain_is_not_tried_again_at_once() -> None:
     assert "3 in 50 calls" in text and "tried again in 63 calls" in " ".join(text.split())
 
 
-def test_growth_is_seen_from_the_linear_system() -> None:
+def test_corrections_that_overflow_end_a_solve() -> None:
     x0, operands = problem(2000, batch=1)
     solution = solve_chain(chaotic, x0, operands, options={"solver": "newton", "kernels": False})
-    assert solution.stats.fallback in (Outcome.GROWING, Outcome.NON_FINITE)
+    assert solution.stats.fallback is Outcome.NON_FINITE
     assert solution.stats.iterations <= 5
 
 

@@ -1,9 +1,11 @@
 """`pcr_fx.transform`, `report` and `explain`, as a user calls them."""
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from models import Diverging, ResidualNet, plain_mlp
 from torch import Tensor, nn
 
 import pcr_fx
+from pcr_fx import explicit
 
 # In PyTorch's ops; test_kernels.py and test_native_newton.py have native code.
 NEWTON = {"solver": "newton", "kernels": False}
@@ -330,3 +333,37 @@ def test_an_op_without_a_result_is_a_reason() -> None:
     fast = pcr_fx.transform(model, (x,))
     torch.testing.assert_close(fast(x), model(x))
     assert "returns nothing" in str(fast.report)
+
+
+class Scaled(nn.Module):
+    """Traced anew for each number that it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return self.net(x) * factor
+
+
+def test_graphs_of_many_different_calls_are_not_kept_for_ever() -> None:
+    model, x = Scaled(), torch.randn(2, 3)
+    fast = pcr_fx.transform(model, (x, 0.0))
+    graphs = []
+    for factor in map(float, range(500)):
+        torch.testing.assert_close(fast(x, factor), model(x, factor))
+        graphs.append(weakref.ref(fast._pcr_variants[0].run))
+    gc.collect()
+    alive = [index for index, graph in enumerate(graphs) if graph() is not None]
+    assert alive == list(range(500 - explicit._GRAPHS_KEPT, 500))
+
+
+def test_the_graphs_kept_are_those_used_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explicit, "_GRAPHS_KEPT", 2)
+    model, x = Scaled(), torch.randn(2, 3)
+    fast = pcr_fx.transform(model, (x, 1.0))
+    first = fast._pcr_variants[0]
+    for factor in (2.0, 1.0, 3.0):
+        torch.testing.assert_close(fast(x, factor), model(x, factor))
+    assert len(fast._pcr_variants) == 2
+    assert fast._pcr_variants[1] is first

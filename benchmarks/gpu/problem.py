@@ -12,13 +12,11 @@ from torch import Tensor, fx
 
 from benchmarks.gpu.timing import median_us, replayed
 from benchmarks.models import residual_block
-from pcr_fx.call import Call
 from pcr_fx.chain import Chain
 from pcr_fx.node import SolveNode
 from pcr_fx.ops import operators_for, waits
 from pcr_fx.options import Options
 from pcr_fx.planner import Plan
-from pcr_fx.targets import TritonKernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -96,8 +94,8 @@ class Solved:
         self.plan = plan
         self.initial = plan.program.layout.flatten([problem.x])
         if solver == "auto":  # chosen as for a training step, but not against eager, which takes seconds
-            every = [*problem.operands, *plan.program.literals]
-            plan.measure(Call(self.initial, every, []), needs_gradient=True, with_eager=False)
+            call = plan.program.call_with(self.initial, problem.operands, [])
+            plan.measure(call, needs_gradient=True, with_eager=False)
 
     def forward(self) -> list[Tensor]:
         with torch.no_grad():
@@ -123,7 +121,7 @@ class Solved:
     def described(self, direction: str) -> str:
         choice = self.plan.choice(self.plan.samples(self.initial))
         way = choice.forward if direction == "forward" else choice.backward
-        return f"{way.solver}, {'fused' if isinstance(way.kernel, TritonKernel) else 'in torch ops'}"
+        return f"{way.solver}, {way.kind or 'in torch ops'}"
 
 
 def residual(length: int, width: int, samples: int, seed: int = 0) -> Problem:

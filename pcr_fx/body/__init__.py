@@ -2,7 +2,7 @@
 
 from pcr_fx.body.batch import BatchDimensions
 from pcr_fx.body.layout import StateLayout
-from pcr_fx.body.program import Program, build_program, program_by_key
+from pcr_fx.body.program import Program, build_program
 from pcr_fx.body.signature import Signature
 
-__all__ = ["BatchDimensions", "Program", "Signature", "StateLayout", "build_program", "program_by_key"]
+__all__ = ["BatchDimensions", "Program", "Signature", "StateLayout", "build_program"]

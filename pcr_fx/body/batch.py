@@ -1,6 +1,6 @@
 """Which dimensions of a body's states are batch dimensions: a proof by abstract interpretation.
 
-Dimension b is a *batch dimension* when every output at index i along b depends on the states at index i only.
+Dimension b is a *batch dimension* when every new state at index i along b depends on the states at index i only.
 The Jacobian is computed with cotangents that are broadcast along the batch dimensions, so a wrong claim would
 be a wrong number: the proof is conservative, and an op without a rule couples everything.
 
@@ -8,7 +8,7 @@ Each candidate dimension gets a *label*; each tensor that depends on the states 
 the ordered factors that it is made of, so that a view [B, T, w] -> [B * T, w] and back keeps B and T apart.
 The invariant: such a tensor carries each live label exactly once, and what it holds at an index along the
 label depends on the states at this index only. A rule lays the operands of an op out over the dimensions of
-its output. A label that one operand then lacks, or has elsewhere than another, is lost: the op couples it.
+its result. A label that one operand then lacks, or has elsewhere than another, is lost: the op couples it.
 
 Writes in place need no alias analysis: an elementwise write into a tensor that has a layout, with all its
 operands in agreement, leaves the invariant true for every view of that memory. Any other write of states
@@ -25,8 +25,17 @@ from typing import Any
 from torch import fx
 
 from pcr_fx.body.batch_layouts import Factor, Layout, fit, places
-from pcr_fx.body.batch_rules import POINTWISE, SHAPE_ONLY, Call, Rule, is_random, rule_of
-from pcr_fx.body.nodes import arguments_of, aten_name, is_mutable, nodes_in, op_name, shape_of
+from pcr_fx.body.batch_rules import POINTWISE, SHAPE_ONLY, OpCall, Rule, rule_of
+from pcr_fx.graphs.effects import is_random
+from pcr_fx.graphs.nodes import (
+    arguments_of,
+    aten_name,
+    declared_writes,
+    is_mutable,
+    nodes_in,
+    qualified_name,
+    shape_of,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ def prove_batch_dimensions(
     Raises:
         ValueError: `body` is not such a graph, or has fewer inputs than `num_states`.
     """
-    states, outputs = _states_and_outputs(body, num_states)
+    states, new_states = _states_and_new_states(body, num_states)
     shapes = [shape_of(state) for state in states]
     proof = _Proof(range(len(shapes[0])))
     for dim, size in enumerate(shapes[0]):
@@ -81,7 +90,7 @@ def prove_batch_dimensions(
         # Once nothing lives, nothing can be learnt, and numbers taken out of tensors need no layouts.
         if proof.live and node in needed and node.op not in ("placeholder", "output"):
             proof.visit(node)
-    proof.check_outputs(outputs)
+    proof.check_new_states(new_states)
     return BatchDimensions(tuple(sorted(proof.live)), dict(sorted(proof.reasons.items())))
 
 
@@ -113,13 +122,13 @@ class _Proof:
     def visit(self, node: fx.Node) -> None:
         """Interpret one node; those before it have been."""
         if is_random(node):
-            self.lose_all(f"{op_name(node)} draws random numbers")
+            self.lose_all(f"{qualified_name(node)} draws random numbers")
         if not any(source in self.layouts or source in self.several for source in node.all_input_nodes):
             return
         if (aten_name(node) or "").startswith(SHAPE_ONLY):
             return
         if self._writes_elsewhere(node):
-            self.lose_all(f"{op_name(node)} has no dimension rule for what it writes")
+            self.lose_all(f"{qualified_name(node)} has no dimension rule for what it writes")
         if node.target is operator.getitem and node.args[0] in self.several:
             self._infer(node.args[0], node, node.args[1])  # type: ignore[arg-type]
         elif isinstance(node.meta["val"], tuple | list):
@@ -127,11 +136,11 @@ class _Proof:
         else:
             self._infer(node, node, 0)
 
-    def check_outputs(self, outputs: Sequence[fx.Node]) -> None:
+    def check_new_states(self, new_states: Sequence[fx.Node]) -> None:
         """A label lives only if each new state that depends on the states has it as its own dimension."""
-        for output in outputs:
-            found = places(self.layouts.get(output, ()))
-            for label in sorted(self.live if output in self.layouts else ()):
+        for state in new_states:
+            found = places(self.layouts.get(state, ()))
+            for label in sorted(self.live if state in self.layouts else ()):
                 if found[label] != (label, 1):
                     self.lose(label, "the new state has it in another dimension")
 
@@ -139,37 +148,30 @@ class _Proof:
         """Whether `node` writes in a way that layouts do not cover: see the top of the file."""
         if not is_mutable(node):
             return False
-        arguments = arguments_of(node)
-        written = [
-            source
-            for declared in node.target._schema.arguments  # type: ignore[union-attr]
-            if declared.alias_info is not None and declared.alias_info.is_write
-            for source in nodes_in(arguments[declared.name])
-        ]
-        return rule_of(node) is not POINTWISE or any(source not in self.layouts for source in written)
+        return rule_of(node) is not POINTWISE or any(source not in self.layouts for source in declared_writes(node))
 
     def _infer(self, op: fx.Node, result: fx.Node, index: Any) -> None:
         """Give `result`, number `index` of the results of `op`, its layout; lose the labels that it lacks."""
         rule = rule_of(op)
         placed = None if rule is None else self._place(rule, op, result, index)
         if rule is None or placed is None:
-            self.lose_all(f"{op_name(op)} has no dimension rule" + ("" if rule is None else " for this use"))
+            self.lose_all(f"{qualified_name(op)} has no dimension rule" + ("" if rule is None else " for this use"))
             self.layouts[result] = ((),) * len(shape_of(result))
             return
         found = [places(layout) for layout in placed]
         for label in sorted(self.live):
             if any(label not in each for each in found):
-                self.lose(label, f"{op_name(op)} {rule.loses}")
+                self.lose(label, f"{qualified_name(op)} {rule.loses}")
             elif any(each[label] != found[0][label] for each in found):
-                self.lose(label, f"{op_name(op)} pairs it with another dimension")
+                self.lose(label, f"{qualified_name(op)} pairs it with another dimension")
         self.layouts[result] = placed[0]  # as the live labels sit alike in all operands, any of them serves
 
     def _place(self, rule: Rule, op: fx.Node, result: fx.Node, index: Any) -> list[Layout] | None:
         """The operands of `op` laid out over `result`; None unless the rule accounts for all of them."""
-        described = isinstance(index, int) and 0 <= index < rule.outputs
+        described = isinstance(index, int) and 0 <= index < rule.results
         if not described or self.several.intersection(op.all_input_nodes):
             return None
-        call = Call(arguments_of(op), self.layouts, shape_of(result))
+        call = OpCall(arguments_of(op), self.layouts, shape_of(result))
         placed = rule.place(call)
         if not placed or len(placed) != len(call.operands):
             return None
@@ -177,7 +179,7 @@ class _Proof:
         return fitting if len(fitting) == len(placed) else None
 
 
-def _states_and_outputs(body: fx.GraphModule, num_states: int) -> tuple[list[fx.Node], list[fx.Node]]:
+def _states_and_new_states(body: fx.GraphModule, num_states: int) -> tuple[list[fx.Node], list[fx.Node]]:
     """The nodes of the states and of the new states, checked."""
     for node in body.graph.nodes:
         if node.op not in ("output", "get_attr") and "val" not in node.meta:
@@ -185,11 +187,11 @@ def _states_and_outputs(body: fx.GraphModule, num_states: int) -> tuple[list[fx.
     inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
     if not 1 <= num_states <= len(inputs):
         raise ValueError(f"num_states must be from 1 to {len(inputs)}, the body's inputs, got {num_states}")
-    outputs = list(nodes_in(body.graph.output_node().args[0]))
-    before, after = [shape_of(node) for node in inputs[:num_states]], [shape_of(node) for node in outputs]
+    new_states = list(nodes_in(body.graph.output_node().args[0]))
+    before, after = [shape_of(node) for node in inputs[:num_states]], [shape_of(node) for node in new_states]
     if before != after:
         raise ValueError(f"the body must return new states of shapes {before}, but returns {after}")
-    return inputs[:num_states], outputs
+    return inputs[:num_states], new_states
 
 
 def _needed_nodes(graph: fx.Graph) -> set[fx.Node]:

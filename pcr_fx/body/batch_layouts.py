@@ -36,7 +36,7 @@ def places(layout: Layout) -> dict[int, tuple[int, int]]:
 
 
 def fit(layout: Layout, shape: Sequence[int]) -> Layout:
-    """`layout` for an output of `shape`: a dimension of another size, as in a broadcast, is opaque."""
+    """`layout` for a result of `shape`: a dimension of another size, as in a broadcast, is opaque."""
     return tuple(
         factors if _size(factors) == size else (Factor(None, size),)
         for factors, size in zip(layout, shape, strict=True)
@@ -56,7 +56,7 @@ def blank(layout: Layout, dims: Collection[int]) -> Layout:
 def regroup(layout: Layout, shape: Sequence[int]) -> Layout | None:
     """The layout of a view with `shape`: factors join and split as the sizes ask; a cut label is lost.
 
-    Factors of size 1 fit anywhere. They go one each to output dimensions of size 1 in the same place, and the
+    Factors of size 1 fit anywhere. They go one each to dimensions of size 1 of the result in the same place, and the
     rest into the dimension before, so that [B, 1, w] -> [B, w] -> [B, 1, w] keeps both labels.
     """
     pending = deque(factor for factors in layout for factor in factors or (Factor(None, 1),))

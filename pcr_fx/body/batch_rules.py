@@ -11,11 +11,11 @@ import torch
 from torch import fx
 
 from pcr_fx.body.batch_layouts import Layout, align, blank, regroup
-from pcr_fx.body.nodes import aten_name, nodes_in
+from pcr_fx.graphs.nodes import aten_name, nodes_in
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """One op as its rule sees it."""
 
     arguments: Mapping[str, Any]  # by their names in the schema, defaults filled in
@@ -51,31 +51,31 @@ class Call:
 
 # Lays the operands out over the dimensions of the result. None instead of a layout, or of the list, says that
 # this use has no rule; so does an operand left out.
-Place = Callable[[Call], Sequence[Layout | None] | None]
+Place = Callable[[OpCall], Sequence[Layout | None] | None]
 
 
 class Rule(NamedTuple):
     """What an op does with layouts.
 
-    `loses` is said of a label that an operand lacks afterwards; `outputs` of the results are described.
+    `loses` is said of a label that an operand lacks afterwards; Of an op with several results the first `results` are described.
     """
 
     place: Place
     loses: str
-    outputs: float = math.inf
+    results: float = math.inf
 
 
-def _elementwise(call: Call) -> list[Layout]:
+def _elementwise(call: OpCall) -> list[Layout]:
     """Serves slices, splits and repeats too: they give a dimension another size, which makes it opaque."""
     return [align(layout, call.rank) for layout in call.operands]
 
 
-def _along(call: Call) -> list[Layout]:
+def _along(call: OpCall) -> list[Layout]:
     """Ops that act along `dim` and elementwise over the others: softmax, cumsum, flip, cat, gather, ..."""
     return [blank(layout, call.dims(call.rank)) for layout in call.operands]
 
 
-def _reduced(call: Call) -> list[Layout]:
+def _reduced(call: OpCall) -> list[Layout]:
     [layout] = call.operands
     dims = call.dims(len(layout))
     if call.arguments.get("keepdim"):
@@ -83,23 +83,23 @@ def _reduced(call: Call) -> list[Layout]:
     return [tuple(factors for dim, factors in enumerate(layout) if dim not in dims)]
 
 
-def _viewed(call: Call) -> list[Layout | None]:
+def _viewed(call: OpCall) -> list[Layout | None]:
     return [regroup(layout, call.shape) for layout in call.operands]
 
 
-def _unsqueezed(call: Call) -> list[Layout]:
+def _unsqueezed(call: OpCall) -> list[Layout]:
     """Serves stack too: the size of its new dimension makes it opaque."""
     dim = call.arguments["dim"] % call.rank
     return [(*layout[:dim], (), *layout[dim:]) for layout in call.operands]
 
 
-def _dropped(call: Call) -> list[Layout]:
+def _dropped(call: OpCall) -> list[Layout]:
     [layout] = call.operands
     dim = call.arguments["dim"] % len(layout)
     return [layout[:dim] + layout[dim + 1 :]]
 
 
-def _permuted(call: Call) -> list[Layout]:
+def _permuted(call: OpCall) -> list[Layout]:
     """permute(dims), transpose(dim0, dim1), and t, which has no arguments and leaves a vector as it is."""
     [layout] = call.operands
     order = list(call.arguments.get("dims", range(len(layout))))
@@ -114,28 +114,28 @@ def _mixing_last(count: int) -> Place:
     return lambda call: [blank(layout, range(call.rank)[-count:]) for layout in call.operands]
 
 
-def _padded(call: Call) -> Sequence[Layout | None] | None:
+def _padded(call: OpCall) -> Sequence[Layout | None] | None:
     padding = call.arguments.get("pad", call.arguments.get("padding"))
     return _mixing_last(len(padding) // 2)(call) if padding else None
 
 
 def _contraction(equation: str) -> Place:
     """Einsum of the first arguments, as in "ik,kj->ij"; `...`: leading dimensions, `*`: broadcast."""
-    inputs, output = equation.split("->")
+    inputs, result = equation.split("->")
     terms = inputs.split(",")
 
-    def place(call: Call) -> list[Layout]:
+    def place(call: OpCall) -> list[Layout]:
         operands = zip(map(call.layout, list(call.arguments)[: len(terms)]), terms, strict=True)
-        return [_project(layout, term, output, call.rank) for layout, term in operands if layout is not None]
+        return [_project(layout, term, result, call.rank) for layout, term in operands if layout is not None]
 
     return place
 
 
-def _project(layout: Layout, term: str, output: str, rank: int) -> Layout:
-    """One operand of an einsum in the dimensions of the output."""
+def _project(layout: Layout, term: str, result: str, rank: int) -> Layout:
+    """One operand of an einsum in the dimensions of the result."""
     if term == "*":
         return align(layout, rank)
-    letters, kept = term.removeprefix("..."), output.removeprefix("...")
+    letters, kept = term.removeprefix("..."), result.removeprefix("...")
     leading = len(layout) - len(letters)
     if leading < 0:  # a vector in matmul
         return ((),) * rank
@@ -144,12 +144,12 @@ def _project(layout: Layout, term: str, output: str, rank: int) -> Layout:
     return front + tuple(dimensions.get(letter, ()) for letter in kept)
 
 
-def _attention(call: Call) -> Sequence[Layout | None] | None:
+def _attention(call: OpCall) -> Sequence[Layout | None] | None:
     """Query, key and value; neither dropout nor a mask that depends on the states has a rule."""
     return None if call.arguments.get("dropout_p") else _contraction("...le,...se,...sv->...lv")(call)
 
 
-def _trilinear(call: Call) -> list[Layout]:
+def _trilinear(call: OpCall) -> list[Layout]:
     """Sum over `sumdim` of the product of `i1`, `i2` and `i3`, each unsqueezed at its `expand`."""
     placed = []
     for name, expand in (("i1", "expand1"), ("i2", "expand2"), ("i3", "expand3")):
@@ -162,21 +162,21 @@ def _trilinear(call: Call) -> list[Layout]:
     return placed
 
 
-def _layer_norm(call: Call) -> list[Layout]:
+def _layer_norm(call: OpCall) -> list[Layout]:
     normalised = range(call.rank - len(call.arguments["normalized_shape"]), call.rank)
     layout = call.layout("input")
     affine = [align(other, call.rank) for other in call.others("input")]
     return affine if layout is None else [blank(layout, normalised), *affine]
 
 
-def _channel_norm(call: Call, coupled: Collection[int]) -> list[Layout]:
+def _channel_norm(call: OpCall, coupled: Collection[int]) -> list[Layout]:
     """Norms of `[N, C, ...]` with a scale per channel that couple the dimensions `coupled` of the input."""
     layout = call.layout("input")
     affine = [((), *other, *((),) * (call.rank - 2)) for other in call.others("input")]
     return affine if layout is None else [blank(layout, coupled), *affine]
 
 
-def _batch_norm(call: Call) -> list[Layout]:
+def _batch_norm(call: OpCall) -> list[Layout]:
     """Nothing is coupled in evaluation, all but the channels in training: instance norm is training with the
     batch in the channels. With running statistics to update it is no function: all is coupled."""
     if not call.arguments.get("training"):
@@ -185,7 +185,7 @@ def _batch_norm(call: Call) -> list[Layout]:
     return _channel_norm(call, [dim for dim in range(call.rank) if dim != 1 or updates])
 
 
-def _convolution(call: Call) -> list[Layout] | None:
+def _convolution(call: OpCall) -> list[Layout] | None:
     layout = call.layout("input")
     if layout is None or call.rank != len(call.arguments["stride"]) + 2:
         return None
@@ -244,20 +244,20 @@ RULES: dict[str, Rule] = {
             "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention "
             "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention "
             "_scaled_dot_product_fused_attention_overrideable",
-            Rule(_attention, "attends over it", outputs=1),
+            Rule(_attention, "attends over it", results=1),
         ),
         # The fused cells of RNNs on CUDA: two parts of the gates, and the state that they update.
-        ("_thnn_fused_gru_cell", Rule(_contraction("bg,bg,bh->bh"), "contracts it", outputs=1)),
-        ("_thnn_fused_lstm_cell", Rule(_contraction("bg,bg,bh->bh"), "contracts it", outputs=2)),
-        ("native_layer_norm _fused_rms_norm", Rule(_layer_norm, _NORM, outputs=1)),
+        ("_thnn_fused_gru_cell", Rule(_contraction("bg,bg,bh->bh"), "contracts it", results=1)),
+        ("_thnn_fused_lstm_cell", Rule(_contraction("bg,bg,bh->bh"), "contracts it", results=2)),
+        ("native_layer_norm _fused_rms_norm", Rule(_layer_norm, _NORM, results=1)),
         (
             "native_group_norm",
-            Rule(lambda call: _channel_norm(call, range(1, call.rank)), _NORM, outputs=1),
+            Rule(lambda call: _channel_norm(call, range(1, call.rank)), _NORM, results=1),
         ),
         (
             "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training "
             "_batch_norm_no_update cudnn_batch_norm miopen_batch_norm",
-            Rule(_batch_norm, _NORM, outputs=1),
+            Rule(_batch_norm, _NORM, results=1),
         ),
         ("convolution", Rule(_convolution, "convolves it")),
         (
@@ -278,9 +278,3 @@ def rule_of(node: fx.Node) -> Rule | None:
         return None
     is_pointwise = torch.Tag.pointwise in node.target.tags  # type: ignore[union-attr]
     return POINTWISE if is_pointwise else RULES.get(name)
-
-
-def is_random(node: fx.Node) -> bool:
-    """Attention is tagged for the dropout that it could do, which its rule looks at."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags and aten_name(node) not in RULES

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,8 +21,11 @@ from pcr_fx.body.layout import StateLayout
 from pcr_fx.body.purity import check_pure
 from pcr_fx.body.signature import Generality, Signature
 from pcr_fx.body.tracer import Run, trace_block, trace_graphs
+from pcr_fx.call import Call
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError
+from pcr_fx.graphs.nodes import qualified_name
+from pcr_fx.registry import Registry
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +67,10 @@ class Program:
         shapes = tuple(spec.shape for spec in signature.states)
         return replace(self, signature=signature, layout=replace(self.layout, shapes=shapes), _shorter={})
 
+    def call_with(self, initial: Tensor, operands: Sequence[Any], shared: Sequence[Tensor]) -> Call:
+        """The call of the chain with these tensors, as `Call` has them but for the literals."""
+        return Call(initial, [*operands, *self.literals], shared, self.length)
+
     def of_length(self, length: int) -> Program:
         """The program of so many of the chain's blocks in a row: whichever these are, given their operands."""
         if length == self.length:
@@ -96,15 +104,11 @@ class Program:
         return tuple(spec.is_differentiable for spec in self.signature.shared)
 
 
-# By content, for good: a compiled graph names its program and may outlive the module that it was made for.
-_programs: dict[str, Program] = {}
-_of_block: dict[str, Program] = {}
-_of_chain: weakref.WeakKeyDictionary[Chain, list[Program]] = weakref.WeakKeyDictionary()
-
-
-def program_by_key(key: str) -> Program:
-    """The program that an operator call names."""
-    return _programs[key]
+# By content: of a chain's graphs, and of its block alone, which is traced first.
+_programs: Registry[str, Program] = Registry()
+_of_block: Registry[str, Program] = Registry()
+# Those of one chain for different sizes; a program holds its chain, so this may not hold the program.
+_of_chain: weakref.WeakKeyDictionary[Chain, weakref.WeakSet[Program]] = weakref.WeakKeyDictionary()
 
 
 @isolated
@@ -116,16 +120,15 @@ def build_program(chain: Chain, signature: Signature) -> Program:
     """
     block = trace_block(chain, signature)
     same_block = _content_key(chain, signature, {"block": block})
-    if same_block not in _of_block:
-        _of_block[same_block] = _program_for(chain, signature, block)
-    return _of_block[same_block]
+    program = _of_block.get(same_block)
+    return program if program is not None else _of_block.keep(same_block, _program_for(chain, signature, block))
 
 
 def _program_for(chain: Chain, signature: Signature, block: fx.GraphModule) -> Program:
     check_pure(block)
     _check_states(block, signature)
     batch = prove_batch_dimensions(block, chain.num_states)
-    for program in _of_chain.setdefault(chain, []):
+    for program in _of_chain.setdefault(chain, weakref.WeakSet()):
         widen = program.generality.widen
         alike = program.batch.dims == batch.dims  # else what follows a batch dimension may follow nothing here
         if alike and widen(signature, batch.dims) == widen(program.signature, batch.dims):
@@ -135,21 +138,14 @@ def _program_for(chain: Chain, signature: Signature, block: fx.GraphModule) -> P
     graphs, generality = trace_graphs(chain, signature, layout)
     # Where any batch size will do, chains that were first met with different ones have one program.
     key = _content_key(chain, (generality, *generality.widen(signature, batch.dims)), graphs)
-    if key not in _programs:
+    made = _programs.get(key)
+    if made is None:
         runs: dict[str, Any] = {name: graph.forward for name, graph in graphs.items()}
-        _programs[key] = Program(
-            key,
-            chain,
-            signature,
-            layout,
-            batch,
-            _op_names(block),
-            literals,
-            generality,
-            **runs,
-        )
-    _of_chain[chain].append(_programs[key])
-    return _programs[key]
+        ops = _op_names(block)
+        made = Program(key, chain, signature, layout, batch, ops, literals, generality, **runs)
+        _programs.keep(key, made)
+    _of_chain[chain].add(made)
+    return made
 
 
 def _literal_tensors(chain: Chain, signature: Signature) -> tuple[Tensor, ...]:
@@ -176,7 +172,7 @@ def _check_states(block: fx.GraphModule, signature: Signature) -> None:
 
 def _op_names(block: fx.GraphModule) -> tuple[str, ...]:
     return tuple(
-        node.target._schema.name.removeprefix("aten::")
+        qualified_name(node).removeprefix("aten.")
         for node in block.graph.nodes
         if isinstance(node.target, torch._ops.OpOverload)
     )

@@ -19,6 +19,7 @@ from pcr_fx.body.signature import Generality, Signature
 from pcr_fx.body.tracer import Run, Tracer, trace, trace_block
 from pcr_fx.chain import TensorSpec
 from pcr_fx.errors import BodyError
+from pcr_fx.graphs.nodes import is_mutable
 
 # Inputs that may or may not have a part for each sample: tried in all ways, up to this many of them.
 _MAX_CANDIDATES = 4
@@ -157,14 +158,10 @@ def _trace_sample(program: Program, batch_dims: tuple[int, ...], own: tuple[bool
 
 def _trace_functional(function: Run, arguments: Sequence[Tensor]) -> fx.GraphModule:
     graph = trace(torch.func.functionalize(function), arguments, _DECOMPOSITIONS)
-    if any(_writes(node) for node in graph.graph.nodes):
+    if any(map(is_mutable, graph.graph.nodes)):
         # A decomposition is written in PyTorch too, and may write in place itself.
         graph = trace(torch.func.functionalize(lambda *inputs: graph(*inputs)), arguments, _DECOMPOSITIONS)
     return graph
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _decompositions() -> dict[Any, Any]:

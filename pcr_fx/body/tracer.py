@@ -180,7 +180,7 @@ class Tracer:
                 "linearise": trace(self._linearise, every),
                 "pullback": trace(self.pullback_of(self._evaluate), [*every, torch.empty_like(stacked[0])]),
             }
-        graphs["pull"] = _first_output(graphs["pullback"])
+        graphs["pull"] = _first_result(graphs["pullback"])
         return graphs
 
     def _stack(self, tensor: FakeTensor) -> FakeTensor:
@@ -213,11 +213,11 @@ class Tracer:
         """
         if self.layout.dimension == 0:  # an empty batch; PyTorch crashes in a vmap over no rows
             return self.step(state, *rest), state.new_empty((*state.shape, 0))
-        output, pullback = torch.func.vjp(lambda moving: self.step(moving, *rest), state)  # type: ignore[misc]
+        new_state, pullback = torch.func.vjp(lambda moving: self.step(moving, *rest), state)  # type: ignore[misc]
         basis = torch.eye(self.layout.dimension, dtype=state.dtype, device=state.device)
         rows = torch.vmap(lambda row: pullback(row.expand(state.shape))[0])(basis)
         # Moved here: PyTorch crashes where vmap is to move a dimension of rows that do not depend on the state.
-        return output, rows.movedim(0, -2)
+        return new_state, rows.movedim(0, -2)
 
     def pullback_of(self, function: Run) -> Run:
         """`(*tensors, cotangent) -> (d_state, *d_operands, *d_shared)` of `function`, differentiable inputs only."""
@@ -236,7 +236,7 @@ class Tracer:
         return pullback
 
 
-def _first_output(graph: fx.GraphModule) -> fx.GraphModule:
+def _first_result(graph: fx.GraphModule) -> fx.GraphModule:
     """What computes the first result of `graph` by itself."""
     alone = fx.Graph()
     outputs: Any = alone.graph_copy(graph.graph, {})

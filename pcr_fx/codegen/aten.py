@@ -1,14 +1,15 @@
-"""What each aten op is in the language of kernels. An op that is in none of these tables has no kernel."""
+"""What each aten op is in the language of kernels. An op without a rule here has no kernel."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx
 
+from pcr_fx.codegen.functions import FUNCTIONS
 from pcr_fx.codegen.ir import (
     Apply,
     Buffer,
@@ -23,32 +24,48 @@ from pcr_fx.codegen.ir import (
     map_views,
     views,
 )
+from pcr_fx.graphs.nodes import arguments_of
 
 if TYPE_CHECKING:
     from pcr_fx.codegen.lower import Lowering
 
 
-def op_name(node: fx.Node) -> str:
-    """As in "add.Tensor"."""
-    return str(node.target).removeprefix("aten.")
+class Rule(NamedTuple):
+    """How an op is lowered.
+
+    Attributes:
+        build: the value, or values, of a node.
+        computes_arguments: whether it reads each number of its arguments once, so that it may as well compute them on the
+            way: they need not be in memory.
+    """
+
+    build: Callable[[Lowering, fx.Node], Any]
+    computes_arguments: bool = False
 
 
 # --- views: PyTorch tells their strides ------------------------------------------------------------------------
 
-VIEWS = frozenset(
-    """alias.default detach.default view.default _unsafe_view.default reshape.default t.default transpose.int
-    permute.default expand.default unsqueeze.default squeeze.default squeeze.dim squeeze.dims select.int slice.Tensor
-    diagonal.default split.Tensor split_with_sizes.default unbind.int unfold.default""".split()
-)
+
+def _view(lowering: Lowering, node: fx.Node) -> Any:
+    return lowering.view(node, lowering.tensor(node.args[0]))
+
+
+def _expanded(lowering: Lowering, node: fx.Node) -> Any:
+    """What is read many times is to be in memory."""
+    return lowering.view(node, lowering.loaded(lowering.tensor(node.args[0])))
+
 
 # --- pointwise ops ---------------------------------------------------------------------------------------------
 
-# Keyword arguments that change what is computed; others are about memory.
-MEANINGFUL = ("alpha", "min", "max")
+
+def _pointwise(build: Callable[..., Expression]) -> Rule:
+    """An op of numbers: `build` makes an expression of those of its arguments."""
+    return Rule(lambda lowering, node: lowering.pointwise(node, build), computes_arguments=True)
 
 
-def _apply(function: str) -> Callable[..., Expression]:
-    return lambda *arguments: Apply(function, arguments)
+def _apply(function: str) -> Rule:
+    assert function in FUNCTIONS, f"there is no function {function}"
+    return _pointwise(lambda *arguments: Apply(function, arguments))
 
 
 def _scaled(function: str) -> Callable[..., Expression]:
@@ -77,49 +94,6 @@ def _clamped(value: Expression, min: Expression | None = None, max: Expression |
     return value if max is None else Apply("minimum", (value, max))
 
 
-def _same(value: Expression) -> Expression:
-    return value
-
-
-POINTWISE: dict[str, Callable[..., Expression]] = {
-    "add.Tensor": _scaled("add"),
-    "add.Scalar": _scaled("add"),
-    "sub.Tensor": _scaled("sub"),
-    "sub.Scalar": _scaled("sub"),
-    "rsub.Tensor": _reversed_sub,
-    "rsub.Scalar": _reversed_sub,
-    "mul.Tensor": _apply("mul"),
-    "mul.Scalar": _apply("mul"),
-    "div.Tensor": _apply("div"),
-    "div.Scalar": _apply("div"),
-    "pow.Tensor_Scalar": _power,
-    "pow.Tensor_Tensor": _power,
-    "pow.Scalar": _power,
-    "clamp.default": _clamped,
-    "clamp.Tensor": _clamped,
-    "clamp_min.default": _clamped,
-    "clamp_max.default": lambda value, max: _clamped(value, None, max),
-    "where.self": _apply("where"),
-    "where.ScalarSelf": _apply("where"),
-    "where.ScalarOther": _apply("where"),
-    "where.Scalar": _apply("where"),
-    "clone.default": _same,
-    "contiguous.default": _same,
-    "lift_fresh_copy.default": _same,
-    **{
-        f"{name}.default": _apply(name)
-        for name in """abs ceil cos erf erfc exp expm1 floor log log10 log1p log2 maximum minimum neg reciprocal relu round
-        rsqrt sigmoid sign sin sqrt tan tanh atan asin acos sinh cosh trunc logical_and logical_or logical_not atan2
-        fmod""".split()
-    },
-    **{f"{name}.Tensor": _apply(name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "atan2", "fmod")},
-    **{f"{name}.Scalar": _apply(name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "fmod")},
-    # Only truth values reach these: other integers have no kernel.
-    "bitwise_and.Tensor": _apply("logical_and"),
-    "bitwise_or.Tensor": _apply("logical_or"),
-    "bitwise_not.default": _apply("logical_not"),
-}
-
 # --- everything else -------------------------------------------------------------------------------------------
 
 
@@ -130,22 +104,17 @@ def _dims(argument: Any, value: Value) -> list[int]:
     return [argument] if isinstance(argument, int) else list(argument)
 
 
-def _argument(node: fx.Node, position: int, name: str = "", default: Any = None) -> Any:
-    """An argument by position or by name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
 def _reduction(combine: str) -> Callable[[Lowering, fx.Node], Value]:
     def build(lowering: Lowering, node: fx.Node) -> Value:
-        value = lowering.tensor(_argument(node, 0))
-        dims = _dims(_argument(node, 1, "dim"), value)
-        return lowering.reduce(value, dims, bool(_argument(node, 2, "keepdim", False)), combine)
+        given = arguments_of(node)
+        value = lowering.tensor(given["self"])
+        return lowering.reduce(value, _dims(given.get("dim"), value), bool(given.get("keepdim")), combine)
 
     return build
 
 
 def _mean(lowering: Lowering, node: fx.Node) -> Value:
-    value = lowering.tensor(_argument(node, 0))
+    value = lowering.tensor(arguments_of(node)["self"])
     total = _reduction("add")(lowering, node)
     return _over(total, math.prod(value.shape) / math.prod(total.shape))
 
@@ -157,17 +126,17 @@ def _over(value: Value, count: float) -> Value:
 
 
 def _variance(lowering: Lowering, node: fx.Node) -> tuple[Value, Value]:
-    value = lowering.loaded(lowering.tensor(_argument(node, 0)))
-    dims = _dims(_argument(node, 1, "dim"), value)
-    correction = _argument(node, 2, "correction", 1)
-    keepdim = bool(_argument(node, 3, "keepdim", False))
+    given = arguments_of(node)
+    value = lowering.loaded(lowering.tensor(given["self"]))
+    dims, keepdim = _dims(given["dim"], value), bool(given["keepdim"])
+    correction = 1 if given["correction"] is None else given["correction"]
     total = lowering.reduce(value, dims, True, "add")
     count = math.prod(value.shape) / math.prod(total.shape)
     mean = lowering.materialised(_over(total, count))
     centred = Apply("sub", (value.expression, lowering.broadcast(mean, value.shape)))
     squares = lowering.reduce(Value(value.shape, Apply("square", (centred,))), dims, keepdim, "add")
     # At most as many degrees of freedom as PyTorch counts: none gives NaN or infinity there as here.
-    variance = Apply("div", (squares.expression, Constant(max(count - (1 if correction is None else correction), 0.0))))
+    variance = Apply("div", (squares.expression, Constant(max(count - correction, 0.0))))
     shaped = mean if keepdim else Value(squares.shape, Load(View(_buffer(mean), contiguous(squares.shape))))
     return Value(squares.shape, variance), shaped
 
@@ -178,14 +147,15 @@ def _buffer(value: Value) -> Buffer:
 
 
 def _product(lowering: Lowering, node: fx.Node) -> Value:
-    return lowering.contract(lowering.tensor(_argument(node, 0)), lowering.tensor(_argument(node, 1)))
+    given = arguments_of(node)
+    return lowering.contract(lowering.tensor(given["self"]), lowering.tensor(given["mat2"]))
 
 
 def _added_product(lowering: Lowering, node: fx.Node) -> Value:
     """addmm, baddbmm: `beta * added + alpha * (left @ right)`."""
-    added, left, right = map(lowering.tensor, node.args[:3])
-    product = lowering.contract(left, right)
-    alpha, beta = _argument(node, 4, "alpha", 1), _argument(node, 3, "beta", 1)
+    given = arguments_of(node)
+    added, left, right = map(lowering.tensor, list(given.values())[:3])
+    product, alpha, beta = lowering.contract(left, right), given["alpha"], given["beta"]
     scaled = product.expression if alpha == 1 else Apply("mul", (Constant(float(alpha)), product.expression))
     if beta == 0:  # what is added then need not be finite
         return Value(product.shape, scaled)
@@ -194,13 +164,20 @@ def _added_product(lowering: Lowering, node: fx.Node) -> Value:
     return Value(product.shape, Apply("add", (scaled, other)))
 
 
-def _full(value: Callable[[fx.Node], float]) -> Callable[[Lowering, fx.Node], Value]:
-    return lambda _, node: Value(tuple(node.meta["val"].shape), Constant(float(value(node))))
+def _full(value: float | str) -> Rule:
+    """A tensor of one number, or of the argument of this name."""
+
+    def build(_: Lowering, node: fx.Node) -> Value:
+        number = arguments_of(node)[value] if isinstance(value, str) else value
+        return Value(tuple(node.meta["val"].shape), Constant(float(number)))
+
+    return Rule(build)
 
 
 def _cat(lowering: Lowering, node: fx.Node) -> Value:
-    tensors = [lowering.tensor(part) for part in _argument(node, 0)]
-    shape, dim = tuple(node.meta["val"].shape), _argument(node, 1, "dim", 0) % node.meta["val"].dim()
+    given = arguments_of(node)
+    tensors = [lowering.tensor(part) for part in given["tensors"]]
+    shape, dim = tuple(node.meta["val"].shape), given["dim"] % node.meta["val"].dim()
     parts, start = [], 0
     for part in tensors:
         if len(part.shape) == len(shape):  # PyTorch lets an empty vector be joined with anything
@@ -225,18 +202,19 @@ def _assembled(
 
 
 def _slice_scatter(lowering: Lowering, node: fx.Node) -> Value:
-    base, source = map(lowering.tensor, node.args[:2])
-    dim = _argument(node, 2, "dim", 0) % len(base.shape)
-    size = base.shape[dim]
-    start, _, _ = slice(_argument(node, 3, "start"), _argument(node, 4, "end"), None).indices(size)
-    if _argument(node, 5, "step", 1) != 1:
+    given = arguments_of(node)
+    base, source = lowering.tensor(given["self"]), lowering.tensor(given["src"])
+    dim = given["dim"] % len(base.shape)
+    start, _, _ = slice(given["start"], given["end"]).indices(base.shape[dim])
+    if given["step"] != 1:
         raise Unprintable("no kernel is printed for aten.slice_scatter with a step")
     return _assembled(lowering, base.shape, base, [(dim, start, source)])
 
 
 def _select_scatter(lowering: Lowering, node: fx.Node) -> Value:
-    base, source = map(lowering.tensor, node.args[:2])
-    dim, index = int(_argument(node, 2)) % len(base.shape), int(_argument(node, 3))
+    given = arguments_of(node)
+    base, source = lowering.tensor(given["self"]), lowering.tensor(given["src"])
+    dim, index = given["dim"] % len(base.shape), given["index"]
     shape = (*base.shape[:dim], 1, *base.shape[dim + 1 :])
     spread = lowering.loaded(source) if not isinstance(source.expression, Constant) else source
 
@@ -248,11 +226,12 @@ def _select_scatter(lowering: Lowering, node: fx.Node) -> Value:
 
 
 def _padded(lowering: Lowering, node: fx.Node) -> Value:
-    value, pads = lowering.tensor(_argument(node, 0)), list(_argument(node, 1))
-    value = _cut(value, pads)
+    given = arguments_of(node)
+    pads = given["pad"]
+    value = _cut(lowering.tensor(given["self"]), pads)
     shape = tuple(node.meta["val"].shape)
     buffer = lowering.local(shape, any(view.buffer.varying for view in views(value.expression)))
-    lowering.write(in_memory(buffer, shape), Value(shape, Constant(float(_argument(node, 2, "value", 0.0)))))
+    lowering.write(in_memory(buffer, shape), Value(shape, Constant(float(given["value"]))))
     strides, rank = contiguous(shape), len(shape)
     offset = sum(strides[rank - 1 - index] * max(before, 0) for index, before in enumerate(pads[::2]))
     lowering.write(Value(value.shape, Load(View(buffer, strides, offset))), value)
@@ -276,8 +255,9 @@ def _cut(value: Value, pads: Sequence[int]) -> Value:
 
 
 def _flipped(lowering: Lowering, node: fx.Node) -> Value:
-    value = lowering.loaded(lowering.tensor(_argument(node, 0)))
-    dims = {dim % len(value.shape) for dim in _argument(node, 1)}
+    given = arguments_of(node)
+    value = lowering.loaded(lowering.tensor(given["self"]))
+    dims = {dim % len(value.shape) for dim in given["dims"]}
 
     def change(view: View) -> View:
         offset = view.offset + sum(view.strides[dim] * (value.shape[dim] - 1) for dim in dims)
@@ -288,8 +268,8 @@ def _flipped(lowering: Lowering, node: fx.Node) -> Value:
 
 
 def _to_copy(lowering: Lowering, node: fx.Node) -> Value:
-    value = lowering.tensor(_argument(node, 0))
-    source, target = _argument(node, 0).meta["val"].dtype, node.meta["val"].dtype
+    given = arguments_of(node)["self"]
+    value, source, target = lowering.tensor(given), given.meta["val"].dtype, node.meta["val"].dtype
     if target == torch.int64 and source.is_floating_point:
         raise Unprintable("no kernel is printed for a conversion to torch.int64")
     if target == torch.bool and source != torch.bool:
@@ -303,41 +283,77 @@ def _identity_matrix(lowering: Lowering, node: fx.Node) -> Value:
     return lowering.constant(values, (rows, columns))
 
 
-SPECIAL: dict[str, Callable[[Lowering, fx.Node], Any]] = {
-    "mm.default": _product,
-    "bmm.default": _product,
-    "addmm.default": _added_product,
-    "baddbmm.default": _added_product,
-    "sum.default": _reduction("add"),
-    "sum.dim_IntList": _reduction("add"),
-    "mean.default": _mean,
-    "mean.dim": _mean,
-    "amax.default": _reduction("maximum"),
-    "amin.default": _reduction("minimum"),
-    "var.correction": lambda lowering, node: _variance(lowering, node)[0],
-    "var_mean.correction": lambda lowering, node: list(map(lowering.loaded, _variance(lowering, node))),
-    "cat.default": _cat,
-    "slice_scatter.default": _slice_scatter,
-    "select_scatter.default": _select_scatter,
-    "constant_pad_nd.default": _padded,
-    "flip.default": _flipped,
-    "_to_copy.default": _to_copy,
-    "eye.default": _identity_matrix,
-    "eye.m": _identity_matrix,
-    "full.default": _full(lambda node: _argument(node, 1)),
-    "full_like.default": _full(lambda node: _argument(node, 1)),
-    "new_full.default": _full(lambda node: _argument(node, 2)),
-    "scalar_tensor.default": _full(lambda node: _argument(node, 0)),
-    **{f"{name}.default": _full(lambda node: 0.0) for name in ("zeros", "zeros_like", "new_zeros")},
-    # Only their shapes are ever read.
-    **{f"{name}.default": _full(lambda node: 0.0) for name in ("empty_like", "new_empty", "empty_permuted")},
-    "empty.memory_format": _full(lambda node: 0.0),
-    "fill.Scalar": _full(lambda node: _argument(node, 1)),
-    **{f"{name}.default": _full(lambda node: 1.0) for name in ("ones", "ones_like", "new_ones")},
+RULES: dict[str, Rule] = {
+    **{
+        name: Rule(_view, computes_arguments=True)
+        for name in """alias.default detach.default view.default _unsafe_view.default t.default
+        transpose.int permute.default unsqueeze.default squeeze.default squeeze.dim squeeze.dims select.int slice.Tensor
+        diagonal.default split.Tensor split_with_sizes.default unbind.int unfold.default""".split()
+    },
+    "expand.default": Rule(_expanded),
+    # Of numbers.
+    "add.Tensor": _pointwise(_scaled("add")),
+    "add.Scalar": _pointwise(_scaled("add")),
+    "sub.Tensor": _pointwise(_scaled("sub")),
+    "sub.Scalar": _pointwise(_scaled("sub")),
+    "rsub.Tensor": _pointwise(_reversed_sub),
+    "rsub.Scalar": _pointwise(_reversed_sub),
+    "mul.Tensor": _apply("mul"),
+    "mul.Scalar": _apply("mul"),
+    "div.Tensor": _apply("div"),
+    "div.Scalar": _apply("div"),
+    "pow.Tensor_Scalar": _pointwise(_power),
+    "pow.Tensor_Tensor": _pointwise(_power),
+    "pow.Scalar": _pointwise(_power),
+    "clamp.default": _pointwise(_clamped),
+    "clamp.Tensor": _pointwise(_clamped),
+    "clamp_min.default": _pointwise(_clamped),
+    "clamp_max.default": _pointwise(lambda value, max: _clamped(value, None, max)),
+    "where.self": _apply("where"),
+    **{f"{name}.default": _pointwise(lambda value: value) for name in ("clone", "lift_fresh_copy")},
+    **{
+        f"{name}.default": _apply(name)
+        for name in """abs ceil cos erf erfc exp expm1 floor log log10 log1p log2 maximum minimum neg reciprocal relu round
+        rsqrt sigmoid sign sin sqrt tan tanh atan asin acos sinh cosh trunc logical_and logical_or logical_not
+        atan2""".split()
+    },
+    **{f"{name}.Tensor": _apply(name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "fmod")},
+    **{f"{name}.Scalar": _apply(name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "fmod")},
+    # Only truth values reach these: other integers have no kernel.
+    "bitwise_and.Tensor": _apply("logical_and"),
+    "bitwise_or.Tensor": _apply("logical_or"),
+    "bitwise_not.default": _apply("logical_not"),
+    # Along axes.
+    "mm.default": Rule(_product),
+    "bmm.default": Rule(_product),
+    "addmm.default": Rule(_added_product),
+    "baddbmm.default": Rule(_added_product),
+    "sum.default": Rule(_reduction("add"), computes_arguments=True),
+    "sum.dim_IntList": Rule(_reduction("add"), computes_arguments=True),
+    "mean.default": Rule(_mean, computes_arguments=True),
+    "mean.dim": Rule(_mean, computes_arguments=True),
+    "amax.default": Rule(_reduction("maximum"), computes_arguments=True),
+    "amin.default": Rule(_reduction("minimum"), computes_arguments=True),
+    "var.correction": Rule(lambda lowering, node: _variance(lowering, node)[0]),
+    "var_mean.correction": Rule(lambda lowering, node: list(map(lowering.loaded, _variance(lowering, node)))),
+    # Put together.
+    "cat.default": Rule(_cat, computes_arguments=True),
+    "slice_scatter.default": Rule(_slice_scatter, computes_arguments=True),
+    "select_scatter.default": Rule(_select_scatter, computes_arguments=True),
+    "constant_pad_nd.default": Rule(_padded, computes_arguments=True),
+    "flip.default": Rule(_flipped),
+    "_to_copy.default": Rule(_to_copy, computes_arguments=True),
+    # New.
+    "eye.default": Rule(_identity_matrix),
+    "eye.m": Rule(_identity_matrix),
+    "full.default": _full("fill_value"),
+    "full_like.default": _full("fill_value"),
+    "new_full.default": _full("fill_value"),
+    "scalar_tensor.default": _full("s"),
+    "fill.Scalar": _full("value"),
+    **{f"{name}.default": _full(0.0) for name in ("zeros", "zeros_like", "new_zeros")},
+    **{f"{name}.default": _full(1.0) for name in ("ones", "ones_like", "new_ones")},
+    # Of these only the shape is ever read.
+    **{f"{name}.default": _full(0.0) for name in ("empty_like", "new_empty", "empty_permuted")},
+    "empty.memory_format": _full(0.0),
 }
-
-# Beside the pointwise ops: each number of the argument is read once.
-READ_ONCE = frozenset(
-    """sum.default sum.dim_IntList mean.default mean.dim amax.default amin.default cat.default slice_scatter.default
-    select_scatter.default constant_pad_nd.default _to_copy.default""".split()
-)

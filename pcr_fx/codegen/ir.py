@@ -11,6 +11,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from pcr_fx.codegen.functions import REDUCTIONS, Reduction
 from pcr_fx.errors import UnsupportedError
 
 
@@ -52,7 +55,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Apply:
-    """A scalar function of scalars; `function` is a name that every printer knows."""
+    """A scalar function of scalars; `function` is the name of one of `FUNCTIONS`."""
 
     function: str
     arguments: tuple[Expression, ...]
@@ -67,7 +70,7 @@ class Loop:
 
     Attributes:
         out: where to, over the indices of `shape` only.
-        combine: "add", "maximum" or "minimum"; `None` where nothing is reduced.
+        combine: of `REDUCTIONS`; `None` where nothing is reduced.
     """
 
     out: View
@@ -75,6 +78,12 @@ class Loop:
     value: Expression
     reduced: tuple[int, ...] = ()
     combine: str | None = None
+
+    @property
+    def reduction(self) -> Reduction:
+        """How a loop that reduces combines."""
+        assert self.combine is not None, "nothing is reduced"
+        return REDUCTIONS[self.combine]
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,14 @@ class Function:
     def operations(self) -> int:
         """Scalar operations per sample: the cost of a call, roughly."""
         return sum(math.prod((*loop.shape, *loop.reduced)) * (1 + count(loop.value)) for loop in self.loops)
+
+
+def places(view: View, shape: Sequence[int]) -> np.ndarray:
+    """Where in its buffer a view is, for every index of `shape`."""
+    place = np.asarray(view.offset)
+    for size, stride in zip(shape, view.strides, strict=True):
+        place = place[..., None] + stride * np.arange(size)
+    return place
 
 
 def views(value: Expression) -> Iterator[View]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pcr_fx.codegen.aten import MEANINGFUL, POINTWISE, READ_ONCE, SPECIAL, VIEWS, op_name
+from pcr_fx.codegen.aten import RULES
+from pcr_fx.codegen.check import check, is_checking
 from pcr_fx.codegen.ir import (
     Apply,
     Buffer,
@@ -28,9 +29,12 @@ from pcr_fx.codegen.ir import (
     simplify,
     views,
 )
+from pcr_fx.graphs.nodes import overload_name
 
 # Constants of a body that are written out in its kernel's source.
 _MAX_CONSTANTS = 4096
+# Keyword arguments of pointwise ops that change what is computed; others are about memory.
+_MEANINGFUL = ("alpha", "min", "max")
 
 
 def lower(graph: fx.Graph, owner: torch.nn.Module, varying: Sequence[bool], sums: Sequence[bool]) -> Function:
@@ -45,7 +49,10 @@ def lower(graph: fx.Graph, owner: torch.nn.Module, varying: Sequence[bool], sums
     Raises:
         Unprintable: an op or a dtype that has no form here.
     """
-    return Lowering(graph, owner, varying).function(sums)
+    function = Lowering(graph, owner, varying).function(sums)
+    if is_checking():
+        check(function)
+    return function
 
 
 class Lowering:
@@ -85,15 +92,11 @@ class Lowering:
         if node.target is operator.getitem:
             parts, index = node.args
             return self.values[parts][index]  # type: ignore[index]
-        name = op_name(node)
+        name = overload_name(node)
         self._check_dtype(node, name)
-        if name in POINTWISE:
-            return self._pointwise(node, POINTWISE[name])
-        if name in SPECIAL:
-            return SPECIAL[name](self, node)
-        if name in VIEWS:
-            return self._view(node)
-        raise Unprintable(f"no kernel is printed for aten.{name}")
+        if name not in RULES:
+            raise Unprintable(f"no kernel is printed for aten.{name}")
+        return RULES[name].build(self, node)
 
     def _check_dtype(self, node: fx.Node, name: str) -> None:
         value = node.meta["val"]
@@ -169,10 +172,11 @@ class Lowering:
 
     # --- kinds of ops ---------------------------------------------------------------------------------------
 
-    def _pointwise(self, node: fx.Node, build: Callable[..., Expression]) -> Value:
+    def pointwise(self, node: fx.Node, build: Callable[..., Expression]) -> Value:
+        """An op that computes each number of its result from one number of each argument."""
         shape = tuple(node.meta["val"].shape)
         arguments = [self._operand(argument, shape) for argument in node.args]
-        options = {name: self._operand(node.kwargs[name], shape) for name in MEANINGFUL if name in node.kwargs}
+        options = {name: self._operand(node.kwargs[name], shape) for name in _MEANINGFUL if name in node.kwargs}
         return Value(shape, build(*arguments, **options))
 
     def _operand(self, argument: Any, shape: tuple[int, ...]) -> Any:
@@ -181,20 +185,17 @@ class Lowering:
             return self.broadcast(self.tensor(argument), shape)
         return argument
 
-    def _view(self, node: fx.Node) -> Value | list[Value]:
-        """A view op: PyTorch itself works out the strides, on a tensor without memory."""
-        value, *rest = (self.tensor(node.args[0]), *node.args[1:])
+    def view(self, node: fx.Node, value: Value) -> Value | list[Value]:
+        """A view op of `value`: PyTorch itself works out the strides, on a tensor without memory."""
         assert callable(node.target)
-        if op_name(node) == "expand.default":
-            value = self.loaded(value)
         # PyTorch has no negative strides, and not every version says so.
         if any(stride < 0 for view in views(value.expression) for stride in view.strides):
             value = self.materialised(value)
         try:
-            return self._viewed(node.target, value, rest, node.kwargs)
+            return self._viewed(node.target, value, node.args[1:], node.kwargs)
         except (RuntimeError, ValueError):
             # Such as a reshape of a transpose, which is a copy.
-            return self._viewed(node.target, self.materialised(value), rest, node.kwargs)
+            return self._viewed(node.target, self.materialised(value), node.args[1:], node.kwargs)
 
     def _viewed(self, op: Callable[..., Any], value: Value, rest: Sequence[Any], kwargs: Any) -> Any:
         def stand_in(view: View) -> Tensor:
@@ -273,8 +274,6 @@ def _occurrences(user: fx.Node, node: fx.Node) -> int:
 
 
 def _computes_on_the_way(user: fx.Node) -> bool:
-    """Whether an op reads each number of its arguments once, so that it may as well compute it."""
-    if user.op == "output":
-        return True
-    name = op_name(user)
-    return name in POINTWISE or name in READ_ONCE or (name in VIEWS and name != "expand.default")
+    """Whether what is used there need not be in memory before."""
+    rule = RULES.get(overload_name(user))
+    return user.op == "output" or (rule is not None and rule.computes_arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pcr_fx.codegen.check import check, is_checking
 from pcr_fx.codegen.ir import Apply, Buffer, Constant, Expression, Function, Load, Loop, views
 
 
@@ -28,4 +29,7 @@ def restricted(function: Function, outputs: Sequence[Buffer]) -> Function:
         if loop.out.buffer.name in needed:
             loops.append(loop)
             needed.update(view.buffer.name for view in views(loop.value))
-    return Function(function.inputs, tuple(outputs), tuple(reversed(loops)))
+    part = Function(function.inputs, tuple(outputs), tuple(reversed(loops)))
+    if is_checking():
+        check(part)
+    return part

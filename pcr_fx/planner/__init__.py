@@ -1,8 +1,7 @@
 """What to run: which way through a chain, forward and backward, by measurement or by rule."""
 
 from pcr_fx.planner.cache import cached_plans, clear_plans
-from pcr_fx.planner.choice import BESIDE, Choice, Timing, Way
-from pcr_fx.planner.memory import block_bytes, in_units
+from pcr_fx.planner.choice import BESIDE, Choice, Timing
 from pcr_fx.planner.plan import Plan, make_plan, plan_by_key
 
 __all__ = [
@@ -10,11 +9,8 @@ __all__ = [
     "Choice",
     "Plan",
     "Timing",
-    "Way",
-    "block_bytes",
     "cached_plans",
     "clear_plans",
-    "in_units",
     "make_plan",
     "plan_by_key",
 ]

@@ -26,7 +26,7 @@ from pcr_fx.targets.cpp.build import processor
 log = logging.getLogger(__name__)
 
 # Whose code decides how long a way takes and what is measured.
-_PACKAGES = ("body", "codegen", "linear", "planner", "solvers", "targets")
+_PACKAGES = ("body", "codegen", "linear", "planner", "solvers", "targets", "ways")
 # What is said of a chain, for people.
 _WORDS = ("modules", "source", "dtype", "device", "torch")
 _COUNTS = ("length", "dimension", "samples")

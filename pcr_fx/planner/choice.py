@@ -2,41 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from pcr_fx.targets import CppKernel, TritonKernel
+from pcr_fx.ways import Backward, Forward, Way
 
-
-@dataclass(frozen=True)
-class Way:
-    """One way to go through a chain in one direction.
-
-    Attributes:
-        solver: "sequential" or an iterative solver; backward, where the adjoint is linear, "newton" is one transposed
-            reduction.
-        kernel: what runs it, where that is not PyTorch's ops.
-        window: blocks whose linear systems are held at a time; `None` for the whole chain.
-    """
-
-    solver: str
-    kernel: CppKernel | TritonKernel | None = field(default=None, repr=False)
-    window: int | None = None
-
-    @property
-    def is_native(self) -> bool:
-        """Whether native code goes block by block."""
-        return isinstance(self.kernel, CppKernel) and self.solver == "sequential"
-
-    @property
-    def name(self) -> str:
-        """As the report has it."""
-        kernel = ""
-        if self.kernel is not None:
-            kernel = " (native kernel)" if isinstance(self.kernel, CppKernel) else " (fused kernel)"
-        return self.solver + kernel + (f" in windows of {self.window}" if self.window else "")
-
-
-EAGER = "eager"
 # Where blocks have tensors of their own: what every way but eager and native code needs first, and what every way but
 # eager needs last.
 STACKING = "stacking operands"
@@ -82,17 +51,25 @@ class Choice:
             measured.
     """
 
-    forward: Way
-    backward: Way
+    forward: Forward
+    backward: Backward
     reason: str
     asked_for: bool = False
     timings: tuple[Timing, ...] = ()
     alone: tuple[tuple[bool, bool], ...] = ()
 
-    def is_native(self, needs_gradient: bool) -> bool:
-        """Whether the chain runs block by block in one native kernel: both ways, where gradients are needed."""
-        ways = (self.forward, self.backward) if needs_gradient else (self.forward,)
-        return all(way.is_native for way in ways)
+    @property
+    def has_failed(self) -> bool:
+        """Whether one of its ways turned out not to be one."""
+        return self.forward.failure is not None or self.backward.failure is not None
+
+    def needed(self, needs_gradient: bool) -> tuple[Way, ...]:
+        """The ways that a call takes."""
+        return (self.forward, self.backward) if needs_gradient else (self.forward,)
+
+    def is_in_place(self, needs_gradient: bool) -> bool:
+        """Whether blocks' tensors are read where they lie: both ways, where gradients are needed."""
+        return all(way.in_place for way in self.needed(needs_gradient))
 
     def leaves_alone(self, needs_gradient: bool) -> bool:
         """Whether a solve node has nothing to add: nobody asked for it, and the model's own ops do as well."""
@@ -101,5 +78,4 @@ class Choice:
         measured = dict(self.alone)
         if needs_gradient in measured:
             return measured[needs_gradient]
-        ways = (self.forward, self.backward) if needs_gradient else (self.forward,)
-        return all(way.solver == "sequential" and way.kernel is None for way in ways)
+        return all(way.adds_nothing for way in self.needed(needs_gradient))

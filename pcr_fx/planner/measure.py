@@ -18,19 +18,9 @@ import torch
 from torch import Tensor
 
 from pcr_fx.call import Call
-from pcr_fx.planner.choice import BESIDE, EAGER, HANDING, STACKING, Timing, Way
-from pcr_fx.planner.estimate import bounds
-from pcr_fx.planner.rule import Case, candidates
-from pcr_fx.solvers import (
-    Outcome,
-    Settings,
-    adjoint_sequential,
-    adjoint_transposed,
-    blocks,
-    solve_iteratively,
-    solve_sequential,
-)
-from pcr_fx.targets import CppKernel, TritonKernel
+from pcr_fx.planner.choice import BESIDE, HANDING, STACKING, Timing
+from pcr_fx.solvers import Outcome, Settings, SolveStats, blocks
+from pcr_fx.ways import EAGER, Backward, Case, Forward, Solution, candidates
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +118,7 @@ class _Measurement:
     ) -> None:
         self.case, self.settings, self.are_stacked = case, settings, are_stacked
         operands, shared = ([tensor.detach() for tensor in group] for group in (call.operands, call.shared))
-        self.call = Call(call.initial.detach(), operands, shared)
+        self.call = call._replace(initial=call.initial.detach(), operands=operands, shared=shared)
         self.needs_gradient, self.with_eager = needs_gradient, with_eager
         self.budget = case.options.planning_budget
         self.ends = time.perf_counter() + self.budget
@@ -142,26 +132,28 @@ class _Measurement:
         directions = ("forward", "backward") if self.needs_gradient else ("forward",)
         ways = {direction: self._candidates(direction) for direction in directions}
         # Block by block first: those are sure to end, and rule out others.
-        self._measure_all(ways, lambda way: way.solver == "sequential")
+        self._measure_all(ways, lambda way: not way.iterates)
         if self.are_stacked:
             self._beside(STACKING, self._stacking)
-        self._measure_all(ways, lambda way: way.solver != "sequential")
+        self._measure_all(ways, lambda way: way.iterates)
         self._rematch()
         for timing in self.timings:
             log.info("chain of %d blocks, %s: %s", self.case.program.length, timing.direction, timing)
         return tuple(self.timings)
 
-    def _candidates(self, direction: str) -> list[Way]:
+    def _candidates(self, direction: str) -> list[Forward | Backward]:
         ways, refused = candidates(self.case, direction)
-        self.timings += [Timing(solver, direction, None, note=reason) for solver, reason in refused.items()]
+        self.timings += [Timing(none.name, direction, None, note=none.reason) for none in refused]
         return ways
 
-    def _measure_all(self, ways: dict[str, list[Way]], which: Callable[[Way], bool]) -> None:
+    def _measure_all(
+        self, ways: dict[str, list[Forward | Backward]], which: Callable[[Forward | Backward], bool]
+    ) -> None:
         for direction, all_of in ways.items():
             self._measure([way for way in all_of if which(way)], direction)
 
-    def _measure(self, ways: Sequence[Way], direction: str) -> None:
-        estimates = {way: bounds(way, direction, self.case) for way in ways}
+    def _measure(self, ways: Sequence[Forward | Backward], direction: str) -> None:
+        estimates = {way: way.bounds(self.case, direction) for way in ways}
         measured = [s for (way, of), s in self._seconds().items() if of == direction and way not in BESIDE]
         best = min([*measured, *(most for _, most in estimates.values())], default=math.inf)
         # What is likely to be fast comes first.
@@ -173,15 +165,19 @@ class _Measurement:
     def _seconds(self) -> dict[tuple[str, str], float]:
         return {(t.way, t.direction): t.seconds for t in self.timings if t.seconds is not None}
 
-    def _way(self, way: Way, direction: str, best: float, least: float) -> Timing:
+    def _way(self, way: Forward | Backward, direction: str, best: float, least: float) -> Timing:
         if least > best:
             return Timing(way.name, direction, None, note=f"at least {1e3 * least:.2g} ms by estimate")
         if time.perf_counter() > self.ends:
             return Timing(way.name, direction, None, note=f"the budget of {self.budget:g} s was spent", skipped=True)
         try:
-            if way.solver == "sequential":
+            if not way.iterates:
                 return self._sequential(way, direction)
-            return self._iterative(way, best) if direction == "forward" else self._reduction(way, best)
+            if direction == "backward":
+                run = self._by(way, direction, self.case.program.length)
+                return self._timing(way.name, direction, run, best=best)
+            assert isinstance(way, Forward)
+            return self._queued(way, best) if way.queues else self._iterative(way, best)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -234,10 +230,10 @@ class _Measurement:
         count = self._count(lambda count: self._stacked(count)[0], 2)
         run, parts = self._stacked(count)
         self.timings.append(self._timing(STACKING, "forward", run, count))
-        outputs = [column for column in run() if column.requires_grad]
+        outputs = [operand for operand in run() if operand.requires_grad]
         if outputs:
-            leaves = [part for column in parts for part in column if part.requires_grad]
-            gradients = [torch.ones_like(column) for column in outputs]
+            leaves = [part for operand in parts for part in operand if part.requires_grad]
+            gradients = [torch.ones_like(operand) for operand in outputs]
             handing = partial(torch.autograd.grad, outputs, leaves, gradients, retain_graph=True)
             self.timings.append(self._timing(HANDING, "backward", handing, count))
 
@@ -256,16 +252,15 @@ class _Measurement:
         plain = tensor.clone() if tensor.is_inference() else tensor.detach()
         return plain.requires_grad_(self.needs_gradient and tensor.is_floating_point())
 
-    def _sequential(self, way: Way, direction: str) -> Timing:
-        make = self._forward_by if direction == "forward" else self._backward_by
-        if isinstance(way.kernel, CppKernel) and not self._compiles(way.kernel, direction):
-            return Timing(way.name, direction, None, note=way.kernel.failure or "it cannot be called")
-        # A GPU's kernel is for all blocks and no fewer.
-        fused, length = isinstance(way.kernel, TritonKernel), self.case.program.length
-        self._compile(partial(make, way, length if fused else min(2, length)))
+    def _sequential(self, way: Forward | Backward, direction: str) -> Timing:
+        if not self._is_ready(way, direction):
+            return Timing(way.name, direction, None, note=way.failure or "it cannot be called")
+        length = self.case.program.length
+        make = partial(self._by, way, direction)
+        self._compile(partial(make, min(2, length) if way.scales else length))
         # Several calls have to fit: the first with memory that the machine had not used yet take ten times as long.
-        count = length if fused else self._count(partial(make, way), 4)
-        return self._timing(way.name, direction, make(way, count), count)
+        count = self._count(make, 4) if way.scales else length
+        return self._timing(way.name, direction, make(count), count)
 
     def _compile(self, make: Callable[[], Callable[[], Any]]) -> None:
         """A first call, which may compile a kernel: what that takes is no part of the budget."""
@@ -273,25 +268,22 @@ class _Measurement:
         make()()
         self.ends += time.perf_counter() - began
 
-    def _compiles(self, kernel: CppKernel, direction: str) -> bool:
+    def _is_ready(self, way: Forward | Backward, direction: str) -> bool:
         began = time.perf_counter()
-        is_ready = kernel.is_ready("forward" if direction == "forward" else "adjoint", self.call.initial)
+        is_ready = way.is_ready(direction, self.call.initial)
         self.ends += time.perf_counter() - began
         return is_ready
 
-    def _forward_by(self, way: Way, count: int) -> Callable[[], Any]:
-        call, kernel, program = self.call.first(count), _shortened(way.kernel, count), self.case.program
-        return partial(solve_sequential, program, call, count) if kernel is None else partial(kernel.solve, call)
-
-    def _backward_by(self, way: Way, count: int) -> Callable[[], Any]:
-        call, kernel = self.call.first(count), _shortened(way.kernel, count)
+    def _by(self, way: Forward | Backward, direction: str, count: int) -> Callable[[], Any]:
+        """What goes by a way through the first `count` blocks."""
+        call = self.call if count == self.call.length else self.call.first(count)
+        if direction == "forward":
+            assert isinstance(way, Forward)
+            return partial(way.solve, self.case.program, call, self.settings)
+        assert isinstance(way, Backward)
         trajectory = call.initial.unsqueeze(0).repeat(count, *(1 for _ in call.initial.shape))
         ones = torch.ones_like(trajectory)
-        if isinstance(kernel, TritonKernel):
-            return partial(kernel.solve_adjoint, call, trajectory, ones, way.solver)
-        if kernel is not None:
-            return partial(kernel.solve_adjoint, call, trajectory, ones)
-        return partial(adjoint_sequential, self.case.program, call, trajectory, ones, count)
+        return partial(way.solve_adjoint, self.case.program, call, trajectory, ones, self.settings)
 
     def _count(self, make: Callable[[int], Callable[[], Any]], times: int) -> int:
         """Blocks to time: all, or as many as take less than a share of the budget, of which there are so many `times`."""
@@ -308,65 +300,53 @@ class _Measurement:
 
     # --- all blocks at once ---------------------------------------------------------------------------------
 
-    def _iterative(self, way: Way, best: float) -> Timing:
-        program, settings = self.case.program, replace(self.settings, window=way.window)
-        if isinstance(way.kernel, TritonKernel):
-            return self._fused(way, way.kernel, settings, best)
-        solve = partial(solve_iteratively, program, self.call, way.solver)
-        least = self._least_seconds(way, settings)
+    def _iterative(self, way: Forward, best: float) -> Timing:
+        least = self._least_seconds(way)
         if least > _HOPELESS * best:
             return Timing(way.name, "forward", None, note=f"at least {1e3 * least:.2g} ms, from a part of the blocks")
-        each = self._seconds_an_iteration(solve, settings)
+        program, settings = self.case.program, self.settings
+        solve = partial(way.solve, program, self.call)
+        each = self._seconds_an_iteration(solve)
         # No more than a way could take that is not much slower than the best.
-        limit, affordable = settings.limit(way.solver, program.length), math.ceil(_HOPELESS * best / each)
+        window = way.window or program.length
+        limit = replace(settings, window=window).limit(way.solver, program.length)
+        affordable = math.ceil(_HOPELESS * best / each)
         if affordable < limit:
-            windows = math.ceil(program.length / (way.window or program.length))
+            windows = math.ceil(program.length / window)
             settings = replace(settings, max_iterations=max(1, affordable // windows))
-        _, stats = solve(settings)
+        stats = solve(settings).stats
         if stats.outcome is Outcome.ITERATION_LIMIT and affordable < limit:
             note = f"not solved after {stats.iterations} iterations and {1e3 * each * stats.iterations:.2g} ms"
             return Timing(way.name, "forward", None, note=note)
-        return self._converging(way, partial(solve, settings), stats.outcome, stats.iterations, best)
+        return self._converging(way, partial(solve, settings), stats, best)
 
-    def _fused(self, way: Way, kernel: TritonKernel, settings: Settings, best: float) -> Timing:
-        limit = settings.limit(way.solver, self.case.program.length)
-        run = partial(kernel.solve_newton, self.call, settings.tolerance, limit)
+    def _queued(self, way: Forward, best: float) -> Timing:
+        run: Callable[[], Solution] = partial(way.solve, self.case.program, self.call, self.settings)
         self._compile(lambda: run)
-        outcome, iterations = (int(value) for value in run()[1][:, :2].amax(0).tolist())
-        return self._converging(way, run, list(Outcome)[outcome], iterations, best)
+        queued = run().queued
+        assert queued is not None, "what iterates in a queue says there how it went"
+        outcome, iterations = (int(value) for value in queued[:, :2].amax(0).tolist())
+        return self._converging(way, run, SolveStats(list(Outcome)[outcome], iterations), best)
 
-    def _converging(self, way: Way, run: Callable[[], Any], outcome: Outcome, iterations: int, best: float) -> Timing:
+    def _converging(self, way: Forward, run: Callable[[], Any], stats: SolveStats, best: float) -> Timing:
         """The time of an iteration that ended so, if it is any use."""
-        if not outcome.success:
-            return Timing(way.name, "forward", None, note=f"{outcome} ({iterations} iterations)")
-        return self._timing(way.name, "forward", run, best=best, iterations=iterations)
+        if not stats.outcome.success:
+            return Timing(way.name, "forward", None, note=f"{stats.outcome} ({stats.iterations} iterations)")
+        return self._timing(way.name, "forward", run, best=best, iterations=stats.iterations)
 
-    def _least_seconds(self, way: Way, settings: Settings) -> float:
+    def _least_seconds(self, way: Forward) -> float:
         """What a few iterations of a chain take that is too large to try one of: from so many blocks as can be tried."""
         program, samples = self.case.program, max(self.case.samples, 1)
         count = _NUMBERS_TRIED // (samples * program.dimension)
         if not _FEWEST_BLOCKS <= count < (way.window or program.length):
             return 0.0
-        solve = partial(solve_iteratively, program.of_length(count), self.call.first(count), way.solver)
-        each = self._seconds_an_iteration(solve, replace(settings, window=None))
-        return _FEWEST_ITERATIONS * each * program.length / count
+        solve = partial(way.solve, program.of_length(count), self.call.first(count))
+        return _FEWEST_ITERATIONS * self._seconds_an_iteration(solve) * program.length / count
 
-    def _seconds_an_iteration(self, solve: Callable[..., Any], settings: Settings) -> float:
-        run = partial(solve, replace(settings, max_iterations=2))
+    def _seconds_an_iteration(self, solve: Callable[[Settings], Any]) -> float:
+        run = partial(solve, replace(self.settings, max_iterations=2))
         self._compile(lambda: run)
         return _once(run, self.call.initial.device) / 2
-
-    def _reduction(self, way: Way, best: float) -> Timing:
-        program, initial = self.case.program, self.call.initial
-        trajectory = initial.unsqueeze(0).repeat(program.length, *(1 for _ in initial.shape))
-        ones = torch.ones_like(trajectory)
-        run: Callable[[], Any]
-        if isinstance(way.kernel, TritonKernel):
-            run = partial(way.kernel.solve_adjoint, self.call, trajectory, ones, way.solver)
-        else:
-            method = self.settings.linear_solver
-            run = partial(adjoint_transposed, program, self.call, trajectory, ones, method, way.window)
-        return self._timing(way.name, "backward", run, best=best)
 
     # --- the clock --------------------------------------------------------------------------------------------
 
@@ -436,11 +416,6 @@ class _Measurement:
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out: on a CPU PyTorch has no exception of its own for it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def _shortened(kernel: Any, count: int) -> Any:
-    """The kernel for the first `count` blocks."""
-    return kernel.of_length(count) if isinstance(kernel, CppKernel) else kernel
 
 
 def _once(run: Callable[[], Any], device: torch.device) -> float:

@@ -17,21 +17,38 @@ from pcr_fx.body import Program, Signature, build_program
 from pcr_fx.body.isolation import apart, is_undisturbed, isolated
 from pcr_fx.body.sample import trace_sample
 from pcr_fx.call import Call
-from pcr_fx.chain import Chain
-from pcr_fx.errors import BodyError, UnsupportedError
+from pcr_fx.chain import Chain, TensorSpec
+from pcr_fx.errors import BodyError, PlanError, UnsupportedError
 from pcr_fx.locks import fork_safe_lock
 from pcr_fx.options import Options
 from pcr_fx.planner.cache import load_timings, measurement_key, store_timings
-from pcr_fx.planner.choice import EAGER, HANDING, STACKING, Choice, Timing, Way
+from pcr_fx.planner.choice import HANDING, STACKING, Choice, Timing
 from pcr_fx.planner.measure import measure
-from pcr_fx.planner.rule import Case, candidates, estimated_choice
+from pcr_fx.planner.rule import estimated_choice
+from pcr_fx.registry import Registry
 from pcr_fx.solvers import Settings, SolveStats, default_tolerance
-from pcr_fx.targets import CppKernel, TritonKernel
+from pcr_fx.targets import CppKernel, Kernel, TritonKernel
+from pcr_fx.ways import EAGER, Backward, Case, Forward, Native, Sequential, candidates, fallback
 
 log = logging.getLogger(__name__)
 
 # What a choice is for: bits of the number of samples, and whether they are native code's lanes, forward and backward.
 Size = tuple[int, bool, bool]
+
+
+@dataclass(eq=False)
+class Learnt:
+    """What is known of a plan's ways by now.
+
+    Attributes:
+        choices: by size.
+        drifted: sizes whose solves go otherwise than when their ways were chosen.
+        lock: held where the way of a first call is found, which other threads' first calls then take too.
+    """
+
+    choices: dict[Size, Choice] = field(default_factory=dict)
+    drifted: set[Size] = field(default_factory=set)
+    lock: threading.RLock = field(default_factory=fork_safe_lock, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,20 +58,21 @@ class Plan:
     What was chosen for one number of samples is chosen for all up to the next power of two.
 
     Attributes:
-        kernel: the chain's native kernel, or why it has none.
+        kernel: the chain's kernel, or why it has none.
         bound: the sizes beside those of its program that alone the plan is for, as from `SampleBody.bound_to`.
-        lock: held where the way of a first call is found, which other threads' first calls then take too.
+        learnt: what measurements and solves showed; copies of a plan share it.
+        origin: the plan that this is a copy of for another signature. The registry lets go of plans that nobody holds,
+            and by this who holds a copy holds that.
     """
 
     key: str
     program: Program
     options: Options
     settings: Settings
-    kernel: CppKernel | TritonKernel | str
+    kernel: Kernel | str
     bound: tuple[int, ...] | Signature = ()
-    _choices: dict[Size, Choice] = field(default_factory=dict, repr=False)
-    _drifted: set[Size] = field(default_factory=set, repr=False)
-    lock: threading.RLock = field(default_factory=fork_safe_lock, repr=False)
+    learnt: Learnt = field(default_factory=Learnt, repr=False)
+    origin: Plan | None = field(default=None, repr=False)
 
     def __reduce__(self) -> Any:
         # Made again from what it was made of: native code and caches stay with their process.
@@ -62,7 +80,14 @@ class Plan:
 
     def called_with(self, signature: Signature) -> Plan:
         """The same plan, choices and all, for tensors of another signature that it serves."""
-        return replace(self, program=self.program.called_with(signature))
+        if signature == self.program.signature:
+            return self
+        return replace(self, program=self.program.called_with(signature), origin=self.origin or self)
+
+    @property
+    def queues(self) -> bool:
+        """Whether the chain's kernel, if it has one, returns before the device is done."""
+        return not isinstance(self.kernel, str) and self.kernel.queues
 
     @property
     def free_batch_dims(self) -> int:
@@ -75,19 +100,22 @@ class Plan:
         """Independent samples in a flat state `[*batch, d]`."""
         return int(math.prod(state.shape[:-1]))  # `torch.jit.trace` makes tensors of sizes
 
+    def samples_of(self, states: Sequence[Tensor | TensorSpec]) -> int:
+        """Independent samples in states of the chain as the model has them."""
+        return math.prod(int(states[0].shape[dim]) for dim in self.program.layout.batch_dims)
+
     @property
     def expected_samples(self) -> int:
         """Those of the tensors that the plan was made for."""
-        states = self.program.signature.states[0]
-        return math.prod(states.shape[dim] for dim in self.program.layout.batch_dims)
+        return self.samples_of(self.program.signature.states)
 
     def choice(self, samples: int) -> Choice:
         """What runs so many samples: what was measured, or else what the rule says."""
         size = self._size(samples)
-        known = self._choices.get(size)
+        known = self.learnt.choices.get(size)
         # A kernel that turned out not to compile is chosen no more.
-        if known is None or any(_has_failed(way) for way in (known.forward, known.backward)):
-            known = self._choices[size] = estimated_choice(self._case(samples))
+        if known is None or known.has_failed:
+            known = self.learnt.choices[size] = estimated_choice(self._case(samples))
         return known
 
     def wants_measuring(self, samples: int, needs_gradient: bool) -> bool:
@@ -107,21 +135,23 @@ class Plan:
         """
         samples = self.samples(call.initial)
         size, device = self._size(samples), call.initial.device
-        with self.lock:
+        with self.learnt.lock:
             if not self.wants_measuring(samples, needs_gradient):
                 return self.choice(samples)
             case = self._case(samples)
             key = measurement_key(self.key, size, device) + ("_gradient" if needs_gradient else "")
-            kept = load_timings(key) if self.options.plan_cache and size not in self._drifted else None
+            kept = load_timings(key) if self.options.plan_cache and size not in self.learnt.drifted else None
             timings = kept or self._measured(case, call, needs_gradient, are_stacked, with_eager)
             if kept is None and with_eager and self.options.plan_cache:
                 store_timings(key, self._description(samples), timings)
             found = _fastest(case, timings, needs_gradient)
             if kept is not None:
                 found = replace(found, reason=f"{found.reason} (by measurements kept on disk)")
-            self._choices[size] = _joined(self._choices.get(size), found, needs_gradient, size in self._drifted)
-            self._drifted.discard(size)
-            return self._choices[size]
+            self.learnt.choices[size] = _joined(
+                self.learnt.choices.get(size), found, needs_gradient, size in self.learnt.drifted
+            )
+            self.learnt.drifted.discard(size)
+            return self.learnt.choices[size]
 
     def _measured(
         self, case: Case, call: Call, needs_gradient: bool, are_stacked: bool, with_eager: bool
@@ -133,21 +163,21 @@ class Plan:
 
     def wants_another_look(self, samples: int) -> bool:
         """Whether solves go otherwise than when they were chosen."""
-        return self._size(samples) in self._drifted
+        return self._size(samples) in self.learnt.drifted
 
-    def fallback_kernel(self, samples: int) -> CppKernel | None:
-        """What goes block by block where an iteration failed, if that is a kernel."""
-        return self._case(samples).fallback_kernel
+    def fallback(self, samples: int) -> Native | Sequential:
+        """What goes block by block where an iteration failed."""
+        return fallback(self._case(samples))
 
     def learn(self, samples: int, stats: SolveStats) -> None:
         """Take note of how a solve went: where it needs far more iterations than it was chosen for, look again."""
-        choice = self._choices.get(self._size(samples))
-        if choice is None or not choice.timings or choice.forward.solver == "sequential":
+        choice = self.learnt.choices.get(self._size(samples))
+        if choice is None or not choice.timings or not choice.forward.iterates:
             return
         expected = next((t.iterations for t in choice.timings if t.way == choice.forward.name and t.iterations), 0)
         if stats.fallback is not None or stats.iterations > 1.5 * expected + 1:
             log.info("%d iterations where %d were measured: measured anew at the next call", stats.iterations, expected)
-            self._drifted.add(self._size(samples))
+            self.learnt.drifted.add(self._size(samples))
 
     def _size(self, samples: int) -> Size:
         """What numbers of samples share a choice: those up to the next power of two that the same native code serves."""
@@ -172,10 +202,6 @@ class Plan:
         }
 
 
-def _has_failed(way: Way) -> bool:
-    return way.kernel is not None and way.kernel.failure is not None
-
-
 # What is rewritten has to gain 5 %: what is closer to eager is decided by noise.
 _WORTHWHILE = 0.95
 
@@ -184,27 +210,27 @@ def _fastest(case: Case, timings: Sequence[Timing], needs_gradient: bool) -> Cho
     """The fastest way of each direction; and whether the model's own ops are about as fast as these."""
     seconds = {(t.direction, t.way): t.seconds for t in timings if t.seconds is not None}
     rule = estimated_choice(case)
-    guesses = {"forward": rule.forward, "backward": rule.backward}
+    guesses: dict[str, Any] = {"forward": rule.forward, "backward": rule.backward}
     directions = ("forward", "backward") if needs_gradient else ("forward",)
 
-    def cost(direction: str, way: Way | None) -> float:
+    def cost(direction: str, way: Forward | Backward | None) -> float:
         return math.inf if way is None else seconds.get((direction, way.name), math.inf)
 
     def beside(direction: str, name: str) -> float:
         found = [t.seconds for t in timings if (t.direction, t.way) == (direction, name)]
         return 0.0 if not found else math.inf if found[0] is None else found[0]
 
-    chosen: dict[str, Way] = {}
-    native: dict[str, Way | None] = {}
+    chosen: dict[str, Any] = {}
+    in_place: dict[str, Any] = {}
     for direction in directions:
         ways = [way for way in candidates(case, direction)[0] if (direction, way.name) in seconds]
         chosen[direction] = min(ways, key=lambda way: cost(direction, way), default=guesses[direction])
-        native[direction] = next((way for way in ways if way.is_native), None)
-    # Only native code both ways reads the blocks' tensors where they lie.
+        in_place[direction] = next((way for way in ways if way.in_place), None)
+    # Only where both ways read the blocks' tensors where they lie need these not be stacked.
     total = sum(cost(d, way) for d, way in chosen.items()) + beside("forward", STACKING)
-    in_place = sum(cost(d, way) for d, way in native.items())
-    if in_place <= total:
-        chosen, total = {d: way or chosen[d] for d, way in native.items()}, in_place
+    unstacked = sum(cost(d, way) for d, way in in_place.items())
+    if unstacked <= total:
+        chosen, total = {d: way or chosen[d] for d, way in in_place.items()}, unstacked
     total += beside("backward", HANDING)
     if math.isinf(total) and any(timing.skipped for timing in timings):
         alone = rule.leaves_alone(needs_gradient)
@@ -230,12 +256,19 @@ def _joined(before: Choice | None, found: Choice, needs_gradient: bool, drifted:
     return replace(before, forward=found.forward, timings=timings)
 
 
-_plans: dict[str, Plan] = {}
+# By content: a compiled graph names its plan. What the backend returns to a compiler holds its plans.
+_plans: Registry[str, Plan] = Registry()
 
 
 def plan_by_key(key: str) -> Plan:
     """The plan that an operator call names."""
-    return _plans[key]
+    plan = _plans.get(key)
+    if plan is None:
+        raise PlanError(
+            f"a compiled graph names the plan {key} of a chain, which is no longer known here: the module that it was "
+            "compiled from is gone; compile it again"
+        )
+    return plan
 
 
 @isolated
@@ -249,28 +282,30 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
     # What finds the chain and what compiles the rest does not matter to how it is solved.
     content = replace(options, inner_backend="eager", min_length=2)
     key = _digest(program.key, content)
-    if key in _plans:
-        return _plans[key].called_with(signature)
+    if (known := _plans.get(key)) is not None:
+        return known.called_with(signature)
     kernel = _kernel(program, options)
     bound = _bound_to(program, kernel) if options.kernels else ()
     if bound:  # for other sizes there is another kernel
         key = _digest(program.key, content, bound)
-    if key not in _plans:
-        tolerance = options.tolerance or default_tolerance(signature.states[0].dtype)
-        settings = Settings(
-            tolerance,
-            options.max_iterations,
-            options.linear_solver,
-            options.damping,
-            options.window,
-            options.start,
-            options.diagonal_probes,
-        )
-        _plans[key] = Plan(key, program, options, settings, kernel, bound)
-    return _plans[key].called_with(signature)
+    if (known := _plans.get(key)) is None:
+        known = _plans.keep(key, Plan(key, program, options, _settings(options, program), kernel, bound))
+    return known.called_with(signature)
 
 
-def _bound_to(program: Program, kernel: CppKernel | TritonKernel | str) -> tuple[int, ...] | Signature:
+def _settings(options: Options, program: Program) -> Settings:
+    return Settings(
+        options.tolerance or default_tolerance(program.dtype),
+        options.max_iterations,
+        options.linear_solver,
+        options.damping,
+        options.window,
+        options.start,
+        options.diagonal_probes,
+    )
+
+
+def _bound_to(program: Program, kernel: Kernel | str) -> tuple[int, ...] | Signature:
     """The sizes for which alone there is this kernel, or none: `SampleBody.bound_to`."""
     if not isinstance(kernel, str):
         return kernel.body.bound_to(program)
@@ -290,7 +325,7 @@ def _digest(*content: object) -> str:
 KERNELS: dict[str, type[CppKernel] | type[TritonKernel]] = {"cpu": CppKernel, "cuda": TritonKernel}
 
 
-def _kernel(program: Program, options: Options) -> CppKernel | TritonKernel | str:
+def _kernel(program: Program, options: Options) -> Kernel | str:
     if not options.kernels:
         return "kernels=False asks for none"
     device = program.signature.states[0].device

@@ -3,8 +3,8 @@
 from pcr_fx.solvers.adjoint import adjoint_sequential, adjoint_transposed
 from pcr_fx.solvers.iteration import DEFAULT_MAX_ITERATIONS, Settings, default_tolerance, solve_iteratively
 from pcr_fx.solvers.linearisation import ITERATIVE_SOLVERS, linearisation
-from pcr_fx.solvers.outcome import Outcome, SolveStats
 from pcr_fx.solvers.sequential import blocks, solve_sequential
+from pcr_fx.stopping import Outcome, SolveStats
 
 __all__ = [
     "DEFAULT_MAX_ITERATIONS",

@@ -15,10 +15,9 @@ from pcr_fx.body import Program
 from pcr_fx.call import Call
 from pcr_fx.linear import solve_transposed
 from pcr_fx.solvers.sequential import blocks
+from pcr_fx.stopping import ADJOINT_EPS
 
-# Accepted |lambda_l - g_l - J_{l+1}^T lambda_{l+1}|, in epsilons of the adjoints around block l.
-_TOLERANCE_EPS = 32.0
-# Above this it is refined: a loop over the blocks leaves about one.
+# Above this many epsilons an adjoint's residual is refined: a loop over the blocks leaves about one.
 _REFINED_EPS = 1.0
 
 
@@ -43,7 +42,7 @@ def adjoint_transposed(
         level. A product of many expanding Jacobians can overflow where the adjoint itself does not.
     """
     previous, shared = previous_states(call, trajectory), call.shared
-    length = program.length
+    length = call.length
     if window is None or window >= length:
         return _transposed(program, previous, call.operands, shared, cotangents, linear_solver)
     part, count = program.of_length(window), sum(program.differentiable_operands)
@@ -84,7 +83,7 @@ def _transposed(
         adjoints = adjoints + solve_transposed(jacobians, residuals, linear_solver)
         d_previous, *rest = program.pullback(previous, *operands, *shared, adjoints)
         residuals = _residuals(adjoints, cotangents, d_previous)
-    return (d_previous[0], *rest), _are_small(residuals, adjoints, _TOLERANCE_EPS)
+    return (d_previous[0], *rest), _are_small(residuals, adjoints, ADJOINT_EPS)
 
 
 def _residuals(adjoints: Tensor, cotangents: Tensor, d_previous: Tensor) -> Tensor:
@@ -109,21 +108,15 @@ def previous_states(call: Call, trajectory: Tensor) -> Tensor:
     return torch.cat([call.initial.unsqueeze(0), trajectory[:-1]])
 
 
-def adjoint_sequential(
-    program: Program, call: Call, trajectory: Tensor, cotangents: Tensor, length: int | None = None
-) -> tuple[Tensor, ...]:
-    """Cotangents `(d_initial, *d_operands, *d_shared)`, from the last block to the first.
-
-    With `length` only through the first so many blocks, whose tensors are given.
-    """
+def adjoint_sequential(program: Program, call: Call, trajectory: Tensor, cotangents: Tensor) -> tuple[Tensor, ...]:
+    """Cotangents `(d_initial, *d_operands, *d_shared)`, from the last block that `call` has to the first."""
     previous = previous_states(call, trajectory)
-    length = length or program.length
-    each = blocks(call.operands, length)
+    each = blocks(call.operands, call.length)
     adjoint = torch.zeros_like(cotangents[0])
     d_operands: list[tuple[Tensor, ...]] = []
     d_shared: list[Tensor] | None = None
     count = sum(program.differentiable_operands)
-    for index in range(length - 1, -1, -1):
+    for index in range(call.length - 1, -1, -1):
         adjoint, *rest = program.step_pullback(previous[index], *each[index], *call.shared, adjoint + cotangents[index])
         d_operands.append(tuple(rest[:count]))
         parts = rest[count:]

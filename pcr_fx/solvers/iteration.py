@@ -21,19 +21,15 @@ from torch import Tensor
 from pcr_fx.body import Program
 from pcr_fx.call import Call
 from pcr_fx.solvers.linearisation import Full, Linearisation, linearisation
-from pcr_fx.solvers.outcome import Outcome, SolveStats
+from pcr_fx.stopping import PATIENCE, STALLED, Outcome, Patience, SolveStats, rounding_level, smallest_scale
 
 # The default tolerance, in units of the dtype's epsilon: as accurate as evaluating the layer in floating point.
 DEFAULT_TOLERANCE_EPS = 4.0
 # Iterations of cheaper linearisations are cheaper, and there are more of them.
 DEFAULT_MAX_ITERATIONS = {"newton": 32, "quasi-newton": 64, "picard": 256, "jacobi": 256}
-# Iterations in which a solve has to halve its residual, or to be so far on its way block by block that it would end
-# within the limit. Residuals may rise for a while before the quadratic phase, while solved blocks go on one by one.
-PATIENCE = 5
-# Damped by a half, an iteration gets twice as many of either; however little is left of a correction, at most so many.
+# Damped by a half, a solve gets twice as many iterations, and twice the patience; however little is left of a
+# correction, at most so many times as many.
 MOST_STRETCHED = 32.0
-# A stalled residual of this many roundings of the block's input and output is the best the dtype can do.
-_ROUNDING_EPS = 8.0
 # Sweeps of Picard's iteration before any other where `start="picard"`.
 PICARD_SWEEPS = 2
 
@@ -112,13 +108,11 @@ class _Look:
     Attributes:
         solved: leading blocks of the window that are solved.
         residual: the largest relative residual; of the solved ones apart.
-        growth: how many times larger than the residual the correction before this was.
     """
 
     solved: int
     residual: float
     residual_solved: float
-    growth: float
 
 
 class _Solve:
@@ -149,10 +143,8 @@ class _Solve:
         self.filled, self.was_reset = False, False
         self.residual, self.worst_solved = math.inf, 0.0
         self.rounding = False
-        # What the residual has to be halved of, and when it last was.
-        self.mark, self.marked_at, self.reached_at_mark = math.inf, 0, 0
-        self.growth: Tensor | None = None
-        self.grown = 0
+        self.patience = Patience(PATIENCE * settings.stretch)
+        self.reached_at_progress = 0
 
     def run(self) -> tuple[Tensor, SolveStats]:
         if self.settings.start == "picard" and self.kind.solver != "picard" and not self.filled:
@@ -212,10 +204,9 @@ class _Solve:
         ratios[: self.first - min(self.first, self.length - self.window)] = 0  # solved before
         within = (ratios <= factor * self.settings.tolerance).cumprod(0)
         solved_ratios = torch.where(within > 0, ratios, 0)
-        growth = ratios.new_zeros(()) if self.growth is None else self.growth
-        numbers = torch.stack([within.sum().to(ratios.dtype), ratios.max(), solved_ratios.max(), growth])
-        solved, *others = numbers.tolist()
-        return _Look(int(solved), *others)
+        numbers = torch.stack([within.sum().to(ratios.dtype), ratios.max(), solved_ratios.max()])
+        solved, residual, residual_solved = numbers.tolist()
+        return _Look(int(solved), residual, residual_solved)
 
     def _look_at_terms(
         self,
@@ -230,8 +221,8 @@ class _Solve:
 
         That is |J| |z_{l-1}|, which rounding the block's input multiplies; or |z_{l-1}| where no J is at hand.
         """
-        stalled = look.residual > 0.5 * self.residual
-        rounding = _ROUNDING_EPS * torch.finfo(residuals.dtype).eps
+        stalled = look.residual > STALLED * self.residual
+        rounding = rounding_level(residuals.dtype)
         if self.kind.solver == Full.solver and matrices is not None and (expected or stalled):
             scale = current.abs() + (matrices.abs() @ previous.abs().unsqueeze(-1)).squeeze(-1)
             scale.masked_fill_(scale.isinf(), math.nan)  # nothing is small because a product overflowed
@@ -255,20 +246,14 @@ class _Solve:
         self.was_reset = False
         if self.iteration >= self.limit:
             return Outcome.ITERATION_LIMIT
-        # A correction this much larger than the residual has no digit that is right.
-        grows = look.growth * torch.finfo(self.states.dtype).eps > 1 and look.residual > 0.5 * self.residual
-        self.grown = self.grown + 1 if grows else 0
         # Until a first window is solved there is nothing to tell from where it has got to.
         lag = 0 if self.window == self.length else self.limit * self.window / self.length
         on_its_way = self.iteration > 0 and self.reached * self.limit >= self.length * (self.iteration - lag)
-        if look.residual <= 0.5 * self.mark or on_its_way:
-            self.mark = min(self.mark, look.residual)
-            self.marked_at, self.reached_at_mark = self.iteration, self.reached
-        elif self.grown >= 2:
-            return Outcome.GROWING
-        if self.iteration - self.marked_at >= PATIENCE * self.settings.stretch:
+        if self.patience.is_over(self.iteration, look.residual, on_its_way):
             # Blocks are solved one by one, but too few an iteration to end within the limit.
-            return Outcome.ITERATION_LIMIT if self.reached > self.reached_at_mark else Outcome.STAGNATED
+            return Outcome.ITERATION_LIMIT if self.reached > self.reached_at_progress else Outcome.STAGNATED
+        if self.patience.progressed_at == self.iteration:
+            self.reached_at_progress = self.reached
         return None
 
     def _reset(self) -> bool:
@@ -282,13 +267,11 @@ class _Solve:
     def _correct(self, matrices: Tensor | None, residuals: Tensor, values: Tensor, begin: int) -> None:
         end, solved = begin + self.window, self.first - begin
         if solved == self.window:  # it moves on as a whole
-            self.growth = None
             self._fill(end)
             return
         # What is solved stays as it is, and asks for no correction of what is behind it.
         residuals[:solved] = 0
         delta = self.kind.correct(matrices, residuals, self.settings.linear_solver)
-        self.growth = delta.abs().amax() / residuals.abs().amax()
         self.states[begin + 1 : end + 1].add_(delta, alpha=self.settings.damping)
         # Its input is right, and so is this: however far off the state was, and whatever the damping.
         self.states[self.first + 1] = values[solved]
@@ -308,8 +291,7 @@ def relative_residuals(residuals: Tensor, scale: Tensor, counts: Sequence[int]) 
         scale: the size that each is relative to, of the same shape.
         counts: how d is made up, the numbers of each carried tensor: each has its own scale, as has each sample.
     """
-    # Below this scale a relative residual would only measure denormal noise.
-    floor = torch.finfo(scale.dtype).tiny / torch.finfo(scale.dtype).eps
+    floor = smallest_scale(scale.dtype)
     parts = zip(residuals.abs().split(list(counts), -1), scale.split(list(counts), -1), strict=True)
     ratios = [(r.amax(-1) / s.amax(-1).clamp_min(floor)) for r, s in parts if s.shape[-1]]
     worst = ratios[0] if len(ratios) == 1 else torch.stack(ratios).amax(0)

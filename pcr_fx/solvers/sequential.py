@@ -11,14 +11,11 @@ from pcr_fx.body import Program
 from pcr_fx.call import Call
 
 
-def solve_sequential(program: Program, call: Call, length: int | None = None) -> Tensor:
-    """The trajectory `[L, *batch, d]`, one block after another.
-
-    With `length` only so many blocks, whose operands are given.
-    """
+def solve_sequential(program: Program, call: Call) -> Tensor:
+    """The trajectory `[L, *batch, d]` of the blocks that `call` has the operands of, one after another."""
     layout, body, trajectory = program.layout, program.chain.body.forward, []
     states = layout.unflatten(call.initial)
-    for block in blocks(call.operands, length or program.length):
+    for block in blocks(call.operands, call.length):
         # In the model's own ops: PyTorch dispatches them faster than the aten ops they are made of.
         states = body(*states, *block, *call.shared)
         trajectory.append(layout.flatten(states))

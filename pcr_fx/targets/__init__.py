@@ -1,8 +1,9 @@
-"""Native kernels of whole chains: their source, their build and cache, and the tensors they are called with."""
+"""What kernels of whole chains are printed for: C++ on a CPU, Triton on a GPU."""
 
 from pcr_fx.targets.cpp.build import CompilerError
-from pcr_fx.targets.cpp.kernel import Column, CppKernel
+from pcr_fx.targets.cpp.kernel import CppKernel, Scattered
 from pcr_fx.targets.cpp.pointers import PointerTable
+from pcr_fx.targets.kernel import Kernel
 from pcr_fx.targets.triton.kernel import TritonKernel
 
-__all__ = ["Column", "CompilerError", "CppKernel", "PointerTable", "TritonKernel"]
+__all__ = ["CompilerError", "CppKernel", "Kernel", "PointerTable", "Scattered", "TritonKernel"]

@@ -16,22 +16,39 @@ from pcr_fx.codegen import Function, Unprintable, lower
 
 
 class Kernel(Protocol):
-    """The compiled code of a whole chain. Other protocols are a target's own.
+    """The compiled code of a whole chain. What else it can do is between a target and its ways.
 
     Attributes:
-        program: the chain.
-        body: one block of it on one sample.
-        failure: why it cannot be used after all; `None` while it can.
         kind: the report's word for kernels of this target.
+        queues: whether calls return before the device is done with them.
+        failure: why it cannot be used after all; `None` while it can.
     """
 
-    program: Program
-    body: SampleBody
-    failure: str | None
     kind: ClassVar[str]
+    queues: ClassVar[bool]
+    failure: str | None
+
+    @property
+    def program(self) -> Program:
+        """The chain."""
+
+    @property
+    def body(self) -> SampleBody:
+        """One block of it on one sample."""
+
+    @property
+    def operations(self) -> tuple[int, int] | None:
+        """Scalar operations of a block and sample, forward and backward; `None` where they are not counted."""
 
     def solve(self, call: Call) -> Tensor:
         """The trajectory `[L, *batch, d]`, block by block."""
+
+    def scratch_bytes(self, samples: int, iterations: int = 0) -> int:
+        """Memory that a solve and its adjoint need beside their results, at the most.
+
+        Args:
+            iterations: the most that Newton's method may take; 0 for block by block.
+        """
 
 
 @dataclass(frozen=True)

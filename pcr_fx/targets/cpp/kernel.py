@@ -8,7 +8,7 @@ import logging
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.call import Call
 from pcr_fx.codegen import Unprintable
 from pcr_fx.locks import fork_safe_lock
+from pcr_fx.stopping import Outcome
 from pcr_fx.targets.cpp.build import CompilerError, check_compiler, load
 from pcr_fx.targets.cpp.memory import empty
 from pcr_fx.targets.cpp.source import REALS, chain_source, summed_numbers
@@ -41,13 +42,11 @@ _VECTOR_GRADIENTS = 512
 # Those of gradients that all blocks share up to which they stay in the second cache. A vector that samples do not fill
 # has them copied at every block: with 8 samples that is slower from 1,000 numbers on, three times so at 4,000.
 _VECTOR_SHARED = 2**15
-# In the order of newton.h.
-_OUTCOMES = ("CONVERGED", "ROUNDING", "STAGNATED", "NON_FINITE", "ITERATION_LIMIT")
 
 Run = Callable[[bytes], None]
 
 
-class Column(Protocol):
+class Scattered(Protocol):
     """The parts of a per-block operand, each somewhere in memory."""
 
     @property
@@ -65,19 +64,18 @@ class CppKernel:
         held: numbers that a block and sample hold on the stack.
         summed: numbers of gradients that are sums over samples: of matrices, of what else a block has for itself, and of
             what else all blocks share.
-        length: blocks; the code is the same for any number of them.
         failure: why one of its libraries could not be compiled.
     """
 
     kind: ClassVar[str] = "native"
+    queues: ClassVar[bool] = False
 
     lowered: LoweredBody
     operations: tuple[int, int]
     held: int
     summed: tuple[int, int, int]
-    length: int
     failure: str | None = None
-    _shapes: dict[torch.Size, list[tuple[int, ...] | None]] = field(default_factory=dict)
+    _shapes: dict[tuple[int, torch.Size], list[tuple[int, ...] | None]] = field(default_factory=dict)
     _runs: dict[tuple[str, bool], Run | None] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=fork_safe_lock)
 
@@ -103,7 +101,7 @@ class CppKernel:
         if held * program.dtype.itemsize > _STACK_BYTES:
             raise Unprintable(f"a block holds {held} numbers of a sample at a time, which is too many for the stack")
         operations = (step.operations, pullback.operations)
-        return cls(lowered, operations, held, summed_numbers(lowered), program.length)
+        return cls(lowered, operations, held, summed_numbers(lowered))
 
     @property
     def program(self) -> Program:
@@ -115,9 +113,9 @@ class CppKernel:
         """One block on one sample, as it was traced."""
         return self.lowered.body
 
-    def of_length(self, length: int) -> CppKernel:
-        """The kernel of so many blocks in a row."""
-        return replace(self, length=length, _shapes={})
+    def scratch_bytes(self, samples: int, iterations: int = 0) -> int:
+        """None: what a block holds is on the stack."""
+        return 0
 
     def is_ready(self, direction: str, initial: Tensor) -> bool:
         """Whether the kernel for states like `initial` can be called; it is compiled now, if it is not yet.
@@ -134,7 +132,7 @@ class CppKernel:
     def solve(self, call: Call) -> Tensor:
         """The trajectory `[L, *batch, d]`, block by block."""
         initial = call.initial.contiguous()
-        trajectory = empty(initial, (self.length, *initial.shape))
+        trajectory = empty(initial, (call.length, *initial.shape))
         self._call("forward", call, initial, self.operations[0], trajectory, (0, 0, 0, 0, 0))
         return trajectory
 
@@ -150,12 +148,12 @@ class CppKernel:
             or those of the first that failed, after which others may not have been solved.
         """
         initial = call.initial.contiguous()
-        trajectory = empty(initial, (self.length, *initial.shape))
+        trajectory = empty(initial, (call.length, *initial.shape))
         iteration = (ctypes.c_double * 5)(tolerance, max_iterations)
         work = self.operations[1] * self.program.dimension
         self._call("newton", call, initial, work, trajectory, (0, 0, 0, 0, ctypes.addressof(iteration)))
         _, _, iterations, residual, outcome = iteration
-        return trajectory, _OUTCOMES[int(outcome)], int(iterations), residual
+        return trajectory, list(Outcome)[int(outcome)].name, int(iterations), residual
 
     def solve_adjoint(self, call: Call, trajectory: Tensor, cotangents: Tensor | Mapping[int, Tensor]) -> list[Tensor]:
         """Cotangents `[d_initial, *d_operands, *d_shared]` of what is differentiable, in this order.
@@ -166,9 +164,9 @@ class CppKernel:
             cotangents: of every state, `[L, *batch, d]`; or of some, `[*batch, d]` by block.
         """
         initial, trajectory = call.initial.contiguous(), trajectory.contiguous()
-        given = self._cotangents(cotangents)
+        given = self._cotangents(cotangents, call.length)
         d_initial = torch.empty_like(initial)
-        gradients = self._empty_gradients(initial)
+        gradients = self._empty_gradients(initial, call.length)
         addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
         self._call(
             "adjoint",
@@ -181,11 +179,11 @@ class CppKernel:
         )
         return [d_initial, *(gradient for gradient in gradients if gradient is not None)]
 
-    def _cotangents(self, cotangents: Tensor | Mapping[int, Tensor]) -> _Given:
+    def _cotangents(self, cotangents: Tensor | Mapping[int, Tensor], length: int) -> _Given:
         if isinstance(cotangents, Tensor):
             dense = cotangents.contiguous()
-            return _Given(_column(dense), [dense])
-        table = (ctypes.c_void_p * self.length)()
+            return _Given(_words_of(dense), [dense])
+        table = (ctypes.c_void_p * length)()
         kept: list[Any] = [table]
         for block, cotangent in cotangents.items():
             cotangent = cotangent.contiguous()
@@ -193,20 +191,20 @@ class CppKernel:
             kept.append(cotangent)
         return _Given((0, 0, ctypes.addressof(table)), kept)
 
-    def _places(self, samples: int, call: Call) -> tuple[list[int], list[Tensor | Column]]:
+    def _places(self, samples: int, call: Call) -> tuple[list[int], list[Tensor | Scattered]]:
         """Where every operand and shared operand lies, and what is to be kept until the call is over.
 
         Native code reads what it was compiled for: that much has to be there.
         """
         words: list[int] = []
-        kept: list[Tensor | Column] = []
+        kept: list[Tensor | Scattered] = []
         sizes = iter(self._sizes)
         for operand in call.operands:
             size, own = next(sizes)
             if isinstance(operand, Tensor):
                 operand = operand.contiguous()
-                words += _column(operand)
-                assert operand.numel() == self.length * size * (samples if own else 1), (
+                words += _words_of(operand)
+                assert operand.numel() == call.length * size * (samples if own else 1), (
                     "another kernel is for these sizes"
                 )
             else:
@@ -220,17 +218,18 @@ class CppKernel:
             kept.append(tensor)
         return words, kept
 
-    def _empty_gradients(self, initial: Tensor) -> list[Tensor | None]:
+    def _empty_gradients(self, initial: Tensor, length: int) -> list[Tensor | None]:
         """Memory for the gradient of every operand, literal (which has none) and shared operand."""
-        shapes = self._gradient_shapes(initial.shape[: len(self.body.batch_dims)])
+        shapes = self._gradient_shapes(length, initial.shape[: len(self.body.batch_dims)])
         return [None if shape is None else empty(initial, shape) for shape in shapes]
 
-    def _gradient_shapes(self, batch: torch.Size) -> list[tuple[int, ...] | None]:
-        if batch in self._shapes:
-            return self._shapes[batch]
+    def _gradient_shapes(self, length: int, batch: torch.Size) -> list[tuple[int, ...] | None]:
+        key = length, batch
+        if key in self._shapes:
+            return self._shapes[key]
         program, rank = self.program, len(self.body.batch_dims)
         shapes: list[tuple[int, ...] | None] = []
-        blocks = [*((self.length,) for _ in program.signature.operands), *(() for _ in program.signature.shared)]
+        blocks = [*((length,) for _ in program.signature.operands), *(() for _ in program.signature.shared)]
         specs = [*program.signature.operands, *program.signature.shared]
         needs = [*program.differentiable_operands, *program.differentiable_shared]
         operands = len(program.signature.operands)
@@ -239,7 +238,7 @@ class CppKernel:
             shape = (*batch, *spec.shape[rank:]) if own else spec.shape
             shapes.append((*leading, *shape) if need else None)
         shapes[operands:operands] = [None for _ in program.literals]
-        self._shapes[batch] = shapes
+        self._shapes[key] = shapes
         return shapes
 
     @functools.cached_property
@@ -256,9 +255,9 @@ class CppKernel:
         assert state.numel() % self.body.dimension == 0, "another kernel is for this state"
         return state.numel() // self.body.dimension
 
-    def _threads(self, samples: int, operations: int) -> int:
-        """As many as PyTorch may use, and as the work feeds: so many operations a block and sample."""
-        work = operations * samples * self.length
+    def _threads(self, blocks: int, operations: int) -> int:
+        """As many as PyTorch may use, and as the work feeds: so many operations for each of the blocks of all samples."""
+        work = operations * blocks
         return max(1, min(torch.get_num_threads(), work // _OPERATIONS_A_THREAD))
 
     def _call(
@@ -276,9 +275,9 @@ class CppKernel:
         run = self._run(direction, samples)
         assert run is not None, "a kernel that is not ready is not called"
         places, _kept = self._places(samples, call)
-        threads = self._threads(samples, operations)
+        threads = self._threads(call.length * samples, operations)
         addresses = initial.data_ptr(), trajectory.data_ptr()
-        every = (self.length, samples, threads, *addresses, *words, *places, *gradients)
+        every = (call.length, samples, threads, *addresses, *words, *places, *gradients)
         run(struct.pack(f"{len(every)}q", *every))
 
     def _run(self, direction: str, samples: int) -> Run | None:
@@ -327,12 +326,12 @@ class CppKernel:
 
 @dataclass(frozen=True)
 class _Given:
-    """A column's words, and what is to be kept until the call is over."""
+    """How native code is told of an operand, and what is to be kept until the call is over."""
 
     words: tuple[int, int, int]
     kept: list[Any]
 
 
-def _column(tensor: Tensor) -> tuple[int, int, int]:
+def _words_of(tensor: Tensor) -> tuple[int, int, int]:
     """Where the blocks' parts of a contiguous `[L, ...]` lie: the first, and the bytes from one to the next."""
     return tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), 0

@@ -10,11 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pcr_fx.codegen.functions import FUNCTIONS
 from pcr_fx.codegen.ir import Apply, Buffer, Constant, Expression, Function, Load, Loop, View, contiguous, views
 
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
-_COMBINED = {"add": "{0} + {1}", "maximum": "k_maximum({0}, {1})", "minimum": "k_minimum({0}, {1})"}
-_START = {"add": "real(0)", "maximum": "real(-INFINITY)", "minimum": "real(INFINITY)"}
 # Numbers of a matrix from which on it is better to turn its factors, so that lanes are summed at once, than to sum whole
 # vectors of samples.
 _MATRIX_NUMBERS = 256
@@ -93,7 +91,7 @@ def _number(buffer: Buffer) -> str:
 
 
 def _print_loop(loop: Loop, adds: bool) -> list[str]:
-    if not loop.reduced and loop.combine is None:
+    if not loop.reduced:
         outer = [f"i{dim}" for dim in range(len(loop.shape))]
         store = _store(loop, outer, _expression(loop.value, outer), adds)
         return _nest(list(zip(outer, loop.shape, strict=True)), [store])
@@ -120,7 +118,7 @@ def _print_by_rows(loop: Loop, adds: bool) -> list[str]:
     inner = [f"r{dim}" for dim in range(len(loop.reduced))]
     *front, (last, size) = list(zip(outer, loop.shape, strict=True))
     varies = _type(loop)
-    combine = _COMBINED[loop.combine or "add"].format(f"sum[{last}]", _expression(loop.value, [*outer, *inner]))
+    combine = loop.reduction.function.cpp.format(f"sum[{last}]", _expression(loop.value, [*outer, *inner]))
     body = [
         f"{varies} sum[{size}];",
         *_nest([(last, size)], [f"sum[{last}] = {_filled(varies, loop)};"]),
@@ -159,11 +157,11 @@ def _sums(loop: Loop, outer: Sequence[str], many: bool, adds: bool) -> list[str]
     """
     varies = _type(loop)
     inner = list(zip((f"r{dim}" for dim in range(len(loop.reduced))), loop.reduced, strict=True))
-    combine = _COMBINED[loop.combine or "add"]
-    *before, (index, size) = inner or [("r0", 1)]
+    combine = loop.reduction.function.cpp
+    *before, (index, size) = inner
     # Wider vectors cost more to add up in the end than they save on the way, until the sum is long.
     parts = min(4 if size <= 16 else 8, 1 << max(size.bit_length() - 1, 0))
-    names = [*outer, *(name for name, _ in before), *([f"({index} + p)"] if inner else [])]
+    names = [*outer, *(name for name, _ in before), f"({index} + p)"]
     value = _expression(loop.value, names)
     last = outer[-1] if outer else "i"
     each = f"UNROLL for (int u = 0; u < many; ++u) {{ const int {last} = {last}_ + u; " if many else "{ "
@@ -193,7 +191,7 @@ def _type(loop: Loop) -> str:
 
 def _filled(number: str, loop: Loop) -> str:
     """The start of a sum. A vector plus a number is a vector, but a vector cannot be made from one."""
-    return f"k_fill<{number}>({_START[loop.combine or 'add']})"
+    return f"k_fill<{number}>({_literal(loop.reduction.start)})"
 
 
 def _store(loop: Loop, indices: Sequence[str], value: str, adds: bool) -> str:
@@ -216,10 +214,9 @@ def _expression(value: Expression, indices: Sequence[str]) -> str:
     if isinstance(value, Constant):
         return _literal(value.value)
     assert isinstance(value, Apply)
-    arguments = [_expression(argument, indices) for argument in value.arguments]
-    if value.function in _INFIX:
-        return f"({arguments[0]} {_INFIX[value.function]} {arguments[1]})"
-    return f"k_{value.function}({', '.join(arguments)})"
+    function = FUNCTIONS[value.function]
+    text = function.cpp.format(*(_expression(argument, indices) for argument in value.arguments))
+    return f"({text})" if function.infix else text
 
 
 def _element(view: View, indices: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from pcr_fx import stopping
 from pcr_fx.codegen import Function
 from pcr_fx.targets.cpp.printer import matrix_sums, print_function
 from pcr_fx.targets.kernel import Input, LoweredBody
@@ -45,8 +46,26 @@ def chain_source(body: LoweredBody, direction: str, vectors_of_samples: bool) ->
             *(print_function(name, function) for name, function in functions.items()),
             _body_struct(body, functions),
             (_NATIVE / "call.h").read_text(),
+            *([_stopping(body.program.dtype)] if direction == "newton" else []),
             (_NATIVE / _DRIVERS[direction]).read_text(),
             _ENTRY,
+        ]
+    )
+
+
+def _stopping(dtype: torch.dtype) -> str:
+    """The outcomes and constants of `pcr_fx.stopping`, for newton.h."""
+    constants = {
+        "stalled": stopping.STALLED,
+        "progress": stopping.PROGRESS,
+        "rounding_level": stopping.rounding_level(dtype),
+        "smallest_scale": stopping.smallest_scale(dtype),
+    }
+    return "\n".join(
+        [
+            f"enum Outcome {{ {', '.join(outcome.name for outcome in stopping.Outcome)} }};",
+            f"constexpr int k_patience = {stopping.PATIENCE};",
+            *(f"constexpr double k_{name} = {value!r};" for name, value in constants.items()),
         ]
     )
 

@@ -1,6 +1,7 @@
-"""What Triton's language lacks, and what several kernels share.
+"""What Triton's language lacks, and what several kernels share; printed modules import all of it.
 
-Functions of numbers are libdevice's on a GPU, and PyTorch's in Triton's interpreter, which has no libdevice.
+Functions of numbers that Triton's language lacks are libdevice's on a GPU, and PyTorch's in Triton's interpreter, which has
+no libdevice.
 """
 
 from __future__ import annotations
@@ -15,109 +16,48 @@ import triton.language as tl
 from triton.language.extra import libdevice
 from triton.runtime.interpreter import TensorHandle
 
+from pcr_fx import stopping
+from pcr_fx.codegen.functions import FUNCTIONS, ScalarFunction
+from pcr_fx.stopping import Outcome
+
+# The rule of pcr_fx/stopping.py: its shares, and its outcomes by number.
+STALLED = tl.constexpr(stopping.STALLED)
+PROGRESS = tl.constexpr(stopping.PROGRESS)
+PATIENCE = tl.constexpr(stopping.PATIENCE)
+CONVERGED = tl.constexpr(Outcome.CONVERGED.number)
+ROUNDING = tl.constexpr(Outcome.ROUNDING.number)
+STAGNATED = tl.constexpr(Outcome.STAGNATED.number)
+NON_FINITE = tl.constexpr(Outcome.NON_FINITE.number)
+ITERATION_LIMIT = tl.constexpr(Outcome.ITERATION_LIMIT.number)
+
 INTERPRETED = triton.knobs.runtime.interpret
-_UNARY = "sqrt rsqrt tanh expm1 log10 log1p round tan atan asin acos sinh cosh trunc erfc".split()
-_BINARY = "pow atan2 fmod".split()
-NAMES = (*_UNARY, *_BINARY)
+_FROM_LIBRARY = [function for function in FUNCTIONS.values() if function.libdevice]
 
 
-def _torch_function(name: str) -> Callable[..., Any]:
-    function = getattr(torch.special if name == "erfc" else torch, name)
+def _interpreted(function: ScalarFunction) -> Callable[..., Any]:
+    """A function of the interpreter's tensors, which are NumPy's."""
 
     def call(*arguments: Any) -> Any:
         tensors = torch.broadcast_tensors(*(torch.from_numpy(np.asarray(a.handle.data)) for a in arguments))
         first = max(arguments, key=lambda argument: np.size(argument.handle.data))
-        return tl.tensor(TensorHandle(function(*tensors).numpy(), first.handle.dtype), first.type)
+        return tl.tensor(TensorHandle(function.twin(*tensors).numpy(), first.handle.dtype), first.type)
 
     return call
 
 
-if INTERPRETED:
-    globals().update({name: _torch_function(name) for name in NAMES})
-else:
-
-    @triton.jit
-    def sqrt(x):  # type: ignore[no-untyped-def]
-        return libdevice.sqrt(x)
-
-    @triton.jit
-    def rsqrt(x):  # type: ignore[no-untyped-def]
-        return libdevice.rsqrt(x)
-
-    @triton.jit
-    def tanh(x):  # type: ignore[no-untyped-def]
-        return libdevice.tanh(x)
-
-    @triton.jit
-    def expm1(x):  # type: ignore[no-untyped-def]
-        return libdevice.expm1(x)
-
-    @triton.jit
-    def log10(x):  # type: ignore[no-untyped-def]
-        return libdevice.log10(x)
-
-    @triton.jit
-    def log1p(x):  # type: ignore[no-untyped-def]
-        return libdevice.log1p(x)
-
-    @triton.jit
-    def round(x):  # type: ignore[no-untyped-def]
-        return libdevice.rint(x)
-
-    @triton.jit
-    def tan(x):  # type: ignore[no-untyped-def]
-        return libdevice.tan(x)
-
-    @triton.jit
-    def atan(x):  # type: ignore[no-untyped-def]
-        return libdevice.atan(x)
-
-    @triton.jit
-    def asin(x):  # type: ignore[no-untyped-def]
-        return libdevice.asin(x)
-
-    @triton.jit
-    def acos(x):  # type: ignore[no-untyped-def]
-        return libdevice.acos(x)
-
-    @triton.jit
-    def sinh(x):  # type: ignore[no-untyped-def]
-        return libdevice.sinh(x)
-
-    @triton.jit
-    def cosh(x):  # type: ignore[no-untyped-def]
-        return libdevice.cosh(x)
-
-    @triton.jit
-    def trunc(x):  # type: ignore[no-untyped-def]
-        return libdevice.trunc(x)
-
-    @triton.jit
-    def erfc(x):  # type: ignore[no-untyped-def]
-        return libdevice.erfc(x)
-
-    @triton.jit
-    def pow(x, y):  # type: ignore[no-untyped-def]
-        return libdevice.pow(x, y)
-
-    @triton.jit
-    def atan2(x, y):  # type: ignore[no-untyped-def]
-        return libdevice.atan2(x, y)
-
-    @triton.jit
-    def fmod(x, y):  # type: ignore[no-untyped-def]
-        return libdevice.fmod(x, y)
+for _function in _FROM_LIBRARY:
+    globals()[_function.name] = _interpreted(_function) if INTERPRETED else getattr(libdevice, str(_function.libdevice))
 
 
 @triton.jit
-def largest(x, axis: tl.constexpr):  # type: ignore[no-untyped-def]
+def largest(x, axis: tl.constexpr):
     """The largest number along an axis; NaN if there is one, which `tl.max` loses."""
     is_nan = tl.max(tl.where(x == x, 0, 1), axis)
     return tl.where(is_nan > 0, float("nan"), tl.max(x, axis))
 
 
 @triton.jit
-def relative(residual, scale, floor: tl.constexpr):  # type: ignore[no-untyped-def]
+def relative(residual, scale, floor: tl.constexpr):
     """A residual relative to a scale; infinite if either is not finite."""
     ratio = residual / tl.maximum(scale, floor)
     # A comparison with NaN is false, and nothing is small because a product overflowed.
@@ -125,7 +65,7 @@ def relative(residual, scale, floor: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit
-def judge(  # type: ignore[no-untyped-def]
+def judge(
     residual,
     against,
     last,
@@ -135,34 +75,35 @@ def judge(  # type: ignore[no-untyped-def]
     limit,
     tolerance,
     rounding: tl.constexpr,
-    patience: tl.constexpr,
 ):
-    """Whether Newton's method is done, by the rules of pcr_fx/solvers/iteration.py, which explains them.
+    """Whether Newton's method is done, by the rule of pcr_fx/stopping.py.
 
     Args:
         residual, against: relative to the states, and to the terms that they are sums of.
-        last, best, best_at: the residual before, the smallest so far and the iteration it was found in.
+        last: the residual before.
+        best, best_at: the residual that was progress last, and the iteration it was found in.
+        rounding: the rounding level of the dtype.
 
     Returns:
-        The outcome in the order of `Outcome`, -1 if there is none yet; the residual to report; best and best_at.
+        The number of the outcome, -1 if there is none yet; the residual to report; best and best_at.
     """
-    stalled = residual > 0.5 * last
+    stalled = residual > last * STALLED
     converged = residual <= tolerance
     by_terms = (stalled | (last < tl.sqrt(tolerance))) & (against <= tolerance)
-    improved = residual < best
+    improved = residual <= best * PROGRESS
     best_at = tl.where(improved, iteration, best_at)
     best = tl.where(improved, residual, best)
-    outcome = tl.where(iteration - best_at >= patience, 2, -1)
-    outcome = tl.where(iteration >= limit, 4, outcome)
-    outcome = tl.where(stalled & (against <= rounding), 1, outcome)
-    outcome = tl.where(by_terms | converged, 0, outcome)
-    outcome = tl.where(residual < float("inf"), outcome, 3)
-    residual = tl.where((outcome < 2) & (outcome >= 0) & (residual > tolerance), against, residual)
+    outcome = tl.where(iteration - best_at >= PATIENCE, STAGNATED, -1)
+    outcome = tl.where(iteration >= limit, ITERATION_LIMIT, outcome)
+    outcome = tl.where(stalled & (against <= rounding), ROUNDING, outcome)
+    outcome = tl.where(by_terms | converged, CONVERGED, outcome)
+    outcome = tl.where(residual < float("inf"), outcome, NON_FINITE)
+    residual = tl.where((outcome <= ROUNDING) & (outcome >= 0) & (residual > tolerance), against, residual)
     return outcome, residual, best, best_at
 
 
 @triton.jit
-def decide_sample(  # type: ignore[no-untyped-def]
+def decide_sample(
     ratios,
     stats,
     history,
@@ -173,13 +114,14 @@ def decide_sample(  # type: ignore[no-untyped-def]
     limit,
     tolerance,
     rounding: tl.constexpr,
-    patience: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What becomes of a sample's iteration, from `count` ratios of either kind, `[2, samples, count]`; the outcome.
+    """Judges a sample's iteration, and returns its outcome.
 
-    `stats` `[samples, 3]` are outcome (-1 while there is none), iteration and residual; `history` `[samples, 3]` the
-    residual before, the smallest so far and the iteration that had it.
+    Args:
+        ratios: `[2, samples, count]`, the residuals of `count` columns, relative to what they compute and to the terms of that.
+        stats: `[samples, 3]`, outcome (-1 while there is none), iteration and residual; of the sample they are written.
+        history: `[samples, 3]`, the residual before, that which was progress last, and the iteration that had it; likewise.
     """
     lane = tl.arange(0, BLOCK)
     residuals = tl.zeros([BLOCK], stats.dtype.element_ty)
@@ -202,7 +144,6 @@ def decide_sample(  # type: ignore[no-untyped-def]
         limit,
         tolerance,
         rounding,
-        patience,
     )
     tl.debug_barrier()  # every thread has read what one now writes
     tl.store(record, outcome.to(stats.dtype.element_ty))
@@ -215,10 +156,11 @@ def decide_sample(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def send(place, number, is_end: tl.constexpr, mask):  # type: ignore[no-untyped-def]
-    """Send a number to another program: each word has 32 bits of it and a tag, so that no order of words matters.
+def send(place, number, is_end: tl.constexpr, mask):
+    """Send a number to another program, in words of 32 bits of it and a tag.
 
-    A word that was not sent is 0; the tag is 1, or 2 where nothing follows.
+    A word that was not sent yet is 0, and tags are not: 1, or 2 where nothing follows. So the receiver sees of each word
+    whether it is there, and it does not matter in which order they get there.
     """
     tag: tl.constexpr = (is_end + 1) * 2**32
     if number.dtype == tl.float32:
@@ -231,32 +173,32 @@ def send(place, number, is_end: tl.constexpr, mask):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def float32_in(word):  # type: ignore[no-untyped-def]
+def float32_in(word):
     """The number that was sent."""
     return word.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def float64_in(low, high):  # type: ignore[no-untyped-def]
+def float64_in(low, high):
     """The number that was sent."""
     return ((high << 32) | (low & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def ends_with(word):  # type: ignore[no-untyped-def]
+def ends_with(word):
     """Whether nothing follows."""
     return word >= 2 * 2**32
 
 
 @triton.jit
-def read2(place, mask):  # type: ignore[no-untyped-def]
-    """Two neighbouring numbers in each lane, by one instruction where they are aligned; 0 where the mask is not."""
+def read2(place, mask):
+    """Two neighbouring numbers in each lane, by one instruction where they are aligned; 0 where the mask is false."""
     places = place[:, None] + tl.arange(0, 2)[None, :]
     return tl.split(tl.load(places) if mask is None else tl.load(places, mask=mask[:, None], other=0))
 
 
 @triton.jit
-def read4(place, mask):  # type: ignore[no-untyped-def]
+def read4(place, mask):
     """Four, likewise."""
     places = place[:, None] + tl.arange(0, 4)[None, :]
     numbers = tl.load(places) if mask is None else tl.load(places, mask=mask[:, None], other=0)
@@ -267,13 +209,13 @@ def read4(place, mask):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def write2(place, first, second, mask):  # type: ignore[no-untyped-def]
+def write2(place, first, second, mask):
     """Two neighbouring numbers in each lane, by one instruction where they are aligned."""
     tl.store(place[:, None] + tl.arange(0, 2)[None, :], tl.join(first, second), mask=mask[:, None])
 
 
 @triton.jit
-def write4(place, first, second, third, fourth, mask):  # type: ignore[no-untyped-def]
+def write4(place, first, second, third, fourth, mask):
     """Four, likewise."""
     numbers = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [place.shape[0], 4])
     tl.store(place[:, None] + tl.arange(0, 4)[None, :], numbers, mask=mask[:, None])

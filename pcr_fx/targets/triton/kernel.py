@@ -18,21 +18,20 @@ from pcr_fx.body.isolation import isolated
 from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.call import Call
 from pcr_fx.codegen import Unprintable
+from pcr_fx.stopping import adjoint_tolerance
 from pcr_fx.targets.kernel import Input, LoweredBody, check_tensors
-from pcr_fx.targets.triton.inputs import REALS, Arguments
+from pcr_fx.targets.triton.arguments import Arguments
 from pcr_fx.targets.triton.launches import Launch
+from pcr_fx.targets.triton.printer import REALS
 from pcr_fx.targets.triton.scalars import launch as scalar_launch
 from pcr_fx.targets.triton.scalars.launch import ScalarKernels
-from pcr_fx.targets.triton.scalars.source import ScalarSource
 from pcr_fx.targets.triton.tiles import launch as tile_launch
 from pcr_fx.targets.triton.tiles.launch import TileKernels
-from pcr_fx.targets.triton.tiles.source import TileSource
 
 MAX_DIMENSION = tile_launch.MAX_DIMENSION
 # Samples that one program of the gradient kernel adds up.
 _GROUP = 16
-# Accepted residual of an adjoint, in epsilons: as in pcr_fx/solvers/adjoint.py.
-_ADJOINT_EPS = 32.0
+# Reductions of an adjoint: one solves it, others refine it.
 _ADJOINT_ITERATIONS = 4
 
 
@@ -47,10 +46,12 @@ class TritonKernel:
     """
 
     kind: ClassVar[str] = "fused"
+    queues: ClassVar[bool] = True
 
     lowered: LoweredBody
     kernels: ScalarKernels | TileKernels
     failure: str | None = None
+    operations: tuple[int, int] | None = None
 
     @classmethod
     @isolated
@@ -138,7 +139,7 @@ class TritonKernel:
             return [torch.empty_like(initial), *zeros], None
         stats = None
         if solver == "newton":
-            tolerance = _ADJOINT_EPS * torch.finfo(initial.dtype).eps
+            tolerance = adjoint_tolerance(initial.dtype)
             stats = self.kernels.solve_newton("adjoint", arguments, adjoints, tolerance, _ADJOINT_ITERATIONS)
         self.kernels.solve("adjoint", arguments, adjoints, stats)
         return [adjoints[0], *self._gradients(arguments, adjoints)], stats
@@ -173,11 +174,11 @@ class TritonKernel:
 
     def _parts(self, one: Input, samples: int) -> tuple[int, int]:
         """The shape of a gradient in parts that are to be summed, one a program that adds some up."""
-        length, tiles, groups = self.program.length, self.kernels.tiles(), -(-samples // _GROUP)
+        length, runs, groups = self.program.length, self.kernels.runs(), -(-samples // _GROUP)
         return {
-            (True, True): (tiles, samples * one.size),
+            (True, True): (runs, samples * one.size),
             (True, False): (1, length * samples * one.size),
-            (False, True): (groups * tiles, one.size),
+            (False, True): (groups * runs, one.size),
             (False, False): (groups, length * one.size),
         }[one.own, one.shared]
 
@@ -195,7 +196,7 @@ class TritonKernel:
 def _kernels(body: LoweredBody) -> ScalarKernels | TileKernels:
     if body.dimension <= scalar_launch.MAX_DIMENSION:
         try:
-            return ScalarKernels(ScalarSource(body))
+            return ScalarKernels(body)
         except Unprintable:
             pass  # too large to be written out, if nothing else; then tiles do, or say why not
-    return TileKernels(TileSource(body))
+    return TileKernels(body)

@@ -1,13 +1,10 @@
-// Newton's method on one chain after another, each on its own: as pcr_fx/solvers/iteration.py, which explains it, has it.
+// Newton's method on one chain after another, each by itself. When it ends is explained in pcr_fx/stopping.py, whose
+// outcomes and constants are printed in front of this.
 //
-// The linear systems delta_l = J_l delta_{l-1} + r_l are solved in parts, one a thread: each part's blocks are composed
-// into one, delta is found at the ends of parts, and put in within each. That is the hybrid of reduction and forward
-// substitution; with one part, and so wherever samples keep all threads busy, it is substitution alone.
-
-enum Outcome { CONVERGED, ROUNDING, STAGNATED, NON_FINITE, ITERATION_LIMIT };
-constexpr int k_patience = 8;
-constexpr double k_rounding_eps = 8;
-constexpr double k_eps = std::numeric_limits<real>::epsilon(), k_tiny = std::numeric_limits<real>::min();
+// The linear systems delta_l = J_l delta_{l-1} + r_l are solved in parts, one for each thread. A part's blocks are composed
+// into one affine map, delta at the ends of parts is found from these maps, and each part is substituted from its first
+// block on. That is a hybrid of reduction and forward substitution. With one part, and so wherever samples keep all threads
+// busy, it is substitution alone.
 
 // The larger one; NaN if either is.
 INLINE double k_larger(double a, double b) { return b > a || b != b ? b : a; }
@@ -46,21 +43,22 @@ class Newton {
     residual = INFINITY;
     for (iterations = 0;; ++iterations) {
       const double last = residual;
-      // Newton squares its error: this is most likely the solution, so look before building Jacobians.
+      // Newton squares its error. This is most likely the solution, whose Jacobians nobody needs.
       const bool expected = last * last < tolerance;
       residual = evaluate(!expected);
       if (residual <= tolerance) return CONVERGED;
       if (!std::isfinite(residual)) return NON_FINITE;
       if (expected) evaluate(true);
-      if (expected || residual > 0.5 * last) {
+      const bool stalled = residual > k_stalled * last;
+      if (expected || stalled) {
         const double against_terms = measure(true);
-        const bool rounding = residual > 0.5 * last && against_terms <= k_rounding_eps * k_eps;
+        const bool rounding = stalled && against_terms <= k_rounding_level;
         if (against_terms <= tolerance || rounding) {
           residual = against_terms;
           return against_terms <= tolerance ? CONVERGED : ROUNDING;
         }
       }
-      if (residual < best) best = residual, best_at = iterations;
+      if (residual <= k_progress * best) best = residual, best_at = iterations;
       if (iterations == limit) return ITERATION_LIMIT;
       if (iterations - best_at >= k_patience) return STAGNATED;
       correct();
@@ -90,7 +88,7 @@ class Newton {
     return measure(false);
   }
 
-  // The pullback of as many unit vectors at a time as there are lanes: a row of the Jacobian in each.
+  // Pulls back as many unit vectors at a time as a vector has lanes; each lane gets a row of the Jacobian.
   void find_jacobian(int64_t l) {
     Inputs<vec> in;
     k_locate<vec>(call, l, in);
@@ -107,7 +105,7 @@ class Newton {
     }
   }
 
-  // The largest residual, relative to the size of what its block computes; with `terms` to that of its terms.
+  // The largest residual, relative to the size of what its block computes, or, with `terms`, of the terms of that.
   double measure(bool terms) {
     std::vector<double> largest(parts);
     in_parts([&](int64_t part) {
@@ -125,8 +123,7 @@ class Newton {
             size = k_larger(size, term);
             residual = k_larger(residual, std::abs(residuals[l * d + i]));
           }
-          // Below this scale a relative residual would only measure denormal noise.
-          if (Body::counts[k]) worst = k_larger(worst, residual / (size < k_tiny / k_eps ? k_tiny / k_eps : size));
+          if (Body::counts[k]) worst = k_larger(worst, residual / (size < k_smallest_scale ? k_smallest_scale : size));
           start += Body::counts[k];
         }
       }
@@ -163,7 +160,8 @@ class Newton {
     });
   }
 
-  // One map and offset of all blocks of a part: of the first only the offset is wanted, of the last nothing.
+  // The map and offset of all blocks of a part. Nothing comes before the first part, so that only its offset is needed,
+  // and nothing after the last.
   void compose(int64_t part) {
     if (part == parts - 1) return;
     real offset[d] = {}, next[d];
@@ -189,7 +187,7 @@ static void k_run(const Call& call) {
   bool failed = false;
 #pragma omp parallel num_threads(int(team)) if (team > 1)
   {
-    // Threads that samples do not keep busy share each sample's blocks.
+    // Where there are fewer samples than threads, threads share the blocks of a sample.
     const int64_t share = team > 1 ? 1 : call.threads, half = call.length / 2 > 1 ? call.length / 2 : 1;
     Newton newton(call, share < half ? share : half);
 #pragma omp for schedule(dynamic)

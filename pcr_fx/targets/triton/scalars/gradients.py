@@ -1,26 +1,26 @@
-"""Triton source where each lane holds a block, all its numbers in registers.
-
-Operands are read packed: a row `[L]` for each number, so that neighbouring lanes read neighbouring memory.
-"""
+"""The Triton source of gradients from the adjoints, with a block in each lane."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pcr_fx.targets.kernel import Input
+from pcr_fx.targets.triton.assignments import Scalar
 from pcr_fx.targets.triton.printer import print_assignments, print_scalar
-from pcr_fx.targets.triton.scalars.lanes import Lanes, indent
-from pcr_fx.targets.triton.scalars.unroll import Scalar, Scalars
+from pcr_fx.targets.triton.scalars.packed import PackedSource
+from pcr_fx.targets.triton.scalars.source import indent
+from pcr_fx.targets.triton.scalars.unroll import Scalars
 
-# One program a slice of blocks and a group of samples, a lane a block; sums over the group's samples. Programs are
-# counted along one axis: a GPU takes no more than 65,535 of them along any other.
+# A program takes a run of blocks, one in each lane, and a group of samples, over which it sums what samples share.
+# Programs are counted along the first axis only, since a GPU takes no more than 65,535 of them along any other.
 _GRADIENTS = """
 @triton.jit(do_not_specialize=["length", "samples", "group"])
 def gradients({parameters}, length, samples, group, BLOCK: tl.constexpr):
     wide = tl.full((), 0, tl.int64) + length
-    tiles = (wide + BLOCK - 1) // BLOCK
-    tile = tl.program_id(0) % tiles
-    team = tl.program_id(0) // tiles
-    column = tile * BLOCK + tl.arange(0, BLOCK)
+    runs = (wide + BLOCK - 1) // BLOCK
+    index = tl.program_id(0) % runs
+    team = tl.program_id(0) // runs
+    column = index * BLOCK + tl.arange(0, BLOCK)
     live = column < wide
     begin = team * group
     end = tl.minimum(begin + group, samples)
@@ -34,43 +34,27 @@ def gradients({parameters}, length, samples, group, BLOCK: tl.constexpr):
 
 
 @dataclass(frozen=True)
-class LanesOfBlocks(Lanes):
-    """How blocks' operands and states are read, and the kernel of gradients."""
+class GradientsSource(PackedSource):
+    """The gradients of all operands and shared operands."""
 
-    def gradients(self) -> str:
-        """The gradients of all operands and shared operands from the adjoints."""
+    def text(self, direction: str) -> str:
         d, scalars = range(self.dimension), Scalars()
         state: list[Scalar] = [f"x{i}" for i in d]
-        inputs = [list(numbers) for numbers in self._block_inputs()]
-        _, *outputs = scalars.run(self.body.pullback, [state, *inputs, [f"adjoint{i}" for i in d]])
+        adjoint: list[Scalar] = [f"adjoint{i}" for i in d]
+        _, *outputs = scalars.run(self.body.pullback, [state, *self.block_inputs(), adjoint])
         wanted = [one for one in self.inputs if one.differentiable]
-        zero, add, write = [], [], []
-        for one, numbers in zip(wanted, outputs, strict=True):
-            for e, value in enumerate(numbers):
-                text = f"tl.where(live, {print_scalar(value, self.real)}, 0)"
-                name, place = f"sum_{one.name}_{e}", f"d_{one.name}"
-                if one.own and not one.shared:
-                    add.append(f"tl.store({place} + (column * samples + sample) * {one.size} + {e}, {text}, mask=live)")
-                elif one.own:
-                    slot = f"(tile * samples + sample) * {one.size} + {e}"
-                    add.append(f"tl.store({place} + {slot}, tl.sum({text} + {self.zeros}, 0))")
-                else:
-                    zero.append(f"{name} = {self.zeros}")
-                    add.append(f"{name} += {text}")
-                    if one.shared:
-                        slot = f"(team * tiles + tile) * {one.size} + {e}"
-                        write.append(f"tl.store({place} + {slot}, tl.sum({name}, 0))")
-                    else:
-                        slot = f"(team * wide + column) * {one.size} + {e}"
-                        write.append(f"tl.store({place} + {slot}, {name}, mask=live)")
-        load = [*self._block_loads("column"), *self._previous("x", "column")]
-        load += [
-            f"adjoint{i} = tl.load(adjoints + ((column + 1) * samples + sample) * {self.dimension} + {i}, mask=live, other=0)"
-            for i in d
+        parts = [
+            self._written(one, e, value)
+            for one, numbers in zip(wanted, outputs, strict=True)
+            for e, value in enumerate(numbers)
         ]
+        zero, add, write = ([line for part in parts for line in part[when]] for when in range(3))
+        place = f"adjoints + ((column + 1) * samples + sample) * {self.dimension}"
+        load = [*self.block_loads("column"), *self.previous("x", "column")]
+        load += [f"{name} = tl.load({place} + {i}, mask=live, other=0)" for i, name in enumerate(adjoint)]
         return _GRADIENTS.format(
             parameters=", ".join(
-                ["packed", *self._shared_names(), "initial", "adjoints", *(f"d_{one.name}" for one in wanted)]
+                ["packed", *self.shared_names(), "initial", "adjoints", *(f"d_{one.name}" for one in wanted)]
             ),
             zero=indent(zero, 1),
             load=indent(load, 2),
@@ -79,44 +63,19 @@ class LanesOfBlocks(Lanes):
             write=indent(write, 1),
         )
 
-    def _shared_names(self) -> list[str]:
-        return [one.name for one in self.inputs if one.shared]
-
-    def _rows(self) -> tuple[dict[str, str], str]:
-        """The first packed row of each input, and of what comes after them."""
-        fixed, own, rows = 0, 0, {}
-        for one in self.inputs:
-            if not one.shared:
-                rows[one.name] = f"({fixed} + {own} * samples)"
-                own, fixed = (own + one.size, fixed) if one.own else (own, fixed + one.size)
-        return rows, f"({fixed} + {own} * samples)"
-
-    def _block_inputs(self) -> list[list[Scalar]]:
-        return [[f"{one.name}_{e}" for e in range(one.size)] for one in self.inputs]
-
-    def _block_loads(self, block: str) -> list[str]:
-        rows, _ = self._rows()
-        lines = []
-        for one in self.inputs:
-            for e in range(one.size):
-                mine = f"sample * {one.size} + {e}" if one.own else str(e)
-                if one.shared:
-                    lines.append(f"{one.name}_{e} = tl.load({one.name} + {mine})")
-                else:
-                    row = f"({rows[one.name]} + {mine}) * wide"
-                    lines.append(f"{one.name}_{e} = tl.load(packed + {row} + {block}, mask=live, other=0)")
-        return lines
-
-    def _previous(self, name: str, block: str) -> list[str]:
-        """The state that each block starts from, of the packed trajectory."""
-        _, row = self._rows()
-        lines = []
-        for i in range(self.dimension):
-            place = f"packed + ({row} + sample * {self.dimension} + {i}) * wide + {block} - 1"
-            lines.append(
-                f"{name}{i} = tl.where({block} > 0, tl.load({place}, mask=live & ({block} > 0), other=0), {self.initial(i)})"
-            )
-        return lines
-
-    def initial(self, i: int) -> str:
-        return f"tl.load(initial + sample * {self.dimension} + {i})"
+    def _written(self, one: Input, e: int, value: Scalar) -> tuple[list[str], list[str], list[str]]:
+        """Lines for number `e` of an input's gradient: before the loop over samples, in it, and after it."""
+        text = f"tl.where(live, {print_scalar(value, self.real)}, 0)"
+        total, place = f"sum_{one.name}_{e}", f"d_{one.name}"
+        if one.own and not one.shared:
+            return [], [f"tl.store({place} + (column * samples + sample) * {one.size} + {e}, {text}, mask=live)"], []
+        if one.own:
+            slot = f"(index * samples + sample) * {one.size} + {e}"
+            return [], [f"tl.store({place} + {slot}, tl.sum({text} + {self.zeros}, 0))"], []
+        if one.shared:
+            slot = f"(team * runs + index) * {one.size} + {e}"
+            write = f"tl.store({place} + {slot}, tl.sum({total}, 0))"
+        else:
+            slot = f"(team * wide + column) * {one.size} + {e}"
+            write = f"tl.store({place} + {slot}, {total}, mask=live)"
+        return [f"{total} = {self.zeros}"], [f"{total} += {text}"], [write]

@@ -1,11 +1,12 @@
-"""The Triton source of Newton's method with a lane for each block: all iterations of a chain in one launch.
+"""The Triton source of Newton's method with a block in each lane: all iterations of a chain in one launch.
 
-A program holds a slice of a sample's chain, and makes of each column one affine map of all of its slice up to there. What
-its corrections depend on beside is the correction in front of its slice, which the slice before passes on at every
-iteration: slices wait for those before them only. So no more of them need to run at once than a GPU has room for, and one
-after another, as in Triton's interpreter, they find everything that they wait for.
+A program holds a slice of a sample's columns. At every iteration it composes the linearised columns: each lane gets one
+affine map of all columns of the slice up to its own. To what the corrections are, one thing is missing then: the
+correction in front of the slice, which the program of the slice before sends. So a slice waits only for slices before it,
+and a GPU that has no room for all programs at once is never stuck. Even one after another, as Triton's interpreter runs
+them, they find all that they wait for.
 
-A slice whose residual is small ends once the slice before has ended: what comes in front of it is final then.
+A slice whose residual is small ends once the slice before it has ended, since what comes in front of it is final then.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from dataclasses import dataclass
 
 import torch
 
-from pcr_fx.targets.triton.inputs import PATIENCE, ROUNDING_EPS, smallest_scale, words_of
+from pcr_fx.stopping import Outcome, rounding_level, smallest_scale
+from pcr_fx.targets.triton.assignments import Known, Scalar
 from pcr_fx.targets.triton.printer import print_assignments, print_scalar
-from pcr_fx.targets.triton.scalars.gradients import LanesOfBlocks
-from pcr_fx.targets.triton.scalars.lanes import indent, largest
-from pcr_fx.targets.triton.scalars.unroll import Known, Scalar, Scalars
+from pcr_fx.targets.triton.scalars.packed import PackedSource
+from pcr_fx.targets.triton.scalars.source import indent, largest
+from pcr_fx.targets.triton.scalars.unroll import Scalars
 
-# One program a slice of a sample, numbered as they start, all samples' first slices first, so that a program waits only for
-# programs that were started before it. By program: `states` `[programs, d, BLOCK]`; `messages` `[limit + 1, programs, d]`,
-# the corrections of each slice's last column, until it ends; `ends` `[programs, 3]` as `stats`, of all slices so far.
+# One program for each slice and sample. Programs take their numbers from `ticket` when they start, and the first slices
+# of all samples come first, so that a program waits only for programs that have started before it. Memory by program:
+# `states` `[programs, d, BLOCK]`; `messages` `[limit + 1, programs, d]`, the corrections of the slice's last column at each
+# iteration until it ends; `ends` `[programs, 3]`, the worst of the `stats` of this slice and those before it.
 _NEWTON = """
 @triton.jit(do_not_specialize=["length", "samples", "limit"])
 def newton({parameters}, states, messages, ends, ticket, stats, length, samples, tolerance, limit, BLOCK: tl.constexpr):
@@ -46,7 +49,7 @@ def newton({parameters}, states, messages, ends, ticket, stats, length, samples,
     residual = tl.full((), float("inf"), {real})
     best = tl.full((), float("inf"), {real})
     shown = tl.full((), 0, {real})
-    # How the slices before have ended, and whether they have; before the first there is none.
+    # How the slices before this one ended, and whether they did; before the first there is none.
     outcome_before = tl.full((), 0, {real})
     iterations_before = tl.full((), 0, {real})
     shown_before = tl.full((), 0, {real})
@@ -59,7 +62,7 @@ def newton({parameters}, states, messages, ends, ticket, stats, length, samples,
 {measure}
 {scan}
         verdict, shown, best, best_at = judge(
-            worst, against, residual, best, best_at, iteration, limit, tolerance, {rounding}, {patience}
+            worst, against, residual, best, best_at, iteration, limit, tolerance, {rounding_level}
         )
         residual = worst
         if is_final == 0:
@@ -68,11 +71,11 @@ def newton({parameters}, states, messages, ends, ticket, stats, length, samples,
             if is_final:
                 end = ends + before * {end_words}
 {receive_end}
-        # Patience is for what does not get better although nothing before it changes.
+        # As long as slices before this one change, it cannot be expected to make progress, and its patience starts anew.
         best = tl.where(is_final, best, float("inf"))
         best_at = tl.where(is_final, best_at, iteration)
-        outcome = tl.where(is_final | (verdict == 3), verdict, -1)
-        is_worse = (outcome_before > 1) | ((outcome >= 0) & (outcome_before > outcome))
+        outcome = tl.where(is_final | (verdict == {non_finite}), verdict, -1)
+        is_worse = (outcome_before > {rounding}) | ((outcome >= 0) & (outcome_before > outcome))
         outcome = tl.where(is_worse, outcome_before.to(tl.int32), outcome)
         if outcome < 0:
             message = messages + (iteration.to(tl.int64) * programs + program) * {words} + lane * 0
@@ -89,26 +92,31 @@ def newton({parameters}, states, messages, ends, ticket, stats, length, samples,
         tl.store(stats + sample * 3 + 2, shown)
 {write}
 """
-# What a slice tells of its end, as stats.
+# What a slice sends when it ends: its `stats`.
 _ENDS = ("outcome", "iterations", "shown")
 
 
-@dataclass(frozen=True)
-class NewtonSource(LanesOfBlocks):
-    """Newton's method, in one program for each slice of a chain."""
+def words_of(dtype: torch.dtype) -> int:
+    """Words of 64 bits that a number is sent in between programs: each holds 32 bits of it, and a tag (see `send`)."""
+    return dtype.itemsize // 4
 
-    def newton(self, direction: str) -> str:
-        """All iterations of a chain, `"forward"` or `"adjoint"`."""
+
+@dataclass(frozen=True)
+class NewtonSource(PackedSource):
+    """All iterations of Newton's method."""
+
+    def text(self, direction: str) -> str:
         d, backward = range(self.dimension), direction == "adjoint"
         return self._compose() + _NEWTON.format(
-            parameters=", ".join(["packed", *self._shared_names(), "initial", "result"]),
+            parameters=", ".join(["packed", *self.shared_names(), "initial", "result"]),
             d=self.dimension,
             real=self.real,
             extra=int(backward),
             words=self.dimension * self._words,
             end_words=3 * self._words,
-            rounding=ROUNDING_EPS * torch.finfo(self.program.dtype).eps,
-            patience=PATIENCE,
+            rounding_level=rounding_level(self.program.dtype),
+            non_finite=Outcome.NON_FINITE.number,
+            rounding=Outcome.ROUNDING.number,
             start=indent(
                 [
                     # Adjoints start from nothing, states from where the chain does.
@@ -131,11 +139,10 @@ class NewtonSource(LanesOfBlocks):
 
     @property
     def _words(self) -> int:
-        """Of 64 bits, of which a message has two for each 32 bits of a number: see `send`."""
         return words_of(self.program.dtype)
 
     def _received(self, message: str, names: list[str]) -> list[str]:
-        """Waits for numbers that another program sends, for all at once."""
+        """Receives numbers from another program: all words are read again until none is missing."""
         words = [f"word{k}" for k in range(len(names) * self._words)]
         loads = [f"{word} = tl.load({message} + {k}, volatile=True)" for k, word in enumerate(words)]
         missing = " | ".join(f"({word} == 0)" for word in words)
@@ -148,7 +155,7 @@ class NewtonSource(LanesOfBlocks):
         return f"send({message} + {i * self._words}, {value} + {self.zeros}, {is_end}, {mask})"
 
     def _shifted(self) -> list[str]:
-        """`x`, the state before that of each column, by way of memory."""
+        """`x`, the state before each column: lanes get the `z` of their neighbours through memory."""
         d = range(self.dimension)
         before = "tl.load(state + {i} * BLOCK - 1, mask=lane > 0, other=0)"
         return [
@@ -164,10 +171,10 @@ class NewtonSource(LanesOfBlocks):
         return [*(f"j{i}_{j}" for i in d for j in d), *(f"r{i}" for i in d)]
 
     def _linearised(self, backward: bool) -> list[str]:
-        """`v`, what each column's function computes at `x`, and its Jacobian `j`, row by row."""
+        """`v`, what each column computes of `x`, and its Jacobian `j`, which has the pullbacks of unit vectors as rows."""
         d, scalars = range(self.dimension), Scalars()
         names: list[list[Scalar]] = [[f"{letter}{i}" for i in d] for letter in "xyg"]
-        state, inputs = names[1 if backward else 0], self._block_inputs()
+        state, inputs = names[1 if backward else 0], self.block_inputs()
         units: list[list[Scalar]] = [[Known.ONE if i == j else Known.ZERO for j in d] for i in d]
         rows = [scalars.run(self.body.pull, [state, *inputs, unit])[0] for unit in units]
         if backward:
@@ -176,14 +183,14 @@ class NewtonSource(LanesOfBlocks):
             loads = self._adjoint_loads()
         else:
             (values,) = scalars.run(self.body.step, [state, *inputs])
-            loads = self._block_loads("column")
+            loads = self.block_loads("column")
         zero = self.zeros
         lines = [*loads, *print_assignments(scalars.assignments, self.real)]
         lines += [f"v{i} = {print_scalar(value, self.real)} + {zero}" for i, value in zip(d, values, strict=True)]
         if backward:
-            # Nothing is pulled back through the first column's block, be it infinite.
+            # The first column has no block: what was pulled back through another must not count, were it infinite.
             lines += [f"v{i} = tl.where(column > 0, v{i}, g{i})" for i in d]
-        # The first column's Jacobian meets no correction, and must not bring in infinities.
+        # No correction comes before the first column. Zeros in place of its Jacobian keep infinities out of the maps.
         lines += [
             f"j{i}_{j} = tl.where(column > 0, {print_scalar(rows[i][j], self.real)} + {zero}, 0)" for i in d for j in d
         ]
@@ -191,11 +198,11 @@ class NewtonSource(LanesOfBlocks):
 
     def _adjoint_loads(self) -> list[str]:
         """Column k goes back through block L - k; the first column through none."""
-        _, row = self._rows()
+        _, row = self.rows()
         lines = [
             "block = tl.minimum(wide - column, wide - 1)",
-            *self._block_loads("block"),
-            *self._previous("y", "block"),
+            *self.block_loads("block"),
+            *self.previous("y", "block"),
         ]
         for i in range(self.dimension):
             place = f"packed + ({row} + (samples + sample) * {self.dimension} + {i}) * wide + wide - 1 - column"
@@ -228,12 +235,12 @@ class NewtonSource(LanesOfBlocks):
         return lines
 
     def _scanned(self) -> list[str]:
-        """All columns up to each one as one affine map: in a thread's columns, then a warp's, then the program's."""
+        """Composes the columns: each lane's map becomes that of all lanes up to it."""
         names = ", ".join(self._map())
         return [f"{names} = tl.associative_scan(({names}), 0, compose)"]
 
     def _corrected(self) -> list[str]:
-        """The maps applied to the correction before them; that of the last column is passed on first."""
+        """Applies the maps to the correction in front of the slice. The last column's is sent first: others wait for it."""
         d = range(self.dimension)
         lines = []
         for i in d:
@@ -243,7 +250,7 @@ class NewtonSource(LanesOfBlocks):
         return [*lines, *(f"z{i} += delta{i}" for i in d), *(f"front{i} += carry{i}" for i in d)]
 
     def _ended(self) -> list[str]:
-        """Tells the next slice: how, and that there are no more corrections."""
+        """Sends to the next slice how this one ended, and that there are no more corrections."""
         values = ("outcome.to({real})", "count", "shown")
         lines = [self._sent("end", i, value.format(real=self.real), 1, "is_last") for i, value in enumerate(values)]
         return lines + [self._sent("message", i, self.number(0.0), 1, "is_last") for i in range(self.dimension)]

@@ -1,34 +1,73 @@
-"""The Triton source of a chain's kernels where all numbers of a block fit in a thread's registers.
+"""What the Triton source of a chain's kernels has in common where all numbers of a block fit in a thread's registers.
 
-Two kinds of lanes. Where blocks are solved together, each lane holds a block; where they follow one another, each lane
-holds a sample.
+Both directions are a chain of columns. Forward, column k is block k, x_k = f_k(x_{k-1}). Backward, columns are counted
+from the end: the adjoints are x_k = g_{L-1-k} + J_{L-k}^T x_{k-1}. There is one more than there are blocks, since the
+last is the cotangent of the initial state. In memory adjoints lie in the order of the states, `[L + 1, samples, d]`
+with that of the initial state first.
 """
 
 from __future__ import annotations
 
+import textwrap
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from pcr_fx.targets.triton.inputs import HEADER
-from pcr_fx.targets.triton.scalars.lanes import Lanes
-from pcr_fx.targets.triton.scalars.newton import NewtonSource
-from pcr_fx.targets.triton.scalars.sequential import LanesOfSamples
+from pcr_fx.body import Program
+from pcr_fx.targets.kernel import Input, LoweredBody
+from pcr_fx.targets.triton.printer import REALS, print_scalar
 
 
 @dataclass(frozen=True)
-class ScalarSource(Lanes):
-    """All kernels of one chain."""
+class ScalarSource(ABC):
+    """Prints one kind of kernel of one chain.
 
-    def text(self, name: str, direction: str) -> str:
-        """A module with one kernel: "newton", "sequential" or "gradients"."""
-        if name == "sequential":
-            return HEADER + self._of_samples.sequential(direction)
-        return HEADER + (self._of_blocks.gradients() if name == "gradients" else self._of_blocks.newton(direction))
+    Args:
+        body: one block of it on one sample.
+    """
+
+    body: LoweredBody
+
+    @abstractmethod
+    def text(self, direction: str) -> str:
+        """The kernel `"forward"` or `"adjoint"`, without the header.
+
+        Raises:
+            Unprintable: the body has an op that cannot be printed, or is too large to be written out.
+        """
+
+    @property
+    def program(self) -> Program:
+        return self.body.program
+
+    @property
+    def inputs(self) -> list[Input]:
+        return self.body.inputs
+
+    @property
+    def dimension(self) -> int:
+        return self.body.dimension
 
     @cached_property
-    def _of_blocks(self) -> NewtonSource:
-        return NewtonSource(self.body)
+    def real(self) -> str:
+        return REALS[self.program.dtype]
 
-    @cached_property
-    def _of_samples(self) -> LanesOfSamples:
-        return LanesOfSamples(self.body)
+    @property
+    def zeros(self) -> str:
+        """A zero in each lane. Added to a value that is the same in all lanes, it makes a tensor of it."""
+        return f"tl.zeros([BLOCK], {self.real})"
+
+    def number(self, value: float) -> str:
+        return print_scalar(value, self.real)
+
+
+def largest(terms: Iterable[str]) -> str:
+    first, *rest = terms
+    for term in rest:
+        first = f"tl.maximum({first}, {term}, tl.PropagateNan.ALL)"
+    return first
+
+
+def indent(lines: Iterable[str], depth: int) -> str:
+    return textwrap.indent("\n".join(lines), "    " * depth)

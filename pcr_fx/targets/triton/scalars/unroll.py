@@ -1,51 +1,21 @@
-"""A body without loops: every number a scalar of its own, each computed once.
+"""A body without loops: every number is a scalar with a name, and is computed once.
 
-Where a thread holds all numbers of one block there is nothing to index, and what is known of them, such as that most
-numbers of a unit vector are zero, can be used: a Jacobian by pulling back unit vectors then costs what it would by hand.
+Where a thread holds all numbers of one block there is nothing to index. What is known of the numbers can then be used,
+such as that most of a unit vector's are zero: a Jacobian from pulled-back unit vectors costs as little as one that was
+derived by hand.
 """
 
 from __future__ import annotations
 
-import enum
 import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
+from pcr_fx.codegen.functions import FUNCTIONS, REDUCTIONS
 from pcr_fx.codegen.ir import Apply, Constant, Expression, Function, Load, Loop, Unprintable, View
+from pcr_fx.targets.triton.assignments import Assignment, Known, Scalar, number
 
-# Scalar operations that are still worth writing out, and that compilers still get through in seconds.
+# The most scalar operations that compilers get through in seconds.
 MAX_OPERATIONS = 6000
-
-
-class Known(enum.Enum):
-    """A number known from what it stands for. Zero times anything is zero, and vanishes: it is a derivative that is
-    not there, not a number that a model computed."""
-
-    ZERO = 0.0
-    ONE = 1.0
-
-
-# The name of a number, a constant, or what is known.
-Scalar = str | float | Known
-
-_START: dict[str, Scalar] = {"add": Known.ZERO, "maximum": -math.inf, "minimum": math.inf}
-_FOLDED: dict[str, Callable[..., float]] = {
-    "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b,
-    "mul": lambda a, b: a * b,
-    "neg": lambda a: -a,
-    "copy": lambda a: a,
-}
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """`name = function(*arguments)`."""
-
-    name: str
-    function: str
-    arguments: tuple[Scalar, ...]
 
 
 class Scalars:
@@ -92,7 +62,7 @@ class Scalars:
         if combine is None:
             return values[0]
         if not values:
-            return _START[combine]
+            return Known.ZERO if combine == "add" else REDUCTIONS[combine].start
         total = values[0]
         for value in values[1:]:
             total = self.apply(combine, total, value)
@@ -151,12 +121,7 @@ def _simplified(function: str, arguments: tuple[Scalar, ...]) -> Scalar | None:
         return arguments[0]
     if function == "where" and arguments[1] == arguments[2] and not isinstance(arguments[1], float):
         return arguments[1]
-    if function in _FOLDED and not any(isinstance(argument, str) for argument in arguments):
-        return _FOLDED[function](*map(number, arguments))
+    fold = FUNCTIONS[function].fold
+    if fold is not None and not any(isinstance(argument, str) for argument in arguments):
+        return fold(*map(number, arguments))
     return None
-
-
-def number(scalar: Scalar) -> float:
-    """The value of a scalar that has no name."""
-    assert not isinstance(scalar, str), scalar
-    return scalar.value if isinstance(scalar, Known) else scalar

@@ -1,1 +1,1 @@
-"""Kernels where a block is too large for a thread: one program works on it, tile by tile."""
+"""Kernels where a block is too large for a thread, and one program works on it tile by tile."""

@@ -1,4 +1,4 @@
-"""How the indices of a loop lie in a tile of Triton's, and where in memory that is."""
+"""How the indices of a loop lie in a tile, and where in memory the numbers of a view at these indices are."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from pcr_fx.codegen.ir import View
 
 @dataclass(frozen=True)
 class Axes:
-    """How the indices of a loop lie in a tile `[lanes, height, width]`.
+    """How the indices of a loop lie in a tile `[seeds, height, width]`.
 
-    `columns` is `None` where a tile has rows only, `lanes` 0 where it has none.
+    Attributes:
+        rows: the sizes of the indices along the rows, the last one fastest.
+        columns: of those along the columns; `None` where a tile has rows only.
+        height, width: rows and columns of the tile, powers of two. Where there are more indices, a loop goes through them.
+        seeds: 0 where the tile has no such axis.
     """
 
     rows: tuple[int, ...]
     columns: tuple[int, ...] | None
     height: int
     width: int = 1
-    lanes: int = 0
+    seeds: int = 0
 
     @property
     def slices_rows(self) -> bool:
@@ -36,7 +40,7 @@ class Axes:
 
     @property
     def numbers(self) -> int:
-        return max(self.lanes, 1) * self.height * self.width
+        return max(self.seeds, 1) * self.height * self.width
 
     @property
     def shape(self) -> str:
@@ -45,18 +49,18 @@ class Axes:
     @property
     def _sizes(self) -> list[int]:
         columns = [] if self.columns is None else [self.width]
-        return [*([self.lanes] if self.lanes else []), self.height, *columns]
+        return [*([self.seeds] if self.seeds else []), self.height, *columns]
 
     def spread(self, tensor: str, *axes: str) -> str:
-        """A tensor along the axes "lane", "row" or "column", in this order, such that it is broadcast over the others."""
-        every = [*(["lane"] if self.lanes else []), "row", *(["column"] if self.columns is not None else [])]
+        """A tensor along the axes "seed", "row" or "column", in this order, such that it is broadcast over the others."""
+        every = [*(["seed"] if self.seeds else []), "row", *(["column"] if self.columns is not None else [])]
         if list(axes) == every:
             return tensor
         return f"{tensor}[{', '.join(':' if axis in axes else 'None' for axis in every)}]"
 
     @property
-    def lane(self) -> str:
-        return self.spread(f"tl.arange(0, {self.lanes})", "lane")
+    def seed(self) -> str:
+        return self.spread(f"tl.arange(0, {self.seeds})", "seed")
 
     @property
     def row(self) -> str:
@@ -76,7 +80,7 @@ class Axes:
 
     @property
     def masks(self) -> tuple[str, str]:
-        """Which rows and which columns there are; empty if all."""
+        """Which of the tile's rows and columns there are; empty if all."""
         rows, columns = math.prod(self.rows), math.prod(self.columns or ())
         row = f"({self.row} < {rows})" if rows % self.height else ""
         column = (
@@ -84,17 +88,17 @@ class Axes:
         )
         return row, column
 
-    def offsets(self, view: View, batched: bool) -> tuple[str, str, int]:
-        """Where the elements of a view are, which of them there are, and how many numbers that makes.
+    def offsets(self, view: View, seeded: bool) -> tuple[str, str, int]:
+        """Where the numbers of a view are, which of them there are, and how many a tile holds.
 
         Args:
-            batched: whether each lane has a buffer of its own.
+            seeded: whether each seed has such a buffer, one after another.
         """
         rows, columns = self.split(view)
         along_rows, along_columns = _terms(self.row, self.rows, rows), _terms(self.column, self.columns or (), columns)
         masks = [mask for mask, used in zip(self.masks, (along_rows, along_columns), strict=True) if mask and used]
-        lanes = [f"{self.lane} * {view.buffer.size}"] if batched else []
-        terms = [*lanes, *along_rows, *along_columns, *([str(view.offset)] if view.offset else [])]
+        seeds = [f"{self.seed} * {view.buffer.size}"] if seeded else []
+        terms = [*seeds, *along_rows, *along_columns, *([str(view.offset)] if view.offset else [])]
         numbers = (self.height if along_rows else 1) * (self.width if along_columns else 1)
         return " + ".join(terms) or "0", " & ".join(masks), numbers
 
@@ -105,9 +109,9 @@ def _terms(index: str, sizes: Sequence[int], strides: Sequence[int]) -> list[str
         inner //= max(size, 1)
         if stride == 0:
             continue
-        own = index if inner == 1 else f"{index} // {inner}"
-        own = own if position == 0 else f"{own} % {size}"
-        terms.append(own if stride == 1 and own == index else f"({own}) * {stride}")
+        this = index if inner == 1 else f"{index} // {inner}"
+        this = this if position == 0 else f"{this} % {size}"
+        terms.append(this if stride == 1 and this == index else f"({this}) * {stride}")
     return terms
 
 

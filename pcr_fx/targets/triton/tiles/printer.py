@@ -1,12 +1,13 @@
-"""Triton from the language of kernels: each loop a tile, the indices of its output along one axis, what is reduced along
-the other.
+"""Triton from the language of kernels: each loop becomes a tile, with the indices of its output along the rows and what it
+reduces along the columns.
 
-One program works on one sample, all its threads on one loop at a time. What a loop computes stays in registers where
-later loops read it along one of their axes; else it goes through memory that no other program touches, with a barrier
-between those who write and those who read. A tile that is too large is gone through in slices.
+One program works on one sample, with all its threads on one loop at a time. What a loop computes stays in registers
+where later loops read it along one axis of their tiles. Else it goes through memory that no other program uses, with a
+barrier between those who write and those who read. If all indices of a loop were too large a tile, it takes slices of
+them in turn.
 
-What is linear in some input, such as a pullback in its cotangent, can be printed for several of them at once: tiles then
-have an axis more, and contractions are products of matrices.
+A pullback is linear in its cotangent, and can be printed for several cotangents at once, called seeds as in automatic
+differentiation. Tiles of what depends on them have an axis more, and its contractions are products of matrices.
 """
 
 from __future__ import annotations
@@ -18,27 +19,24 @@ from dataclasses import dataclass, field, replace
 
 from pcr_fx.codegen.ir import Apply, Buffer, Constant, Expression, Function, Load, Loop, View, contiguous, views
 from pcr_fx.codegen.simplify import with_constants
-from pcr_fx.targets.triton.printer import print_assignments, print_scalar
+from pcr_fx.targets.triton.printer import print_assignments, print_number, print_scalar
 from pcr_fx.targets.triton.scalars.unroll import Assignment, Scalar
 from pcr_fx.targets.triton.tiles.axes import Axes, load_at
 
 _ITEM_BYTES = {"tl.float32": 4, "tl.float64": 8}
-# Bytes of the largest tile in each warp, which is 16 registers of each thread; and warps at the most.
+# Bytes of the largest tile that each warp gets, which take 16 registers of each thread; and the most warps.
 _WARP_BYTES = 2048
 _MAX_WARPS = 16
-# Bytes of inputs that a warp may hold all along, 36 registers of each thread: twice as many in all where those of the
-# next block are fetched while one is computed. Where there would be more, they are loaded where they are used. Threads of
-# more than eight warps have fewer registers.
+# Bytes of inputs that a warp may fetch before a block is computed, which take 36 registers of each thread, and as many
+# again for the next block's while one is computed. If a block has more, its inputs are loaded where they are used. Warps
+# beyond the first eight do not count, since more of them have fewer registers each.
 _HELD = 4608
 _MAX_HOLDING_WARPS = 8
-_START = {"add": 0.0, "maximum": -math.inf, "minimum": math.inf}
-# Functions of `pcr_fx.targets.triton.functions`: Triton's own `tl.max` loses NaN.
-_REDUCED = {"add": "tl.sum({0}, {1})", "maximum": "largest({0}, {1})", "minimum": "-largest(-({0}), {1})"}
-# The least that `tl.dot` takes of any dimension, and the inner dimension from which on products go in slices of that:
-# a thread holds all of it at once.
+# The least that `tl.dot` takes of any dimension, and the largest inner dimension that a product takes at once. Threads
+# hold all of it, so longer ones go in slices of the least.
 _LEAST = 16
 _MOST_INNER = 32
-# Numbers that are worth reading together.
+# Neighbouring numbers that are worth reading together.
 _LINE = 32
 
 
@@ -54,7 +52,7 @@ def warps_for(tile_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class Fetch:
-    """A tile of an input that lies in memory: to be loaded, as `name`, before the lines that use it.
+    """A tile of an input in memory, to be loaded as `name` before the lines that use it.
 
     Attributes:
         pointer: where the input begins, as the printer was told.
@@ -86,9 +84,9 @@ class Printed:
 
     Attributes:
         fetches: what has to be loaded before.
-        once: what does not depend on which lanes there are; before the lines.
-        lines: what computes the results.
-        results: the name of each output that is no `Sum`: a tensor `[padded size]`, or `[lanes, padded size]`.
+        once: lines that do not depend on the seeds, before the others.
+        lines: those that compute the results.
+        results: the name of each output that is no `Sum`: a tensor `[padded size]`, or `[seeds, padded size]`.
         scratch: how many numbers of memory the lines use, from the pointer `scratch` on.
         warps: of the program that runs them.
     """
@@ -112,8 +110,8 @@ class TilePrinter:
         sums: by name, what becomes of outputs that are not to be tensors.
         prefix: of all names that the lines give.
         tile_bytes: of a tile at the most.
-        lanes: how many of each input in `batched` there are, `[lanes, padded size]`; none if 0.
-        batched: which inputs those are.
+        seeds: how many cotangents there are; 0 if the function is for one.
+        seeded: the inputs that are cotangents, of which `registers` has tensors `[seeds, padded size]`.
     """
 
     def __init__(
@@ -125,16 +123,16 @@ class TilePrinter:
         sums: Mapping[str, Sum],
         prefix: str,
         tile_bytes: int,
-        lanes: int = 0,
-        batched: Sequence[str] = (),
+        seeds: int = 0,
+        seeded: Sequence[str] = (),
     ) -> None:
         self.function, self.dtype, self.prefix = function, dtype, prefix
         self._item_bytes = _ITEM_BYTES[dtype]
         self._most = tile_bytes // self._item_bytes
         self.registers, self.pointers, self.sums = dict(registers), dict(pointers), sums
         self.loops = [with_constants(loop) for loop in function.loops if math.prod(loop.shape)]
-        self.lanes = lanes
-        self._batched = self._reached(batched)
+        self.seeds = seeds
+        self._seeded = self._reached(seeded)
         self._writers = Counter(loop.out.buffer.name for loop in self.loops)
         self._held = {*registers, *(loop.out.buffer.name for loop in self.loops if self._stays(loop))}
         largest = max((axes.numbers for loop in self.loops for axes in self._tiles(loop)), default=1)
@@ -146,83 +144,87 @@ class TilePrinter:
 
     def run(self) -> Printed:
         self._place_in_memory()
-        if self.lanes:
-            self._save_inputs(batched=False)
+        if self.seeds:
+            self._save_inputs(seeded=False)
             for loop in self.loops:
-                if not self._is_batched(loop):
+                if not self._is_seeded(loop):
                     self._print(loop)
             self.printed.once, self.printed.lines = self.printed.lines, []
-        self._save_inputs(batched=bool(self.lanes))
+        self._save_inputs(seeded=bool(self.seeds))
         for loop in self.loops:
-            if self._is_batched(loop) or not self.lanes:
+            if self._is_seeded(loop) or not self.seeds:
                 self._print(loop)
         for buffer in self.function.outputs:
             if buffer.name not in self.sums:
                 self.printed.results[buffer.name] = self._as_tensor(buffer)
         if self.printed.scratch:
-            self._line("tl.debug_barrier()")  # whoever comes next may write there
+            self._line("tl.debug_barrier()")  # what is printed next may write to the same memory
         return self.printed
 
     # --- where things are -----------------------------------------------------------------------------------
 
-    def _reached(self, batched: Sequence[str]) -> set[str]:
-        """Buffers of which each lane has one: what depends on inputs of which it has, and outputs."""
-        reached = {*batched, *(buffer.name for buffer in self.function.outputs if self.lanes)}
+    def _reached(self, seeded: Sequence[str]) -> set[str]:
+        """Buffers of which there is one for each seed: the inputs `seeded`, what depends on them, and outputs."""
+        reached = {*seeded, *(buffer.name for buffer in self.function.outputs if self.seeds)}
         for _ in self.loops:  # a buffer may be written by many
-            read = ({view.buffer.name for view in views(loop.value)} & set(batched) for loop in self.loops)
+            read = ({view.buffer.name for view in views(loop.value)} & set(seeded) for loop in self.loops)
             reached |= {loop.out.buffer.name for loop, found in zip(self.loops, read, strict=True) if found}
-            if reached <= set(batched):
+            if reached <= set(seeded):
                 break
-            batched = [*reached]
+            seeded = [*reached]
         return reached
 
-    def _is_batched(self, loop: Loop) -> bool:
-        return loop.out.buffer.name in self._batched
+    def _is_seeded(self, loop: Loop) -> bool:
+        return loop.out.buffer.name in self._seeded
 
     def _axes(self, loop: Loop) -> Axes:
         """Of what a loop computes; of a product, its result."""
-        lanes = self.lanes if self._is_batched(loop) else 0
-        most = max(self._most // max(lanes, 1), 1)
+        seeds = self.seeds if self._is_seeded(loop) else 0
+        most = max(self._most // max(seeds, 1), 1)
         if self._factors(loop) is not None:
-            return Axes(loop.shape, None, padded(math.prod(loop.shape)), lanes=lanes)
+            return Axes(loop.shape, None, padded(math.prod(loop.shape)), seeds=seeds)
         rows, columns = loop.shape, loop.reduced if loop.reduced else None
         if columns is None and len(rows) > 1 and loop.out.buffer.name in self.sums:
             rows, columns = rows[:-1], rows[-1:]
         height, width = padded(math.prod(rows)), padded(math.prod(columns)) if columns is not None else 1
-        if loop.reduced:  # all rows, if they can be: what they are reduced to may then stay in registers
+        if loop.reduced:  # A tile has all rows if it can: what they are reduced to may then stay in registers.
             width = min(width, max(most // height, min(_LINE, most)))
         width = min(width, most)
         height = min(height, max(most // width, 1))
-        return Axes(rows, columns, height, width, lanes)
+        return Axes(rows, columns, height, width, seeds)
 
     def _factors(self, loop: Loop) -> tuple[View, View] | None:
-        """Of a contraction that is a product of matrices: what has lanes, with none of the rows, and what has not."""
+        """The factors of a contraction that is a product of matrices: the one with seeds, then the one with rows."""
         value = loop.value
         if not (
-            self._is_batched(loop) and loop.combine == "add" and isinstance(value, Apply) and value.function == "mul"
+            self._is_seeded(loop) and loop.combine == "add" and isinstance(value, Apply) and value.function == "mul"
         ):
             return None
         rows, columns = padded(math.prod(loop.shape)), padded(math.prod(loop.reduced))
-        if min(rows, columns, self.lanes) < _LEAST or self.lanes * rows > self._most:
+        if min(rows, columns, self.seeds) < _LEAST or self.seeds * rows > self._most:
             return None
         found = [argument.view for argument in value.arguments if isinstance(argument, Load)]
-        found.sort(key=lambda view: view.buffer.name not in self._batched)
-        if len(found) != 2 or found[0].buffer.name not in self._batched or found[1].buffer.name in self._batched:
+        found.sort(key=lambda view: view.buffer.name not in self._seeded)
+        if len(found) != 2 or found[0].buffer.name not in self._seeded or found[1].buffer.name in self._seeded:
             return None
         return None if any(found[0].strides[: len(loop.shape)]) else (found[0], found[1])
 
     def _factor_axes(self, loop: Loop) -> tuple[Axes, Axes]:
-        """Of the factors `[lanes, inner]` and `[inner, rows]` of a product."""
+        """Of the factors `[seeds, inner]` and `[inner, rows]` of a product."""
         inner = padded(math.prod(loop.reduced))
         height = inner if inner <= _MOST_INNER else _LEAST
-        left = Axes(loop.reduced, None, height, lanes=self.lanes)
+        left = Axes(loop.reduced, None, height, seeds=self.seeds)
         return left, Axes(loop.reduced, loop.shape, height, padded(math.prod(loop.shape)))
 
     def _tiles(self, loop: Loop) -> list[Axes]:
+        """Every tile that a loop needs."""
         return [self._axes(loop), *(self._factor_axes(loop) if self._factors(loop) is not None else ())]
 
     def _reads(self, loop: Loop) -> list[tuple[View, Axes]]:
-        """Everything that a loop reads, and in what tile."""
+        """Every view that a loop reads, and the tile that it is read into.
+
+        Those of a product are over the indices of their tiles instead of the loop's.
+        """
         factors = self._factors(loop)
         if factors is None:
             return [(view, self._axes(loop)) for view in views(loop.value)]
@@ -232,30 +234,33 @@ class TilePrinter:
         return [(View(left.buffer, left.strides[rank:], left.offset), left_axes), (turned, right_axes)]
 
     def _stays(self, loop: Loop) -> bool:
-        """Whether the whole of a buffer is what this loop computes, all at once."""
-        out = loop.out
-        whole = out.offset == 0 and out.strides == contiguous(loop.shape) and math.prod(loop.shape) == out.buffer.size
-        axes, name = self._axes(loop), out.buffer.name
-        once = self._writers[name] == 1 and name not in self.sums
-        return whole and once and not axes.slices_rows and (bool(loop.reduced) or not axes.slices_columns)
+        """Whether a loop's result is a tensor that stays in registers: it is all of its buffer, computed all at once."""
+        out, axes = loop.out, self._axes(loop)
+        is_whole = out.offset == 0 and _is_whole(loop.shape, out.strides, out.buffer)
+        is_local = self._writers[out.buffer.name] == 1 and out.buffer.name not in self.sums
+        # Slices of columns that are reduced are combined in registers, one after another.
+        return is_whole and is_local and not axes.slices_rows and (bool(loop.reduced) or not axes.slices_columns)
 
     def _from_registers(self, view: View, axes: Axes) -> str | None:
-        """A view of a tensor that is held, along one of the axes."""
+        """A view as a tensor that registers hold, broadcast over the other axes; nothing where it has to be loaded.
+
+        Registers cannot be indexed: it has to be all of a buffer, along the rows of a tile or along its columns.
+        """
         name = view.buffer.name
         if name not in self._held or view.offset:
             return None
         held = self.registers.get(name, f"{self.prefix}{name}")
-        lanes = ("lane",) if name in self._batched else ()
+        seeds = ("seed",) if name in self._seeded else ()
         rows, columns = axes.split(view)
         if not any(columns) and not axes.slices_rows and _is_whole(axes.rows, rows, view.buffer):
-            return axes.spread(held, *lanes, "row")
+            return axes.spread(held, *seeds, "row")
         along_columns = axes.columns is not None and not any(rows) and not axes.slices_columns
         if along_columns and _is_whole(axes.columns or (), columns, view.buffer):
-            return axes.spread(held, *lanes, "column")
-        return axes.spread(held, *lanes, "row") if view.buffer.size == 1 else None
+            return axes.spread(held, *seeds, "column")
+        return axes.spread(held, *seeds, "row") if view.buffer.size == 1 else None
 
     def _place_in_memory(self) -> None:
-        """Memory for what some loop cannot read from registers, or what no register holds."""
+        """Takes memory for what some loop cannot read from registers, and for what no register holds."""
         local = {
             buffer.name: buffer for buffer in (*self.function.inputs, *self.function.outputs, *self.function.locals)
         }
@@ -269,26 +274,26 @@ class TilePrinter:
         for name, buffer in local.items():
             if name in needed:
                 self.pointers[name] = f"(scratch + {self.printed.scratch})"
-                self.printed.scratch += buffer.size * (self.lanes if name in self._batched else 1)
+                self.printed.scratch += buffer.size * (self.seeds if name in self._seeded else 1)
 
-    def _save_inputs(self, batched: bool) -> None:
+    def _save_inputs(self, seeded: bool) -> None:
         """Store what registers hold, but loops read from memory."""
         for buffer in self.function.inputs:
             name = buffer.name
-            if name in self.registers and name in self.pointers and (name in self._batched) == batched:
+            if name in self.registers and name in self.pointers and (name in self._seeded) == seeded:
                 place, mask = self._whole(buffer)
                 self._store(f"{self.pointers[name]} + {place}", self.registers[name], mask)
                 self._dirty.add(name)
 
     def _whole(self, buffer: Buffer) -> tuple[str, str]:
         """Offsets and mask of all of a buffer."""
-        batched = buffer.name in self._batched
-        axes = Axes((buffer.size,), None, padded(buffer.size), lanes=self.lanes if batched else 0)
-        offsets, mask, _ = axes.offsets(View(buffer, (1,)), batched)
+        seeded = buffer.name in self._seeded
+        axes = Axes((buffer.size,), None, padded(buffer.size), seeds=self.seeds if seeded else 0)
+        offsets, mask, _ = axes.offsets(View(buffer, (1,)), seeded)
         return offsets, mask
 
     def _counted(self) -> int:
-        """Numbers of all tiles of inputs."""
+        """How many numbers all tiles have that could be loaded before the function begins."""
         every = {}
         for loop in self.loops:
             for view, axes in self._reads(loop):
@@ -298,7 +303,7 @@ class TilePrinter:
         return sum(every.values())
 
     def _is_fetched(self, view: View, axes: Axes) -> bool:
-        """Whether a view is one of an input in memory, of which a tile takes all at once."""
+        """Whether a view can be loaded before the function begins: it is of an input in memory, and its tile is not sliced."""
         return view.buffer.name not in self.registers and not self._writers[view.buffer.name] and not axes.is_sliced
 
     def _as_tensor(self, buffer: Buffer) -> str:
@@ -361,7 +366,7 @@ class TilePrinter:
         factors = []
         for view, axes in ((left, left_axes), (right, right_axes)):
             name, value = self._name(), f"tl.broadcast_to({self._read(view, axes, depth)}, {axes.shape})"
-            # What lies past the end of a tensor may be anything.
+            # Rows past the end of a tensor may hold anything, and would be summed.
             self._line(f"{name} = {f'tl.where({axes.masks[0]}, {value}, 0)' if axes.masks[0] else value}", depth)
             factors.append(name)
         options = f'input_precision="ieee", out_dtype={self.dtype}'
@@ -370,20 +375,19 @@ class TilePrinter:
 
     def _reduced(self, loop: Loop, axes: Axes, depth: int) -> str:
         """What a loop computes of each row."""
-        start, total = _START[loop.combine or "add"], self._name()
-        reduced, along = _REDUCED[loop.combine or "add"], replace(axes, columns=None)
+        start, total, along = print_number(float(loop.reduction.start)), self._name(), replace(axes, columns=None)
         if axes.slices_columns:
-            self._line(f"{total} = tl.full({along.shape}, {_literal(start)}, {self.dtype})", depth)
+            self._line(f"{total} = tl.full({along.shape}, {start}, {self.dtype})", depth)
             self._line(f"for column_ in range(0, {math.prod(axes.columns or ())}, {axes.width}):", depth)
         inner = depth + axes.slices_columns
         value = self._tile(loop.value, axes, inner)
         if axes.masks[1]:
-            value = f"tl.where({axes.masks[1]}, {value}, {_literal(start)})"
-        value = reduced.format(value, 2 if axes.lanes else 1)
+            value = f"tl.where({axes.masks[1]}, {value}, {start})"
+        value = loop.reduction.triton.format(value, 2 if axes.seeds else 1)
         if axes.slices_columns:
             part = self._name()
             self._line(f"{part} = {value}", inner)
-            (line,) = print_assignments([Assignment(total, loop.combine or "add", (total, part))], self.dtype)
+            (line,) = print_assignments([Assignment(total, loop.reduction.function.name, (total, part))], self.dtype)
             self._line(line, inner)
         else:
             self._line(f"{total} = {value}", depth)
@@ -404,7 +408,6 @@ class TilePrinter:
         assert isinstance(value, Apply)
         arguments = tuple(self._evaluate(argument, axes, depth) for argument in value.arguments)
         name = self._name()
-        # Functions without any tensor among their arguments would have no shape to compute in.
         (line,) = print_assignments([Assignment(name, value.function, arguments)], self.dtype)
         self._line(line, depth)
         return name
@@ -414,7 +417,7 @@ class TilePrinter:
         if held is not None:
             return held
         buffer = view.buffer.name
-        offsets, mask, numbers = axes.offsets(view, buffer in self._batched)
+        offsets, mask, numbers = axes.offsets(view, buffer in self._seeded)
         if not (self._fetches and self._is_fetched(view, axes)):
             name = self._name()
             self._line(f"{name} = {load_at(self.pointers[buffer], offsets, mask)}", depth)
@@ -432,7 +435,7 @@ class TilePrinter:
         view = loop.out
         if not along.rows:  # one number: an axis of one row
             along, view = replace(along, rows=(1,)), View(view.buffer, (1, *view.strides), view.offset)
-        offsets, mask, _ = along.offsets(view, out in self._batched)
+        offsets, mask, _ = along.offsets(view, out in self._seeded)
         add = self.sums.get(out)
         if add is None:
             self._store(f"{self.pointers[out]} + {offsets}", value, mask, depth)
@@ -450,7 +453,3 @@ class TilePrinter:
 
 def _is_whole(sizes: Sequence[int], strides: Sequence[int], buffer: Buffer) -> bool:
     return tuple(strides) == contiguous(sizes) and math.prod(sizes) == buffer.size
-
-
-def _literal(value: float) -> str:
-    return repr(value) if math.isfinite(value) else f'float("{value}")'

@@ -1,9 +1,9 @@
-"""Triton kernels of one linear system delta_k = J_k delta_{k-1} + r_k in chunks of columns, delta_{-1} = 0.
+"""Triton kernels of the linear systems delta_k = J_k delta_{k-1} + r_k, delta_{-1} = 0, one for each sample.
 
-`compose` makes one affine map of each chunk, delta_before -> M delta_before + b, with all chunks at once; `apply` goes
-through the maps of the chunks before its own, and then through its own columns. So the Jacobians are read twice and
-stored once, and there are as many products of matrices as blocks. `decide` judges the iteration that the system is of.
-pcr_fx/linear solves the same systems with PyTorch's ops.
+Columns k are solved in chunks. `compose` makes one affine map of each chunk, delta_before -> M delta_before + b, all
+chunks at once. `apply` finds the delta before a chunk by going through the maps of those before it, and then goes through
+the columns of the chunk. So the Jacobians are read twice and stored once, and there are as many products of matrices as
+blocks. `decide` judges the iteration that the systems belong to. pcr_fx/linear solves the same systems in PyTorch's ops.
 
 Layouts: residuals r `[samples, columns, d]`, jacobians `[samples, columns, d, d]`, maps `[samples, chunks - 1, d, d + 1]`
 with b as the last column. The adjoint's matrices are the transposed Jacobians, read by columns. Column k is row k of the
@@ -19,22 +19,22 @@ import triton.language as tl
 
 from pcr_fx.targets.triton.functions import decide_sample
 
-# Columns of a map that one program makes, and the slices in which products go through their inner dimension: as small as
-# `tl.dot` takes them, for one program's products are one after another, and programs are what there is room for.
+# Columns of a map that one program makes, and those of a matrix that its products take at a time. The least that `tl.dot`
+# takes, so that there are many programs: a GPU has room for them, while products of one program wait for each other.
 SLICE = 16
 
 
 def chunk_of(columns: int) -> int:
     """Columns of a chunk: about the root of how many there are.
 
-    What is done one after another is a chunk's products, then as many steps of `apply` as there are chunks, then a
-    chunk's steps: shortest where both numbers are alike. The maps are then as much smaller than the Jacobians.
+    One after another there are the products of a chunk, as many steps of `apply` as there are chunks, and the steps of a
+    chunk. That is least where both numbers are alike. The maps are then smaller than the Jacobians by the same factor.
     """
     return max(math.isqrt(max(columns - 1, 0)) + 1, 1)
 
 
 @triton.jit(do_not_specialize=["columns", "samples", "iteration", "limit"])
-def decide(  # type: ignore[no-untyped-def]
+def decide(
     ratios,
     stats,
     history,
@@ -44,19 +44,16 @@ def decide(  # type: ignore[no-untyped-def]
     limit,
     tolerance,
     rounding: tl.constexpr,
-    patience: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a sample: from each column's ratios to what becomes of the iteration."""
+    """One program for each sample: judges its iteration from the ratios of all columns."""
     sample = tl.program_id(0).to(tl.int64)
     if tl.load(stats + sample * 3) < 0:
-        decide_sample(
-            ratios, stats, history, sample, columns, samples, iteration, limit, tolerance, rounding, patience, BLOCK
-        )
+        decide_sample(ratios, stats, history, sample, columns, samples, iteration, limit, tolerance, rounding, BLOCK)
 
 
 @triton.jit(do_not_specialize=["columns", "chunk", "chunks"])
-def compose(  # type: ignore[no-untyped-def]
+def compose(
     jacobians,
     residuals,
     maps,
@@ -69,9 +66,9 @@ def compose(  # type: ignore[no-untyped-def]
     TRANSPOSED: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """One program a sample, a chunk but for the last, and a slice of the columns of its map.
+    """One program for each sample, chunk but the last, and slice of the columns of its map.
 
-    The map goes through memory at every step: a product takes it by rows, a slice at a time.
+    At every step the map goes through memory, since a product takes its rows a slice at a time.
     """
     program = tl.program_id(0).to(tl.int64)
     parts = (D + SLICE) // SLICE
@@ -80,7 +77,7 @@ def compose(  # type: ignore[no-untyped-def]
     sample = program // parts // (chunks - 1)
     if tl.load(stats + sample * 3) >= 0:
         return
-    # Nothing comes before the first chunk: of its map only the last column is read.
+    # No correction comes before the first chunk, so that only the last column of its map is read.
     if (number == 0) & (part < parts - 1):
         return
     row = tl.arange(0, PADDED)[:, None]
@@ -98,7 +95,7 @@ def compose(  # type: ignore[no-untyped-def]
         for first in range(0, D, SLICE):
             across = (first + inner)[None, :]
             down = (first + inner)[:, None]
-            # The first column's Jacobian was never computed: there is no correction that it could meet.
+            # No correction comes before the first column, and its Jacobian was never computed.
             live = (row < D) & (across < D) & (row * 0 + index > 0)
             place = across * D + row if TRANSPOSED else row * D + across
             matrix = tl.load(jacobians + at * (D * D) + place, mask=live, other=0)
@@ -109,12 +106,12 @@ def compose(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def times(matrix, down, across, rows, vector, D: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The product of a matrix in memory and a vector [PADDED], in slices of so many of the matrix's columns.
+def times(matrix, down, across, rows, vector, D: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr):
+    """The product of a matrix in memory and a vector [PADDED], `WIDTH` columns of the matrix at a time.
 
     Args:
-        down, across: its strides.
-        rows: how many there are; the others are zero.
+        down, across: the strides of the matrix.
+        rows: of the matrix, beyond which it is zero.
     """
     row = tl.arange(0, PADDED)[:, None]
     part = tl.arange(0, PADDED // WIDTH)[:, None] * WIDTH
@@ -129,7 +126,7 @@ def times(matrix, down, across, rows, vector, D: tl.constexpr, PADDED: tl.conste
 
 
 @triton.jit(do_not_specialize=["columns", "samples", "chunk", "chunks"])
-def apply(  # type: ignore[no-untyped-def]
+def apply(
     jacobians,
     residuals,
     maps,
@@ -144,10 +141,9 @@ def apply(  # type: ignore[no-untyped-def]
     TRANSPOSED: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One program a sample and chunk: its corrections, added to its states.
+    """One program for each sample and chunk: its corrections, added to its states.
 
-    Where a tile, which has `WIDTH` columns, is a whole matrix, that of the next column is on its way while one is
-    multiplied.
+    Where a tile of `WIDTH` columns is a whole matrix, the next column's is loaded while one is multiplied.
     """
     program = tl.program_id(0).to(tl.int64)
     number = program % chunks
@@ -164,7 +160,7 @@ def apply(  # type: ignore[no-untyped-def]
     for index in range(0, number):
         here = before + index * (D * (D + 1))
         offset = tl.load(here + place * (D + 1) + D, mask=live, other=0)
-        # Nothing comes before the first chunk: of its map there is the last column only.
+        # Of the first chunk's map there is the last column only.
         rows = tl.where(index > 0, D, 0)
         delta = times(here, D + 1, 1, rows, delta, D, PADDED, WIDTH) + offset
     first = number * chunk

@@ -1,4 +1,4 @@
-"""What an op looks like apart from its wiring, and in words how two ops differ."""
+"""The kind of an op: all that it is apart from its wiring; and in words how two ops differ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcr_fx.passes.effects import op_name
+from pcr_fx.graphs.nodes import op_name
 
 Value = Callable[[fx.Node], Any]
 
@@ -20,13 +20,13 @@ def flatten_arguments(node: fx.Node) -> list[Any]:
     return leaves
 
 
-def shape_of(value: Any) -> Any:
+def spec_of(value: Any) -> Any:
     """Shape, dtype and device of a tensor, the type of anything else, `None` when nothing is known."""
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
         return tuple(map(_size, value.shape)), value.dtype, value.device
-    # Each graph module has a class of its own.
+    # No two graph modules have the same class.
     return fx.GraphModule if isinstance(value, fx.GraphModule) else type(value)
 
 
@@ -38,15 +38,15 @@ def _size(size: Any) -> int | str:
     return str(size) if known is None else known
 
 
-def say_shape(shape: Any) -> str:
-    """What `shape_of` returned, in words."""
-    if isinstance(shape, tuple):
-        return f"shape {list(shape[0])} and {shape[1]}".replace("'", "")
-    return "unknown" if shape is None else getattr(shape, "__name__", str(shape))
+def say_spec(spec: Any) -> str:
+    """What `spec_of` returned, in words."""
+    if isinstance(spec, tuple):
+        return f"shape {list(spec[0])} and {spec[1]}".replace("'", "")
+    return "unknown" if spec is None else getattr(spec, "__name__", str(spec))
 
 
-class Looks:
-    """The looks of a graph's ops: equal for ops that may stand at one place of two blocks.
+class Kinds:
+    """The kinds of a graph's ops: equal for ops that may stand at one place of two blocks.
 
     Args:
         value: the value of a node, as far as it is known: a tensor with shape, dtype and device.
@@ -54,23 +54,23 @@ class Looks:
 
     def __init__(self, value: Value) -> None:
         self.value = value
-        # Values are shared by nodes that look alike; all are kept alive by the graph.
-        self._shapes: dict[int, Any] = {}
+        # Nodes share values; all are kept alive by the graph.
+        self._specs: dict[int, Any] = {}
 
-    def shape(self, node: fx.Node) -> Any:
+    def spec(self, node: fx.Node) -> Any:
         value = self.value(node)
         key = id(value)
-        if key not in self._shapes:
-            self._shapes[key] = shape_of(value)
-        return self._shapes[key]
+        if key not in self._specs:
+            self._specs[key] = spec_of(value)
+        return self._specs[key]
 
     def of(self, node: fx.Node) -> tuple[Any, ...]:
-        """Op, kinds of arguments and shape of the result."""
-        return node.op, node.target, self._kind(node.args), self._kind(node.kwargs), self.shape(node)
+        """Op, kinds of arguments, and shape, dtype and device of the result."""
+        return node.op, node.target, self._kind(node.args), self._kind(node.kwargs), self.spec(node)
 
     def _kind(self, argument: Any) -> Any:
         if isinstance(argument, fx.Node):
-            return self.shape(argument) or "op"
+            return self.spec(argument) or "op"
         # How the leaves are nested matters: x[0, 1] is not x[[0, 1]].
         if isinstance(argument, (tuple, list)):
             return isinstance(argument, tuple), *map(self._kind, argument)
@@ -82,9 +82,9 @@ class Looks:
         return float if type(argument) is int else type(argument)
 
     def difference(self, usual: fx.Node, odd: fx.Node) -> str:
-        """What sets `odd` apart from `usual`, in words; empty for two ops that look alike."""
+        """What sets `odd` apart from `usual`, in words; empty for two of one kind."""
         name = op_name(odd)
-        if kind_of_op(odd) != kind_of_op(usual):
+        if target_of(odd) != target_of(usual):
             return f"{name} stands where the other blocks have {op_name(usual)}"
         if self.of(odd) == self.of(usual):
             return ""
@@ -93,8 +93,8 @@ class Looks:
             for a, b in zip(expected, got, strict=True):
                 if self._kind(a) != self._kind(b):
                     return f"{name} takes {self._say(b, a)} where the other blocks take {self._say(a, b)}"
-        if self.shape(odd) != self.shape(usual):
-            ours, theirs = self._say_shapes(odd, usual)
+        if self.spec(odd) != self.spec(usual):
+            ours, theirs = self._say_specs(odd, usual)
             return f"{name} returns {ours} where the other blocks return {theirs}"
         return f"{name} is called with other arguments than in the other blocks"
 
@@ -104,17 +104,17 @@ class Looks:
         if not isinstance(other, fx.Node):
             return leaf.name
         name = str(leaf.target) if leaf.op == "get_attr" else leaf.name
-        return f"{name} of {self._say_shapes(leaf, other)[0]}"
+        return f"{name} of {self._say_specs(leaf, other)[0]}"
 
-    def _say_shapes(self, node: fx.Node, other: fx.Node) -> tuple[str, str]:
+    def _say_specs(self, node: fx.Node, other: fx.Node) -> tuple[str, str]:
         """Both shapes, or what else of the values differs."""
-        ours, theirs = self.shape(node), self.shape(other)
+        ours, theirs = self.spec(node), self.spec(other)
         if not (isinstance(ours, tuple) and isinstance(theirs, tuple)) or ours[0] != theirs[0]:
-            return say_shape(ours), say_shape(theirs)
+            return say_spec(ours), say_spec(theirs)
         part = 1 if ours[1] != theirs[1] else 2
         return str(ours[part]), str(theirs[part])
 
 
-def kind_of_op(node: fx.Node) -> tuple[str, Any]:
+def target_of(node: fx.Node) -> tuple[str, Any]:
     """The op itself, whatever it is given."""
     return node.op, node.target

@@ -1,0 +1,79 @@
+"""The passes in their order. Both ways in that read a model, `backend.py` and `explicit.py`, come through here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import fx, nn
+
+from pcr_fx.chain import NearMiss
+from pcr_fx.graphs.attributes import attributes_of
+from pcr_fx.node import SolveNode
+from pcr_fx.options import Options
+from pcr_fx.passes.detect import find_chains
+from pcr_fx.passes.normalise import normalise_graph
+from pcr_fx.passes.plan import PlannedChain, plan_chains
+from pcr_fx.passes.report import report_chains
+from pcr_fx.passes.rewrite import rewrite_chains
+from pcr_fx.reports import RewriteReport
+
+
+class WayIn(Protocol):
+    """What one way in does in its own manner.
+
+    Attributes:
+        root: the module whose attributes the graph reads.
+    """
+
+    @property
+    def root(self) -> nn.Module: ...
+
+    def capture(self) -> fx.Graph:
+        """The model's graph: functions and methods only, all modules and marked regions written out."""
+
+    def place(self, graph: fx.Graph, planned: Sequence[PlannedChain]) -> list[PlannedChain]:
+        """The same chains, each with its solve node, or with none where the model's own ops are to stay."""
+
+    def stack(self, new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
+        """Emit a per-block operand: see `rewrite_chains`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rewritten:
+    """What the passes made of a model.
+
+    Attributes:
+        graph: the model's graph with solve nodes in it.
+        nodes: these, by the names that the graph calls them by.
+        planned: every chain, in the order of the graph, also those that keep the model's own ops.
+        near_misses: what is no chain, and why.
+        report: what a user is told.
+    """
+
+    graph: fx.Graph
+    nodes: Mapping[str, SolveNode]
+    planned: list[PlannedChain]
+    near_misses: list[NearMiss]
+    report: RewriteReport
+
+
+def run_passes(way_in: WayIn, options: Options) -> Rewritten:
+    """Capture, normalise, detect, plan, rewrite, report."""
+    graph = way_in.capture()
+    normalise_graph(graph)
+    attributes = attributes_of(way_in.root, graph)
+    detection = find_chains(graph, attributes, options.min_length)
+    planned, near_misses = plan_chains(graph, detection, attributes, options)
+    planned = way_in.place(graph, planned)
+    nodes = _named(planned)
+    chains = [item.found for item in planned if item.node is not None]
+    rewritten = rewrite_chains(graph, chains, list(nodes), way_in.stack)
+    report = report_chains(graph, planned, near_misses, options)
+    return Rewritten(rewritten, nodes, planned, near_misses, report)
+
+
+def _named(planned: Sequence[PlannedChain]) -> dict[str, SolveNode]:
+    nodes = [item.node for item in planned if item.node is not None]
+    return {f"pcr_fx_solve_{index}": node for index, node in enumerate(nodes)}

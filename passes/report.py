@@ -1,0 +1,35 @@
+"""Say what became of each chain and each near miss."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import fx
+
+from pcr_fx.chain import NearMiss
+from pcr_fx.options import Options
+from pcr_fx.passes.plan import PlannedChain
+from pcr_fx.passes.rewrite import depth
+from pcr_fx.reports import ChainEntry, RewriteReport
+
+log = logging.getLogger(__name__)
+
+
+def report_chains(
+    graph: fx.Graph, planned: Sequence[PlannedChain], near_misses: Sequence[NearMiss], options: Options
+) -> RewriteReport:
+    """The report of one rewrite of `graph`, which is the graph that the chains were found in."""
+    entries = [ChainEntry(item.found.chain, options, item.plan, item.choice, item.node) for item in planned]
+    ops = sum(node.op.startswith("call_") for node in graph.nodes)
+    report = RewriteReport(entries, list(near_misses), *depth(graph, [item.found for item in planned]), ops)
+    if not entries:
+        log.warning("no chain found in %d ops; the model runs as it was%s", ops, _first_reason(near_misses))
+    log.debug("%s", report)
+    return report
+
+
+def _first_reason(near_misses: Sequence[NearMiss]) -> str:
+    if not near_misses:
+        return " (nothing in it repeats)"
+    return f" ({near_misses[0].modules}: {near_misses[0].reason})"

@@ -1,0 +1,217 @@
+"""What an op does beside computing its result: writing, drawing random numbers, handing out memory of its inputs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from pcr_fx.graphs.nodes import argument, arguments_of, declared_writes, is_pytorchs, nodes_in, op_name
+
+_INPLACE_OPERATORS = {
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "imod", "iand", "ior", "ixor")
+}
+_RANDOM_NAMES = frozenset(
+    """bernoulli binomial cauchy exponential fractional_max_pool2d fractional_max_pool3d geometric gumbel_softmax
+    log_normal multinomial normal poisson rand rand_like randint randint_like randn randn_like random randperm
+    rrelu_with_noise uniform""".split()
+)
+# Recurrent networks of several layers, with dropout between them.
+_FUSED_RNN_NAMES = frozenset("lstm gru rnn_tanh rnn_relu".split())
+# They write no values, but shape and strides.
+RESHAPING_METHODS = frozenset(
+    """as_strided_ resize_ resize_as_ set_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_""".split()
+)
+# Results of these never share memory with an input.
+_FRESH_NAMES = frozenset(
+    """abs add addcdiv addcmul addmm amax amin arange argmax argmin atan baddbmm batch_norm bilinear bmm cat ceil
+    celu clamp clip clone conv1d conv2d conv3d cos cosh cumprod cumsum div dot elu embedding empty empty_like eq
+    erf erfc exp expm1 flip floor floordiv full full_like gather ge gelu glu group_norm gru_cell gt hardsigmoid
+    hardswish hardtanh index_select instance_norm layer_norm le leaky_relu lerp linear log log1p log_softmax
+    logaddexp logsigmoid logsumexp lstm_cell lt masked_fill matmul max_pool1d max_pool2d max_pool3d maximum mean
+    minimum mish mm mod mul mv ne neg new_empty new_full new_ones new_zeros normalize ones ones_like outer pow
+    prelu prod rand rand_like randn randn_like reciprocal relu relu6 remainder repeat rms_norm rnn_relu_cell
+    rnn_tanh_cell roll round rrelu rsqrt scaled_dot_product_attention selu sigmoid sign silu sin sinh softmax
+    softmin softplus softsign sqrt square stack std sub sum tan tanh tanhshrink tensor threshold truediv var
+    where zeros zeros_like""".split()
+)
+
+
+def writes(node: fx.Node) -> list[fx.Node]:
+    """The nodes that an op writes to."""
+    if not node.op.startswith("call_") or node.op == "call_module":
+        return []
+    if updates_statistics(node):
+        return list(nodes_in(_running_statistics(node)))
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return declared_writes(node)
+    if op_name(node) in ("embedding", "embedding_bag") and argument(node, 3, "max_norm") is not None:
+        return list(nodes_in(argument(node, 1, "weight")))
+    if op_name(node) == "triton_kernel_wrapper_mutation":
+        return list(node.all_input_nodes)
+    subject = argument(node, 0, "input") if _writes_first_argument(node) else None
+    return list(nodes_in([subject, node.kwargs.get("out")]))
+
+
+def _writes_first_argument(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    # The operator module's own and_, or_ and not_ end so because of Python's keywords.
+    if name.endswith("_") and not name.endswith("__") and getattr(node.target, "__module__", "") != "_operator":
+        return True
+    if node.op == "call_method":
+        return name == "__setitem__"
+    return node.target in _INPLACE_OPERATORS or node.target is operator.setitem or is_inplace_variant(node)
+
+
+def is_inplace_variant(node: fx.Node) -> bool:
+    """`F.relu(x, inplace=True)` and its like."""
+    position = _position_of_inplace(node.target) if node.op == "call_function" else None
+    return position is not None and argument(node, position, "inplace") is True
+
+
+# Bounded, since a model's own functions may be many, and are kept alive by it.
+@functools.lru_cache(maxsize=512)
+def _position_of_inplace(function: Any) -> int | None:
+    try:
+        names = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    return names.index("inplace") if "inplace" in names else None
+
+
+def updates_statistics(node: fx.Node) -> bool:
+    """Whether an op is batch or instance norm in training, which writes its running mean and variance if it has any.
+
+    Of overloads, the old ones do not declare it.
+    """
+    if node.op != "call_function" or "_norm" not in op_name(node):
+        return False
+    return _is_training_norm(node) and _running_statistics(node)[0] is not None
+
+
+def _is_training_norm(node: fx.Node) -> bool:
+    name = op_name(node)
+    if isinstance(node.target, torch._ops.OpOverload):
+        given = arguments_of(node)
+        is_norm = "batch_norm" in name or "instance_norm" in name
+        return is_norm and any(given.get(flag) for flag in ("training", "train", "use_input_stats"))
+    if name == "batch_norm":
+        return bool(argument(node, 5, "training", False))
+    return name == "instance_norm" and bool(argument(node, 5, "use_input_stats", True))
+
+
+def _running_statistics(node: fx.Node) -> list[Any]:
+    """The arguments for the running mean and variance of a batch or instance norm."""
+    names = "running_mean", "running_var"
+    if isinstance(node.target, torch._ops.OpOverload):
+        given = arguments_of(node)
+        return [given.get(name) for name in names]
+    # They stand behind the input, or behind weight and bias.
+    first = 1 if node.target in (F.batch_norm, F.instance_norm) else 3
+    return [argument(node, first + index, name) for index, name in enumerate(names)]
+
+
+def is_noise_like(function: Any) -> bool:
+    """Whether a random op takes no more from its first argument than shape, strides, dtype and device."""
+    return function in (torch.randn_like, torch.rand_like, torch.randint_like)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether two calls with the same input give different results.
+
+    Attention is tagged as random for the dropout that it could do; what counts is the dropout that it does.
+    """
+    if not node.op.startswith("call_"):
+        return False
+    name = op_name(node)
+    if isinstance(node.target, torch._ops.OpOverload):
+        is_tagged = torch.Tag.nondeterministic_seeded in node.target.tags
+        return is_tagged and arguments_of(node).get("dropout_p", 1.0) != 0
+    if "dropout" in name:
+        return bool(argument(node, 2, "training", True)) and argument(node, 1, "p", 0.5) != 0
+    if name == "rrelu":
+        return bool(argument(node, 3, "training", False))
+    if name == "scaled_dot_product_attention":
+        return argument(node, 4, "dropout_p", 0.0) != 0
+    if name == "multi_head_attention_forward":
+        return bool(argument(node, 13, "training", True)) and argument(node, 10, "dropout_p", 0.0) != 0
+    if name in _FUSED_RNN_NAMES:
+        return any(isinstance(value, float) and value > 0 for value in node.args)
+    return name.rstrip("_") in _RANDOM_NAMES
+
+
+def hides_ops(node: fx.Node) -> bool:
+    """Whether the op is a whole graph of its own, such as a checkpointed block, of which this file cannot tell."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Dropout that is switched off: its result is its input."""
+    if node.op != "call_function" or "dropout" not in op_name(node) or isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return not is_random(node) and bool(node.args) and isinstance(node.args[0], fx.Node)
+
+
+def is_fresh(node: fx.Node) -> bool:
+    """Whether the result surely shares no memory with any input."""
+    if op_name(node) not in _FRESH_NAMES or not (node.op == "call_method" or is_pytorchs(node.target)):
+        return False
+    return updates_statistics(node) or not writes(node)
+
+
+def written_nodes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Every node whose memory some op of the graph may write to, with that op."""
+    return {alias: writers[0] for aliases, writers in written_memory(graph) for alias in aliases}
+
+
+def written_memory(graph: fx.Graph) -> list[tuple[set[fx.Node], list[fx.Node]]]:
+    """The pieces of memory that some op may write to: all nodes that may lie in one, and the ops that write to it.
+
+    A write to a view writes to what it is a view of, and shows in every other view of it.
+    """
+    attributes: dict[Any, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        attributes.setdefault(node.target, []).append(node)
+    found: list[tuple[set[fx.Node], list[fx.Node]]] = []
+    writers_of: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for target in writes(node):
+            if target not in writers_of:
+                found.append((_aliases(target, attributes), []))
+                writers_of.update(dict.fromkeys(found[-1][0], found[-1][1]))
+            if node not in writers_of[target][-1:]:
+                writers_of[target].append(node)
+    return found
+
+
+def _aliases(node: fx.Node, attributes: dict[Any, list[fx.Node]]) -> set[fx.Node]:
+    aliases: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        alias = pending.pop()
+        if alias in aliases:
+            continue
+        aliases.add(alias)
+        if alias.op == "get_attr":
+            pending += attributes[alias.target]
+        pending += _shared_inputs(alias)
+        pending += [user for user in alias.users if user.op != "output" and alias in _shared_inputs(user)]
+    return aliases
+
+
+def _shared_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose memory the result may lie in."""
+    if not node.op.startswith("call_") or is_fresh(node):
+        return []
+    name = op_name(node)
+    in_place = _writes_first_argument(node) and (node.op == "call_method" or is_pytorchs(node.target))
+    if in_place and name not in RESHAPING_METHODS and node.args and isinstance(node.args[0], fx.Node):
+        # What is written is copied from the other arguments.
+        return [node.args[0]]
+    return list(node.all_input_nodes)
