@@ -26,7 +26,7 @@ from pcr_fx.planner.measure import measure
 from pcr_fx.planner.rule import estimated_choice
 from pcr_fx.registry import Registry
 from pcr_fx.solvers import Settings, SolveStats, default_tolerance
-from pcr_fx.targets import CppKernel, Kernel, TritonKernel
+from pcr_fx.targets import KERNELS, Kernel
 from pcr_fx.ways import EAGER, Backward, Case, Forward, Native, Sequential, candidates, fallback
 
 log = logging.getLogger(__name__)
@@ -317,10 +317,6 @@ def _bound_to(program: Program, kernel: Kernel | str) -> tuple[int, ...] | Signa
 
 def _digest(*content: object) -> str:
     return hashlib.sha256(" ".join(map(repr, content)).encode()).hexdigest()[:32]
-
-
-# Whose kernels run a chain on a device.
-KERNELS: dict[str, type[CppKernel] | type[TritonKernel]] = {"cpu": CppKernel, "cuda": TritonKernel}
 
 
 def _kernel(program: Program, options: Options) -> Kernel | str:
