@@ -12,9 +12,10 @@ from lowered_bodies import pullback_of, traced
 from torch import Tensor, fx
 
 from pcr_fx.codegen import Unprintable, lower
-from pcr_fx.codegen.aten import RULES, overload_name
+from pcr_fx.codegen.aten import RULES
 from pcr_fx.codegen.functions import FUNCTIONS
 from pcr_fx.codegen.interpreter import interpret
+from pcr_fx.graphs.nodes import overload_name
 
 aten = torch.ops.aten
 SAMPLES = 2

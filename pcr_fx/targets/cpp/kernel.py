@@ -113,6 +113,10 @@ class CppKernel:
         """One block on one sample, as it was traced."""
         return self.lowered.body
 
+    def variant(self, samples: int) -> tuple[bool, ...]:
+        """Whether they are the lanes of vectors, forward and backward."""
+        return not self.why_features("forward", samples), not self.why_features("adjoint", samples)
+
     def scratch_bytes(self, samples: int, iterations: int = 0) -> int:
         """None: what a block holds is on the stack."""
         return 0
