@@ -13,9 +13,9 @@ from itertools import count
 from typing import Any
 
 import torch
-from stress.models import network, samples, wrong
 
 import pcr_fx
+from stress.models import network, samples, wrong
 
 _fresh = count()
 
@@ -122,7 +122,9 @@ def run(count: int, seed: int) -> list[str]:
         trouble = _after(call, way)
         if trouble:
             troubles.append(f"{stage} by {way}, interrupted after {moment:.3f} s: {trouble}")
-    print(f"{sum(hits.values())} of {count} calls interrupted ({hits}), {len(troubles)} of those that followed are wrong")
+    print(
+        f"{sum(hits.values())} of {count} calls interrupted ({hits}), {len(troubles)} of those that followed are wrong"
+    )
     return troubles
 
 

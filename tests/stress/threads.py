@@ -6,10 +6,10 @@ import threading
 from collections.abc import Callable
 
 import torch
-from stress.models import LIMIT, network, samples
 from torch import Tensor, nn
 
 import pcr_fx
+from stress.models import LIMIT, network, samples
 
 
 def run(count: int, readers: int = 4) -> list[str]:
