@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -60,7 +61,9 @@ def apart(function: Callable[Parameters, Result]) -> Callable[Parameters, Result
             except BaseException as error:
                 result.set_exception(error)
 
-        thread = threading.Thread(target=fulfil, name=f"pcr_fx {function.__name__}")
+        # PyTorch's settings are of a context.
+        run_here = contextvars.copy_context().run
+        thread = threading.Thread(target=run_here, args=(fulfil,), name=f"pcr_fx {function.__name__}")
         try:
             thread.start()
             thread.join()
