@@ -19,7 +19,8 @@ from torch import Tensor
 from benchmarks.measure import record
 from benchmarks.solver_family import CHAINS, WIDTH, Model, Step
 from pcr_fx.linear import solve_recurrence
-from pcr_fx.solvers.iteration import DEFAULT_MAX_ITERATIONS, default_tolerance, relative_residuals
+from pcr_fx.solvers import linearisation
+from pcr_fx.solvers.iteration import default_tolerance, relative_residuals
 from pcr_fx.stopping import PATIENCE, PROGRESS, STALLED, Patience, rounding_level
 
 LENGTHS = (128, 512)
@@ -70,7 +71,7 @@ def trace(solver: str, step: Step, initial: Tensor, weight: Tensor, bias: Tensor
     evaluate, differentiate = torch.vmap(step), torch.vmap(torch.func.jacrev(step))
     states = initial.repeat(len(weight) + 1, 1)
     last, growth = math.inf, 0.0
-    for _ in range(DEFAULT_MAX_ITERATIONS[solver] + 1):
+    for _ in range(linearisation(solver).most + 1):
         previous, current = states[:-1], states[1:]
         residuals, jacobians = evaluate(previous, weight, bias) - current, differentiate(previous, weight, bias)
         ratios = relative_residuals(residuals, current.abs(), [WIDTH])
@@ -123,7 +124,7 @@ class Rule:
 
     def iterations(self, found: Trace) -> int:
         """Those before it gives up, or the solve ends by itself."""
-        patience, limit, grown = Patience(self.patience, self.progress), DEFAULT_MAX_ITERATIONS[found.solver], 0
+        patience, limit, grown = Patience(self.patience, self.progress), linearisation(found.solver).most, 0
         every = zip(found.residuals, found.reached, found.grows, strict=True)
         for iteration, (residual, reached, grows) in enumerate(every):
             on_its_way = self.counts_blocks and iteration > 0 and reached * limit >= found.length * iteration

@@ -20,11 +20,11 @@ from pcr_fx.derivatives import KernelSolve, Solve, Taps, tapped
 from pcr_fx.errors import BodyError
 from pcr_fx.operands import (
     Operand,
-    StackedAttributes,
     dtype_of,
     first_part,
     in_place,
     is_plain,
+    look,
     parts_of,
     stacked,
 )
@@ -118,7 +118,9 @@ class SolveNode(nn.Module):
         Returns:
             The states at the taps, or for each state its trajectory `[L, *state]`.
         """
-        key = _plain_look(states, operands, shared) if is_plain_call() else None
+        is_plain = is_plain_call()
+        seen = [look(operand) for operand in operands] if is_plain else []
+        key = _plain_look(states, seen, shared) if is_plain else None
         is_plain = key is not None
         if key is None:
             key = self._look(states, operands, shared)
@@ -126,7 +128,8 @@ class SolveNode(nn.Module):
         if route is None or not route.is_final:
             route = self._route(key, route, is_plain, states, operands, shared)
         if route.where is Where.IN_PLACE:
-            return self._in_place(route, states, operands, shared)
+            given = [in_place(operand, table) for operand, table in zip(operands, seen, strict=True)]
+            return self._in_place(route, states, given, shared)
         if route.where is Where.OPERATORS:
             return self._by_operators(route, states, operands, shared)
         return self._block_by_block(route, states, operands, shared)
@@ -191,10 +194,10 @@ class SolveNode(nn.Module):
         return Route(signature, plan, Where.OPERATORS, dtypes=self._output_dtypes(states, operands, shared))
 
     def _in_place(
-        self, route: Route, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
+        self, route: Route, states: Sequence[Tensor], given: Sequence[Tensor | PointerTable], shared: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """Straight to native code: most of what an operator costs is asking who else wants to know."""
-        plan, way, given = route.plan, route.way, [in_place(operand) for operand in operands]
+        plan, way = route.plan, route.way
         assert isinstance(plan, Plan) and way is not None
         layout = plan.program.layout
         initial = layout.flatten(states)
@@ -313,11 +316,14 @@ class SolveNode(nn.Module):
 
 
 def _plain_look(
-    states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
+    states: Sequence[Tensor], seen: Sequence[Tensor | PointerTable], shared: Sequence[Tensor]
 ) -> tuple[Any, ...] | None:
-    """All that decides where a plain call goes; `None` for tensors that native code cannot read as they are."""
+    """All that decides where a plain call goes; `None` for tensors that native code cannot read as they are.
+
+    Args:
+        seen: the look of each per-block operand.
+    """
     looks: list[Any] = [torch.is_grad_enabled()]
-    seen = [operand.look() if isinstance(operand, StackedAttributes) else operand for operand in operands]
     for tensor in (*states, *seen, *shared):
         if type(tensor) is PointerTable:
             looks.append((tensor.shape, tensor.dtype))

@@ -69,9 +69,18 @@ def dtype_of(operand: Operand) -> torch.dtype:
     return operand.first().dtype if isinstance(operand, StackedAttributes) else operand.dtype
 
 
-def in_place(operand: Operand) -> Tensor | PointerTable:
-    """For a kernel: where the parts lie, if they can be read there; else stacked."""
-    return operand.read() if isinstance(operand, StackedAttributes) else operand
+def look(operand: Operand) -> Tensor | PointerTable:
+    """What tells where a call goes, without stacking: the tensor or table itself; for what is neither `StackedAttributes.look`."""
+    return operand.look() if isinstance(operand, StackedAttributes) else operand
+
+
+def in_place(operand: Operand, seen: Tensor | PointerTable) -> Tensor | PointerTable:
+    """For a kernel: where the parts lie, if they can be read there; else stacked.
+
+    Args:
+        seen: the operand's look.
+    """
+    return stacked(operand) if isinstance(operand, StackedAttributes) and isinstance(seen, Tensor) else seen
 
 
 def stacked(operand: Operand) -> Tensor:
@@ -188,13 +197,8 @@ class StackedAttributes:
     def stacked(self) -> Tensor:
         return torch.stack(self.values())
 
-    def read(self) -> PointerTable | Tensor:
-        """For a kernel: where they lie, if they can be read there; else stacked."""
-        table = self._present_table()
-        return self.stacked() if table is None else table
-
     def look(self) -> PointerTable | Tensor:
-        """What `read` would tell of them, without stacking: the table; else a part, one that is no plain tensor if there is one."""
+        """Where they lie, if kernels can read them there; else one of them, and one that is no plain tensor if there is one."""
         table = self._present_table()
         if table is not None:
             return table

@@ -8,15 +8,14 @@ import kernel_cases
 import pytest
 import random_bodies
 import torch
+from lowered_bodies import pullback_of, traced
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pcr_fx.body.sample import _trace_functional
-from pcr_fx.body.tracer import trace
 from pcr_fx.codegen import Unprintable, lower
-from pcr_fx.codegen.aten import RULES, overload_name
+from pcr_fx.codegen.aten import RULES
 from pcr_fx.codegen.functions import FUNCTIONS
 from pcr_fx.codegen.interpreter import interpret
+from pcr_fx.graphs.nodes import overload_name
 
 aten = torch.ops.aten
 SAMPLES = 2
@@ -141,17 +140,6 @@ def inputs_of(function: Callable[..., Any], seed: int = 0) -> list[Tensor]:
     draw = torch.Generator().manual_seed(seed)
     count = function.__code__.co_argcount
     return [2 * torch.rand(SAMPLES, *SHAPE, generator=draw, dtype=torch.float64) - 1 for _ in range(count)]
-
-
-def traced(function: Callable[..., Any], inputs: Sequence[Tensor], decomposed: bool = False) -> fx.GraphModule:
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = [mode.from_tensor(tensor) for tensor in inputs]
-        return _trace_functional(function, fake) if decomposed else trace(function, fake)
-
-
-def pullback_of(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`(*inputs, cotangent) -> cotangents`."""
-    return lambda *given: torch.func.vjp(function, *given[:-1])[1](given[-1])
 
 
 def results(function: Callable[..., Any], inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -47,6 +47,11 @@ def test_intermediates_that_go_through_memory(solver: str, length: int) -> None:
     check(net(attention, 6, length).double(), states(1, 6), {**NEWTON, "solver": solver}, 1e-12)
 
 
+def test_a_square_whose_derivative_is_written_as_a_first_power() -> None:
+    model = net(lambda x, w, b: 0.5 * x + 0.1 * (x @ w + b) ** 2, 6, 2).double()
+    check(model, states(1, 6), {**NEWTON, "solver": "newton"}, 1e-12)
+
+
 @pytest.mark.parametrize("solver, numbers", [("newton", 16), ("newton", 128), ("sequential", 4), ("sequential", 32)])
 def test_tiles_in_slices(solver: str, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loops over rows, and within them over columns, that leave a rest each."""

@@ -19,11 +19,11 @@ import venv
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[1]
-CONSTRAINTS = PROJECT / "constraints.txt"
 # What PyTorch 2.13 brings itself where it is built for GPUs. Before 3.7 the interpreter does not work with NumPy 2.4.
 TRITON = "triton==3.7.1"
 # The first that reads what a package needs without downloading the package.
 PIP = "pip>=23.2"
+_LINES_OF_A_FAILURE = 25
 
 
 class SetupError(Exception):
@@ -40,19 +40,23 @@ class Environment:
         self.install_command = [installer, "pip", "install", "--python", str(self.python)] if installer else self.pip
 
     def install(self, *requirements: str) -> None:
-        """Install, or raise with what could not be."""
-        if subprocess.run([*self.install_command, "--quiet", *requirements], check=False).returncode:
+        """Install, or raise with what could not be, below the installer's own words."""
+        result = self._run(*requirements)
+        if result.returncode:
+            print(*result.stdout.splitlines()[-_LINES_OF_A_FAILURE:], sep="\n", file=sys.stderr)
             name = "pip" if self.install_command is self.pip else "uv"
             raise SetupError(
                 f"{name} could not install {' '.join(requirements)} for Python {platform.python_version()} on "
-                f"{platform.system()} {platform.machine()}; what it says of it stands above"
+                f"{platform.system()} {platform.machine()}; what it says of it stands above."
             )
 
     def would_install(self, *requirements: str) -> str:
         """What the installer prints of what it would do; nothing is downloaded but descriptions of packages."""
-        command = [*self.install_command, "--dry-run", *requirements]
-        result = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        return result.stdout
+        return self._run("--dry-run", *requirements).stdout
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*self.install_command, *arguments]
+        return subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     def version(self, distribution: str) -> str | None:
         """The version that is installed in the environment, or that it sees."""
@@ -76,7 +80,7 @@ def main() -> None:
     try:
         set_up(given.folder.absolute(), given.installer or None, given.system_torch)
     except SetupError as error:
-        sys.exit(f"The set-up failed: {error}.")
+        sys.exit(f"The set-up failed: {error}")
 
 
 def set_up(folder: Path, installer: str | None, system_torch: bool) -> None:
@@ -110,19 +114,25 @@ def fill(environment: Environment, system_torch: bool) -> None:
         borrow_torch(environment)
     else:
         announce_download(environment)
-        environment.install("torch", "--constraint", str(CONSTRAINTS))
+        environment.install(tested_torch())
     if platform.system() == "Linux" and environment.version("triton") is None:
         environment.install(TRITON)
     environment.install("--editable", f"{PROJECT}[examples,test]", f"torch=={environment.version('torch')}")
     if subprocess.run([str(environment.python), "-c", "import pcr_fx"], check=False).returncode:
-        raise SetupError("everything is installed, but cannot be imported; the reason stands above")
+        raise SetupError("everything is installed, but cannot be imported; the reason stands above.")
+
+
+def tested_torch() -> str:
+    """The requirement that constraints.txt puts on PyTorch."""
+    lines = (PROJECT / "constraints.txt").read_text().splitlines()
+    return next(line for line in lines if line.startswith("torch"))
 
 
 def announce_download(environment: Environment) -> None:
     """Say so where PyTorch comes with gigabytes of libraries for GPUs."""
-    if "nvidia-" in environment.would_install("torch", "--constraint", str(CONSTRAINTS)):
+    if "nvidia-" in environment.would_install(tested_torch()):
         print(
-            "PyTorch's build for NVIDIA GPUs is installed: up to 3 GB to download, 7 GB on disk. To use a PyTorch that is "
+            "PyTorch's build for NVIDIA GPUs is installed: some 3 GB to download, 6 GB on disk. To use a PyTorch that is "
             "there, stop this and say SYSTEM_TORCH=1 (and PYTHON=... for the Python that has it).",
             flush=True,
         )
@@ -136,7 +146,7 @@ def borrow_torch(environment: Environment) -> None:
         file = environment.site_packages() / "system_torch.pth"
         file.write_text(f"import site; site.addsitedir({packages!r})\n")
     if environment.version("torch") is None:
-        raise SetupError(f"{sys.executable} has no PyTorch: name the Python that has one, SYSTEM_TORCH=1 PYTHON=...")
+        raise SetupError(f"{sys.executable} has no PyTorch: name the Python that has one, by PYTHON=...")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ from pcr_fx.stopping import PATIENCE, STALLED, Outcome, Patience, SolveStats, ro
 
 # The default tolerance, in units of the dtype's epsilon: as accurate as evaluating the layer in floating point.
 DEFAULT_TOLERANCE_EPS = 4.0
-# Iterations of cheaper linearisations are cheaper, and there are more of them.
-DEFAULT_MAX_ITERATIONS = {"newton": 32, "quasi-newton": 64, "picard": 256, "jacobi": 256}
 # Damped by a half, a solve gets twice as many iterations, and twice the patience; however little is left of a
 # correction, at most so many times as many.
 MOST_STRETCHED = 32.0
@@ -60,7 +58,7 @@ class Settings:
             # State l is right after l iterations at the latest. A window that moves on by less than two blocks an
             # iteration is of no use.
             enough = window if window == length else max(4, window // 2)
-            each = math.ceil(min(DEFAULT_MAX_ITERATIONS[solver], enough) * self.stretch)
+            each = math.ceil(min(linearisation(solver).most, enough) * self.stretch)
         return each * math.ceil(length / window)
 
     @property

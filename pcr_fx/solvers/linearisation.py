@@ -21,9 +21,17 @@ from pcr_fx.linear import sequential_depth, solve_recurrence
 
 
 class Linearisation(ABC):
-    """One choice of A. `solver` is the name of the iteration that it makes."""
+    """One choice of A.
+
+    Attributes:
+        solver: the name of the iteration that it makes.
+        fewest: iterations that no chain worth iterating does without.
+        most: iterations before giving up, where nobody says otherwise. Cheaper ones are more.
+    """
 
     solver: ClassVar[str]
+    fewest: ClassVar[int]
+    most: ClassVar[int]
 
     @abstractmethod
     def entries(self, dimension: int) -> int:
@@ -51,7 +59,7 @@ class Linearisation(ABC):
 class Full(Linearisation):
     """A = J."""
 
-    solver = "newton"
+    solver, fewest, most = "newton", 2, 32
 
     def entries(self, dimension: int) -> int:
         return dimension**2
@@ -80,7 +88,7 @@ class Diagonal(Linearisation):
             Bekas, Kokiopoulou and Saad, 2007, section 2); `None` for the exact one. They are the same in every call.
     """
 
-    solver = "quasi-newton"
+    solver, fewest, most = "quasi-newton", 3, 64
 
     def __init__(self, probes: int | None = None) -> None:
         self.probes = probes
@@ -121,7 +129,7 @@ class Diagonal(Linearisation):
 class Identity(Linearisation):
     """A = I."""
 
-    solver = "picard"
+    solver, fewest, most = "picard", 3, 256
 
     def entries(self, dimension: int) -> int:
         return 0
@@ -144,7 +152,7 @@ class Identity(Linearisation):
 class Zero(Identity):
     """A = 0."""
 
-    solver = "jacobi"
+    solver, fewest, most = "jacobi", 3, 256
 
     def depth(self, length: int, linear_solver: str) -> int:
         return 1

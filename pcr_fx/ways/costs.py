@@ -41,8 +41,6 @@ RATES = {
     "cpu": (Rates(1.5e-6, 1e-12, 1e-12, 1e-5, 0.0), Rates(3e-5, 2e-9, 2e-9, 2e-4, 0.0)),
     "cuda": (Rates(2e-6, 1e-14, 1e-13, 5e-6, 2e-8), Rates(2e-5, 1e-10, 1e-9, 1e-4, 5e-6)),
 }
-# Iterations until an iterative solver has converged, at the least and for what is left out at the most.
-_ITERATIONS = {"newton": (2, 32), "quasi-newton": (3, 64), "picard": (3, 256), "jacobi": (3, 256)}
 # Ops of an iteration beside those of its blocks.
 _ITERATION_OPS = 20
 # A pullback takes about twice as long as the block.
@@ -76,10 +74,10 @@ def reduction(case: Case, fused: bool) -> Bounds:
 
 def iteration(case: Case, solver: str, fused: bool, window: int | None) -> Bounds:
     """An iterative solver forward, on windows of so many blocks, fused in a kernel or in PyTorch's ops."""
-    length, (least, most) = case.program.length, _ITERATIONS[solver]
+    length, kind = case.program.length, linearisation(solver)
     share = (window or length) / length
     fewest, worst = _both(case, lambda rates: _system(case, solver, "forward", rates, fused, share))
-    return math.ceil(least / share) * fewest, math.ceil(most / share) * worst
+    return math.ceil(kind.fewest / share) * fewest, math.ceil(kind.most / share) * worst
 
 
 def _both(case: Case, seconds: Callable[[Rates], float]) -> Bounds:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pcr_fx.body import Program
 from pcr_fx.call import Call
-from pcr_fx.solvers import DEFAULT_MAX_ITERATIONS, Settings, linearisation
+from pcr_fx.solvers import Settings, linearisation
 from pcr_fx.targets import TritonKernel
 from pcr_fx.ways import costs
 from pcr_fx.ways.case import Case
@@ -33,7 +33,7 @@ class Fused(Forward, Backward):
             return Refused(name, case.why_no_kernel)
         if solver == "sequential":
             return cls(kernel)
-        needed = kernel.scratch_bytes(case.samples, case.options.max_iterations or DEFAULT_MAX_ITERATIONS[solver])
+        needed = kernel.scratch_bytes(case.samples, case.options.max_iterations or linearisation(solver).most)
         if not case.is_plain_newton or not case.has_room(needed):
             return Refused(name, "Newton's method takes more memory there, or not these options")
         return cls(kernel, solver)

@@ -1,4 +1,4 @@
-"""Where the parts of a per-block operand lie in memory: read once, then only looked after.
+"""Where the parts of a per-block operand lie in memory: read once, then only checked.
 
 Stacking 4,096 small parameters costs more than the chain that they belong to. A kernel reads them where they are, from a
 table of addresses; before each call native code checks that none has moved, changed its shape, or its dtype.
@@ -25,7 +25,7 @@ class PointerTable:
     """The addresses of `L` tensors of one shape and dtype, each contiguous.
 
     Attributes:
-        spec: shape and dtype of each.
+        shape, dtype: of each.
         words: how a kernel is told of the table.
     """
 
@@ -39,7 +39,7 @@ class PointerTable:
         self.sizes = (ctypes.c_int64 * first.dim())(*first.shape)
         self.strides = (ctypes.c_int64 * first.dim())(*first.stride())
         self.words = (0, 0, ctypes.addressof(self.addresses))
-        self.table = _Table(
+        self._operand = _Operand(
             count,
             first.dim(),
             _DTYPES[first.dtype],
@@ -53,8 +53,8 @@ class PointerTable:
         """The table, or `None` where kernels cannot read these tensors in place."""
         first = tensors[0]
         for tensor in tensors:
-            plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
-            if not plain or tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
+            has_addresses = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+            if not has_addresses or tensor.layout != torch.strided or not tensor.is_contiguous() or tensor.is_neg():
                 return None
             if tensor.shape != first.shape or tensor.dtype != first.dtype or tensor.stride() != first.stride():
                 return None
@@ -67,10 +67,12 @@ class PointerTable:
 
     def holds(self) -> bool:
         """Whether every tensor is still where it was, with the same shape, strides and dtype."""
-        return _checker()(ctypes.byref(self.table)) == len(self.tensors)
+        return _checker()(ctypes.byref(self._operand)) == len(self.tensors)
 
 
-class _Table(ctypes.Structure):
+class _Operand(ctypes.Structure):
+    """All tensors of a per-block operand as native/pointers.cpp has them."""
+
     _fields_ = [
         ("count", ctypes.c_int64),
         ("dim", ctypes.c_int64),

@@ -10,6 +10,8 @@ import torch
 
 from pcr_fx.body.isolation import isolated
 
+# The kernels' arguments by type: whole numbers, and pointers to words of 64 bits. All others but `tolerance` and constants
+# are pointers to numbers of the chain's dtype.
 _WHOLE = ("length", "samples", "limit", "group", "run", "skip_solved", "columns", "chunk", "chunks", "iteration")
 _WORDS = ("messages", "ends", "ticket")
 

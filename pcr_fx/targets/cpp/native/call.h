@@ -23,7 +23,8 @@ struct Call {
   real* gradients[Body::inputs];      // [L, ...] or [...] where shared, contiguous; null where there is none
 };
 
-// A tile: as many samples as V has lanes, with the numbers of one sample apart and those of all samples together.
+// A tile is as many samples as V has lanes. In memory the numbers of a sample lie together; in a tile, the same number of
+// all its samples does.
 template <class V> constexpr int k_width = k_is_vector<V> ? k_lanes : 1;
 
 // Lanes beyond the last sample repeat it.
@@ -57,7 +58,7 @@ template <class V> struct Samples {
   }
 };
 
-// The inputs of block l for the samples of a tile: shared ones in place, a sample's own ones as a tile.
+// The inputs of a block for the samples of a tile: those that samples share where they lie, the others as a tile.
 template <class V> struct Inputs {
   const void* pointers[Body::inputs + 1];
   V own[Body::own_numbers + 1];

@@ -1,9 +1,10 @@
 // Newton's method on one chain after another, each by itself. When it ends is explained in pcr_fx/stopping.py, whose
 // outcomes and constants are printed in front of this.
 //
-// The linear systems delta_l = J_l delta_{l-1} + r_l are solved in parts, one a thread: each part's blocks are composed
-// into one, delta is found at the ends of parts, and put in within each. That is the hybrid of reduction and forward
-// substitution; with one part, and so wherever samples keep all threads busy, it is substitution alone.
+// The linear systems delta_l = J_l delta_{l-1} + r_l are solved in parts, one for each thread. A part's blocks are composed
+// into one affine map, delta at the ends of parts is found from these maps, and each part is substituted from its first
+// block on. That is a hybrid of reduction and forward substitution. With one part, and so wherever samples keep all threads
+// busy, it is substitution alone.
 
 // The larger one; NaN if either is.
 INLINE double k_larger(double a, double b) { return b > a || b != b ? b : a; }
@@ -42,7 +43,7 @@ class Newton {
     residual = INFINITY;
     for (iterations = 0;; ++iterations) {
       const double last = residual;
-      // Newton squares its error: this is most likely the solution, so look before building Jacobians.
+      // Newton squares its error. This is most likely the solution, whose Jacobians nobody needs.
       const bool expected = last * last < tolerance;
       residual = evaluate(!expected);
       if (residual <= tolerance) return CONVERGED;
@@ -87,7 +88,7 @@ class Newton {
     return measure(false);
   }
 
-  // The pullback of as many unit vectors at a time as there are lanes: a row of the Jacobian in each.
+  // Pulls back as many unit vectors at a time as a vector has lanes; each lane gets a row of the Jacobian.
   void find_jacobian(int64_t l) {
     Inputs<vec> in;
     k_locate<vec>(call, l, in);
@@ -104,7 +105,7 @@ class Newton {
     }
   }
 
-  // The largest residual, relative to the size of what its block computes; with `terms` to that of its terms.
+  // The largest residual, relative to the size of what its block computes, or, with `terms`, of the terms of that.
   double measure(bool terms) {
     std::vector<double> largest(parts);
     in_parts([&](int64_t part) {
@@ -159,7 +160,8 @@ class Newton {
     });
   }
 
-  // One map and offset of all blocks of a part: of the first only the offset is wanted, of the last nothing.
+  // The map and offset of all blocks of a part. Nothing comes before the first part, so that only its offset is needed,
+  // and nothing after the last.
   void compose(int64_t part) {
     if (part == parts - 1) return;
     real offset[d] = {}, next[d];
@@ -185,7 +187,7 @@ static void k_run(const Call& call) {
   bool failed = false;
 #pragma omp parallel num_threads(int(team)) if (team > 1)
   {
-    // Threads that samples do not keep busy share each sample's blocks.
+    // Where there are fewer samples than threads, threads share the blocks of a sample.
     const int64_t share = team > 1 ? 1 : call.threads, half = call.length / 2 > 1 ? call.length / 2 : 1;
     Newton newton(call, share < half ? share : half);
 #pragma omp for schedule(dynamic)

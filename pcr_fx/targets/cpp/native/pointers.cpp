@@ -1,5 +1,5 @@
-// Whether the parameters of a chain still lie where they lay, and look as they looked: some ten nanoseconds each, where
-// asking in Python costs a hundred. PyTorch answers through its stable C interface, whose functions are passed in.
+// Whether the parameters of a chain still have the addresses, shapes and dtypes that were read: some ten nanoseconds each,
+// where asking in Python costs a hundred. PyTorch answers through its stable C interface, whose functions are passed in.
 #include <cstdint>
 
 extern "C" {
@@ -9,7 +9,8 @@ using get_address = int32_t (*)(const void*, void**);
 using get_number = int32_t (*)(const void*, int32_t*);
 using get_numbers = int32_t (*)(const void*, int64_t**);
 
-struct Table {
+// All tensors of a per-block operand, and what PyTorch is to say of each.
+struct Operand {
   int64_t count, dim;
   int32_t dtype, unused;
   const handle* tensors;
@@ -22,19 +23,19 @@ struct Table {
 };
 
 // The first tensor that differs; `count` if none does.
-__attribute__((visibility("default"))) int64_t run(const Table* table) {
-  const Table& c = *table;
-  for (int64_t i = 0; i < c.count; ++i) {
+__attribute__((visibility("default"))) int64_t run(const Operand* operand) {
+  const Operand& of = *operand;
+  for (int64_t i = 0; i < of.count; ++i) {
     void* address = nullptr;
     int32_t dtype = -1;
     int64_t *sizes = nullptr, *strides = nullptr;
-    const void* tensor = c.tensors[i];
-    if (c.address_of(tensor, &address) || address != c.addresses[i]) return i;
-    if (c.dtype_of(tensor, &dtype) || dtype != c.dtype) return i;
-    if (c.sizes_of(tensor, &sizes) || c.strides_of(tensor, &strides)) return i;
-    for (int64_t d = 0; d < c.dim; ++d)
-      if (sizes[d] != c.sizes[d] || strides[d] != c.strides[d]) return i;
+    const void* tensor = of.tensors[i];
+    if (of.address_of(tensor, &address) || address != of.addresses[i]) return i;
+    if (of.dtype_of(tensor, &dtype) || dtype != of.dtype) return i;
+    if (of.sizes_of(tensor, &sizes) || of.strides_of(tensor, &strides)) return i;
+    for (int64_t d = 0; d < of.dim; ++d)
+      if (sizes[d] != of.sizes[d] || strides[d] != of.strides[d]) return i;
   }
-  return c.count;
+  return of.count;
 }
 }

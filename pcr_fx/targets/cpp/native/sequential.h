@@ -23,11 +23,11 @@ template <class V> static void k_forward(const Call& call, Samples<V> samples) {
 #endif
 
 #ifdef ADJOINT
-// Numbers of per-block gradients that threads sum for themselves before they add them up: these stay in a near cache.
+// Numbers of per-block gradients that each thread sums before those of all threads are added: they stay in a near cache.
 constexpr int64_t k_together = 1 << 15;
 
 constexpr bool k_summed(int k) { return Body::differentiable[k] && !Body::own[k]; }
-// Sums of whole vectors, whose lanes are added up in the end.
+// Whether a gradient is summed as whole vectors, whose lanes are added in the end.
 template <class V> constexpr bool k_in_lanes(int k) { return k_is_vector<V> && k_summed(k) && !Body::matrix[k]; }
 
 // One thread's samples, from the last block to the first.
@@ -35,11 +35,11 @@ template <class V> struct Adjoint {
   const Call& call;
   const Samples<V> samples;
   std::vector<V> adjoints;
-  // Sums over samples: with a sample in each lane, lanes are added up only when all tiles are through.
+  // Sums over samples of what k_in_lanes tells: of a block, and of all blocks where they share an input.
   std::vector<V> sums, kept;
-  // What was kept before a tile with idle lanes.
+  // `kept` before a tile that samples do not fill.
   std::vector<V> before;
-  // Where gradients are summed: zero to begin with where blocks share them, else written anew for each block.
+  // Where gradients are summed. What blocks share is zero at first; what they do not is set to zero at each block.
   real* gradients[Body::inputs + 1];
 
   Adjoint(const Call& call, Samples<V> samples)
@@ -79,7 +79,7 @@ template <class V> struct Adjoint {
         }
       }
       const real* cotangent = call.cotangents.at(l);
-      // The last tile first: it may have lanes without a sample, whose share is taken out again.
+      // The last tile comes first. It may have lanes without a sample, whose share of the sums is taken out again.
       for (int64_t t = tiles - 1; t >= 0; --t) {
         const int64_t begin = samples.begin(t), count = samples.count(t);
         const real* previous = l ? call.trajectory + (l - 1) * call.samples * d : call.initial;
@@ -96,7 +96,8 @@ template <class V> struct Adjoint {
         for (int i = 0; i < d; ++i) adjoint[i] = next[i];
         if constexpr (k_is_vector<V>) {
           if (partial) {
-            // As whole vectors: GCC 12 takes the address of a lane for that of a vector, and stores as if it were aligned.
+            // Vectors are set as a whole, since GCC 12 takes the address of a lane for that of a vector, and stores as if
+            // it were aligned.
             const ivec wanted = k_first_lanes(count);
             for (int i = 0; i < Body::summed_numbers; ++i) sums[i] = k_select(wanted, sums[i], V{});
             for (int i = 0; i < Body::kept_numbers; ++i) kept[i] = k_select(wanted, kept[i], before[i]);
@@ -107,7 +108,7 @@ template <class V> struct Adjoint {
           const int64_t row = (Body::shared[k] ? 0 : l * call.samples) + begin;
           real* rows = call.gradients[k] + row * Body::sizes[k];
           V* mine = static_cast<V*>(out[k]);
-          if (Body::shared[k] && l < call.length - 1) {  // one sample's sum over the blocks
+          if (Body::shared[k] && l < call.length - 1) {  // add the blocks behind this one
             V total[Body::sizes[k] + 1];
             k_read<V>(total, rows, Body::sizes[k], count);
             for (int i = 0; i < Body::sizes[k]; ++i) mine[i] = mine[i] + total[i];
@@ -127,7 +128,7 @@ template <class V> struct Adjoint {
     }
   }
 
-  // What is left when all blocks are through.
+  // Writes what is only known after the first block.
   void finish() {
     if constexpr (k_is_vector<V>) {
       int used = 0;
@@ -152,8 +153,8 @@ template <class V> static Samples<V> k_part(const Call& call, int64_t part, int6
 }
 
 #ifdef ADJOINT
-// Threads share the samples. The first sums gradients where they belong, others in memory of their own, some blocks at a
-// time: that of all blocks would be as large as the result, for each thread.
+// Threads share the samples. The first sums gradients where they belong, and each other one in memory for a few blocks at a
+// time, after which it is added. Memory for all blocks would be as large as the result, for each thread.
 template <class V> static void k_adjoint(const Call& call, int parts) {
   int64_t block = 0, kept = 0;
   for (int k = 0; k < Body::inputs; ++k)

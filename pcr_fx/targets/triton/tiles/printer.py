@@ -187,7 +187,7 @@ class TilePrinter:
         if columns is None and len(rows) > 1 and loop.out.buffer.name in self.sums:
             rows, columns = rows[:-1], rows[-1:]
         height, width = padded(math.prod(rows)), padded(math.prod(columns)) if columns is not None else 1
-        if loop.reduced:  # all rows, if they can be: what they are reduced to may then stay in registers
+        if loop.reduced:  # A tile has all rows if it can: what they are reduced to may then stay in registers.
             width = min(width, max(most // height, min(_LINE, most)))
         width = min(width, most)
         height = min(height, max(most // width, 1))
@@ -217,10 +217,14 @@ class TilePrinter:
         return left, Axes(loop.reduced, loop.shape, height, padded(math.prod(loop.shape)))
 
     def _tiles(self, loop: Loop) -> list[Axes]:
+        """Every tile that a loop needs."""
         return [self._axes(loop), *(self._factor_axes(loop) if self._factors(loop) is not None else ())]
 
     def _reads(self, loop: Loop) -> list[tuple[View, Axes]]:
-        """Everything that a loop reads, and in what tile."""
+        """Every view that a loop reads, and the tile that it is read into.
+
+        Those of a product are over the indices of their tiles instead of the loop's.
+        """
         factors = self._factors(loop)
         if factors is None:
             return [(view, self._axes(loop)) for view in views(loop.value)]
@@ -230,15 +234,18 @@ class TilePrinter:
         return [(View(left.buffer, left.strides[rank:], left.offset), left_axes), (turned, right_axes)]
 
     def _stays(self, loop: Loop) -> bool:
-        """Whether the whole of a buffer is what this loop computes, all at once."""
-        out = loop.out
-        whole = out.offset == 0 and out.strides == contiguous(loop.shape) and math.prod(loop.shape) == out.buffer.size
-        axes, name = self._axes(loop), out.buffer.name
-        once = self._writers[name] == 1 and name not in self.sums
-        return whole and once and not axes.slices_rows and (bool(loop.reduced) or not axes.slices_columns)
+        """Whether a loop's result is a tensor that stays in registers: it is all of its buffer, computed all at once."""
+        out, axes = loop.out, self._axes(loop)
+        is_whole = out.offset == 0 and _is_whole(loop.shape, out.strides, out.buffer)
+        is_local = self._writers[out.buffer.name] == 1 and out.buffer.name not in self.sums
+        # Slices of columns that are reduced are combined in registers, one after another.
+        return is_whole and is_local and not axes.slices_rows and (bool(loop.reduced) or not axes.slices_columns)
 
     def _from_registers(self, view: View, axes: Axes) -> str | None:
-        """A view of a tensor that is held, along one of the axes."""
+        """A view as a tensor that registers hold, broadcast over the other axes; nothing where it has to be loaded.
+
+        Registers cannot be indexed: it has to be all of a buffer, along the rows of a tile or along its columns.
+        """
         name = view.buffer.name
         if name not in self._held or view.offset:
             return None
@@ -253,7 +260,7 @@ class TilePrinter:
         return axes.spread(held, *seeds, "row") if view.buffer.size == 1 else None
 
     def _place_in_memory(self) -> None:
-        """Memory for what some loop cannot read from registers, or what no register holds."""
+        """Takes memory for what some loop cannot read from registers, and for what no register holds."""
         local = {
             buffer.name: buffer for buffer in (*self.function.inputs, *self.function.outputs, *self.function.locals)
         }
@@ -286,7 +293,7 @@ class TilePrinter:
         return offsets, mask
 
     def _counted(self) -> int:
-        """Numbers of all tiles of inputs."""
+        """How many numbers all tiles have that could be loaded before the function begins."""
         every = {}
         for loop in self.loops:
             for view, axes in self._reads(loop):
@@ -296,7 +303,7 @@ class TilePrinter:
         return sum(every.values())
 
     def _is_fetched(self, view: View, axes: Axes) -> bool:
-        """Whether a view is one of an input in memory, of which a tile takes all at once."""
+        """Whether a view can be loaded before the function begins: it is of an input in memory, and its tile is not sliced."""
         return view.buffer.name not in self.registers and not self._writers[view.buffer.name] and not axes.is_sliced
 
     def _as_tensor(self, buffer: Buffer) -> str:
