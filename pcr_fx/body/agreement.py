@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 _BATCH = (3, 5)
 # Numbers that a program may be tried on; a longer chain is looked at in a shorter one of the same blocks.
 _NUMBERS = 2**24
-# Roundings that two ways to compute the same may differ by, relative to the largest number. A wrong rule makes errors as large
+# Epsilons that blocks may differ by from one block by itself, relative to the largest number. A wrong rule makes errors as large
 # as the numbers themselves.
-_ROUNDINGS = 2.0**13
+BATCHED_EPS = 2.0**13
 
 
 class _Block(NamedTuple):
@@ -167,6 +167,6 @@ def _difference(what: str, got: Tensor, expected: Sequence[Tensor], stacked: boo
         return f"batched by PyTorch, {what} are finite elsewhere than one by one"
     ours, theirs = (torch.where(finite, tensor, 0) for tensor in (got, true))
     size, error = (float(tensor.abs().amax()) if tensor.numel() else 0.0 for tensor in (theirs, ours - theirs))
-    if error > _ROUNDINGS * torch.finfo(true.dtype).eps * size:
+    if error > BATCHED_EPS * torch.finfo(true.dtype).eps * size:
         return f"batched by PyTorch, {what} differ by {error / size if size else math.inf:.2g} from those one by one"
     return ""

@@ -137,11 +137,16 @@ template <class V> INLINE V k_between(V x, real low, real high) {
   x = x < low ? k_fill<V>(low) : x;
   return x > high ? k_fill<V>(high) : x;
 }
-template <class V> INLINE V k_exp(V x) {
+// exp(x), or what would overflow to infinity when it is rounded: fused with a sum, a product is not.
+template <class V> INLINE V k_exp_unrounded(V x) {
   V r;
   const whole<V> n = k_split<V>(k_between<V>(x, k_single ? -104 : -746, k_single ? 89 : 710), r);
   const whole<V> half = n >> 1;  // 2^n alone would leave the range of exponents at either end
   return (k_expm1_small<V>(r) + real(1)) * k_power_of_two<V>(half) * k_power_of_two<V>(n - half);
+}
+template <class V> INLINE V k_exp(V x) {
+  constexpr real most = k_single ? 88.73 : 709.79;
+  return x > most ? k_fill<V>(std::numeric_limits<real>::infinity()) : k_exp_unrounded<V>(x);
 }
 template <class V> INLINE V k_expm1_scaled(V x) {
   V r;
@@ -164,7 +169,7 @@ template <class V> INLINE V k_tanh(V x) {
   const V ratio = (size < real(0.55) ? small : q + q) / (real(1) + q);
   return k_with_sign<V>(size < real(0.55) ? ratio : real(1) - ratio, x);
 }
-template <class V> INLINE V k_sigmoid(V x) { return real(1) / (real(1) + k_exp<V>(-x)); }
+template <class V> INLINE V k_sigmoid(V x) { return real(1) / (real(1) + k_exp_unrounded<V>(-x)); }
 
 template <class V> INLINE V k_copy(V x) { return x; }
 template <class V> INLINE V k_neg(V x) { return -x; }
