@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -22,9 +23,12 @@ log = logging.getLogger(__name__)
 # infinities keep their meaning: no -ffast-math, nor parts of it. With -fassociative-math alone the gradients of 1024
 # tanh blocks were four times as far from float64 as eager's, since `g * (1 - t * t)` became `g - g * t * t`.
 _FLAGS = (
-    "-ftree-loop-vectorize -ffp-contract=fast -fwrapv -fno-math-errno -fno-signed-zeros -fno-trapping-math "
-    "-fvisibility=hidden -fno-gnu-unique -Wno-psabi -Wno-unused -w -fopenmp -g0"
+    "-ffp-contract=fast -fwrapv -fno-math-errno -fno-signed-zeros -fno-trapping-math -fvisibility=hidden -w -g0"
 ).split()
+# Clang does what these say without being told, and knows none of them.
+_GCC_FLAGS = ["-ftree-loop-vectorize", "-fno-gnu-unique"]
+# Apple's compiler comes without OpenMP: kernels on a Mac keep to one thread.
+_OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
 _lock = threading.Lock()
 _loaded: dict[str, ctypes.CDLL] = {}
 
@@ -98,7 +102,7 @@ def _compile(source: str, path: Path) -> None:
         file = Path(folder) / "chain.cpp"
         file.write_text(source)
         try:
-            options = cpp_builder.CppOptions(extra_flags=_FLAGS)
+            options = cpp_builder.CppOptions(extra_flags=_flags())
             builder = cpp_builder.CppBuilder("chain", [str(file)], options, folder)
             builder.build()
         except (
@@ -114,13 +118,20 @@ def _compile(source: str, path: Path) -> None:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower() or "not found" in line.lower()]
+    telling = [line for line in lines if "error:" in line.lower() or "not found" in line.lower()]
     return f"{type(error).__name__}: {(telling or lines or [''])[0]}"
 
 
 @functools.cache
 def _toolchain() -> tuple[str, ...]:
     """Everything beside the source that decides what a compiled kernel is."""
+    compiler, version = _compiler()
+    return compiler, version, processor(), *_flags()
+
+
+@functools.cache
+def _compiler() -> tuple[str, str]:
+    """The C++ compiler and what it says of itself."""
     from torch._inductor import cpp_builder, exc
 
     try:
@@ -130,7 +141,12 @@ def _toolchain() -> tuple[str, ...]:
     if shutil.which(compiler) is None:
         raise CompilerError(f"no C++ compiler was found: {compiler} is not on the PATH")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    return compiler, version.partition("\n")[0], processor(), *_FLAGS
+    return compiler, version.partition("\n")[0]
+
+
+def _flags() -> list[str]:
+    _, version = _compiler()
+    return [*_FLAGS, *_OPENMP_FLAGS, *([] if "clang" in version else _GCC_FLAGS)]
 
 
 @functools.cache
