@@ -19,6 +19,7 @@ from pcr_fx.body.sample import trace_sample
 from pcr_fx.call import Call
 from pcr_fx.chain import Chain, TensorSpec
 from pcr_fx.errors import BodyError, PlanError, UnsupportedError
+from pcr_fx.locks import fork_safe_lock
 from pcr_fx.options import Options
 from pcr_fx.planner.cache import load_timings, measurement_key, store_timings
 from pcr_fx.planner.choice import HANDING, STACKING, Choice, Timing
@@ -47,7 +48,7 @@ class Learnt:
 
     choices: dict[Size, Choice] = field(default_factory=dict)
     drifted: set[Size] = field(default_factory=set)
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    lock: threading.RLock = field(default_factory=fork_safe_lock, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from pcr_fx.body.isolation import isolated
 from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.call import Call
 from pcr_fx.codegen import Unprintable
+from pcr_fx.locks import fork_safe_lock
 from pcr_fx.stopping import Outcome
 from pcr_fx.targets.cpp.build import CompilerError, check_compiler, load
 from pcr_fx.targets.cpp.memory import empty
@@ -76,7 +77,7 @@ class CppKernel:
     failure: str | None = None
     _shapes: dict[tuple[int, torch.Size], list[tuple[int, ...] | None]] = field(default_factory=dict)
     _runs: dict[tuple[str, bool], Run | None] = field(default_factory=dict)
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _lock: threading.RLock = field(default_factory=fork_safe_lock)
 
     @classmethod
     def of(cls, program: Program) -> CppKernel:
