@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pcr_fx.body.isolation import tracing
 from pcr_fx.errors import CaptureError, UnsupportedError
 from pcr_fx.passes.tracer import ADVICE, ModelTracer
-
-_tracing = threading.RLock()
 
 # An argument of these types compares by value; any other must be the same object.
 _COMPARED_BY_VALUE = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -68,8 +66,8 @@ def capture_model(model: nn.Module, example_inputs: Any = None) -> Captured:
     arguments, known = _arguments(model, example_inputs), example_inputs is not None
     tracer = ModelTracer(model, arguments, known)
     try:
-        # FX patches classes while it traces, as does what watches for modes: one trace at a time.
-        with _tracing, _modes_read(model) as modes:
+        # What watches for modes patches a class, as FX does.
+        with tracing(), _modes_read(model) as modes:
             graph = tracer.trace(model)
     except CaptureError:
         raise

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -106,6 +107,11 @@ class ModelTracer(fx.Tracer):
                     self.stored[place] = value
                     module.__dict__[name] = self.create_proxy("get_attr", place, (), {})
         return lambda: forward(*args, **kwargs), []
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict):
+            a = {_key(key): value for key, value in a.items()}
+        return super().create_arg(_literal(a))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         name = self.names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
@@ -316,6 +322,35 @@ def _is_constant(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_constant, value))
     return isinstance(value, (bool, int, float, torch.dtype, torch.device))
+
+
+# How to read the value of what is derived from Python's own types, whatever it makes of that itself.
+_VALUES: dict[type, Any] = {int: int.__pos__, float: float.__pos__, complex: complex.__pos__, str: str.__str__}
+
+
+def _literal(value: Any) -> Any:
+    """A number or text as one of Python's own: graphs are printed as code, and a `repr` may be anything.
+
+    Anything else is returned as it is.
+    """
+    if type(value) in _VALUES or type(value) is bool:
+        return value
+    if isinstance(value, np.generic):
+        value = value.item()
+    for kind, read in _VALUES.items():
+        if isinstance(value, kind) and type(value) is not bool:
+            return read(value)
+    return value
+
+
+def _key(value: Any) -> Any:
+    """A key of a dict, which the graph's code names as well."""
+    if isinstance(value, tuple):
+        return tuple(map(_key, value))
+    value = _literal(value)
+    if value is None or type(value) in (*_VALUES, bool, torch.dtype, torch.device):
+        return value
+    raise CaptureError(f"the model makes a dict with a key of type {type(value).__name__}; {ADVICE}")
 
 
 def _as_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:

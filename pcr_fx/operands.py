@@ -206,11 +206,12 @@ class StackedAttributes:
         return next((value for value in values if not is_plain(value)), values[0])
 
     def _present_table(self) -> PointerTable | None:
-        if self._seen != self.changes[0] or (self.table is not None and not self.table.holds()):
-            self._seen = self.changes[0]
+        changes = self.changes[0]
+        if self._seen != changes or (self.table is not None and not self.table.holds()):
             # Parts of a packed parameter are views, made anew each time.
             in_place = all(isinstance(source.holder, dict) for source in self.sources)
             self.table = PointerTable.of(self.values()) if in_place else None
+            self._seen = changes  # last: another thread takes the table for that of these changes
         return self.table
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, TypeVar
+
+from pcr_fx.locks import fork_safe_lock
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -25,7 +26,7 @@ class Registry(Generic[Key, Value]):
         self._held: weakref.WeakValueDictionary[Key, Value] = weakref.WeakValueDictionary()
         self._latest: OrderedDict[Key, Value] = OrderedDict()
         self._kept = kept
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
 
     def __len__(self) -> int:
         return len(self._held)

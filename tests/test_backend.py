@@ -366,9 +366,9 @@ def test_logs_through_torch_logs() -> None:
     assert "forward by newton" in done.stderr
 
 
-def test_what_is_compiled_anew_is_not_remembered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=100)
+def test_what_is_compiled_anew_is_not_remembered_twice() -> None:
     """Only the rest behind a graph break depends on the mode, so that it alone is compiled for each."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 100)
     net, modes = plain_mlp(12), [f"mode {index}" for index in range(20)]
 
     def forward(x: Tensor, mode: str) -> Tensor:

@@ -99,8 +99,7 @@ def test_cpp(name: str, dtype: torch.dtype, lanes: str) -> None:
 def of_triton(dtype: torch.dtype) -> dict[str, Tensor]:
     """What Triton computes of `arguments`, by function: on a GPU if there is one, else in its interpreter."""
     from pcr_fx.targets.triton.build import load_module
-    from pcr_fx.targets.triton.inputs import HEADER, REALS
-    from pcr_fx.targets.triton.printer import print_assignments
+    from pcr_fx.targets.triton.printer import HEADER, REALS, print_assignments
     from pcr_fx.targets.triton.scalars.unroll import Assignment
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

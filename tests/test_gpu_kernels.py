@@ -244,9 +244,9 @@ def test_what_is_measured_is_right_after() -> None:
 
 
 def test_memory_that_is_not_there_is_declined(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pcr_fx.planner import rule
+    from pcr_fx.ways import case
 
-    monkeypatch.setattr(rule, "BYTES_UNASKED", 10)
+    monkeypatch.setattr(case, "BYTES_UNASKED", 10)
     model, x = net(coupled, 2, 20), normal(3, 2)
     transformed = pcr_fx.transform(model, (x,), options={"solver": "sequential", "memory_limit": 1000})
     torch.testing.assert_close(transformed(x), model(x))

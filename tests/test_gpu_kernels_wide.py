@@ -166,8 +166,9 @@ def test_memory_is_counted_with_jacobians() -> None:
 
 def test_where_jacobians_do_not_fit_it_goes_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     from pcr_fx.planner import rule
+    from pcr_fx.ways import case
 
-    monkeypatch.setattr(rule, "BYTES_UNASKED", 10)
+    monkeypatch.setattr(case, "BYTES_UNASKED", 10)
     monkeypatch.setattr(rule, "GPU_NEWTON_LENGTH", 2)
     model, x = net(coupled, 6, 9).double(), states(2, 6)
     for limit, expected in ((5_000, "sequential"), (10_000, "newton")):

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 # The rooms of the package, lowest floor first. A module may import from its own room and from lower floors;
 # rooms that share a floor do not see each other.
 FLOORS = (
-    {"errors", "registry"},
+    {"errors", "disk", "locks"},
+    {"registry"},
     {"options", "graphs"},
     {"chain", "call", "stopping"},
     {"body"},

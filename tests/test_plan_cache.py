@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_written_to_does_no_harm(
     model, x = Net(20, 3), torch.randn(4, 3)
     with torch.no_grad():
         torch.testing.assert_close(pcr_fx.transform(model, x, in_ops())(x), model(x))
-    assert "measurements cannot be kept" in caplog.text
+    assert caplog.text.count("is not a folder") == 1
 
 
 SCRIPT = """

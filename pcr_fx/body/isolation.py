@@ -5,18 +5,33 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pcr_fx.locks import fork_safe_lock
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-_lock = threading.Lock()
-_here = threading.local()
+
+class _Here(threading.local):
+    """Of this thread.
+
+    Attributes:
+        is_tracing: whether it is the one that may trace, or works for that one.
+        abandoned: set once nobody waits for what it does.
+    """
+
+    is_tracing = False
+    abandoned: threading.Event | None = None
+
+
+_here = _Here()
+_lock = fork_safe_lock()
 
 # PyTorch 2.11 as built for CUDA crashes, where there is no GPU, if threads alone make fake tensors.
 with FakeTensorMode():
@@ -27,45 +42,88 @@ def apart(function: Callable[Parameters, Result]) -> Callable[Parameters, Result
     """`function`, run in a thread of its own.
 
     A new thread starts without the caller's `torch.func` transforms, saved-tensor hooks, inference mode, autocast and
-    `torch.jit.trace`, under which tracing fails or crashes.
+    `torch.jit.trace`, under which tracing fails or crashes. And it is not interrupted, by Ctrl-C or otherwise: the caller,
+    who may be, waits until it has ended or got to a place where it may stop, and is interrupted then.
     """
 
     @functools.wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         result: Future[Result] = Future()
+        abandoned = _here.abandoned or threading.Event()
 
         def fulfil() -> None:
+            if not result.set_running_or_notify_cancel():
+                return  # the caller was interrupted before this began
+            _here.abandoned = abandoned
             try:
                 result.set_result(function(*args, **kwargs))
             except BaseException as error:
                 result.set_exception(error)
 
         thread = threading.Thread(target=fulfil, name=f"pcr_fx {function.__name__}")
-        thread.start()
-        thread.join()
-        return result.result()
+        try:
+            thread.start()
+            thread.join()
+            return result.result()
+        finally:
+            _see_off(result, abandoned)
 
     return run
 
 
-def isolated(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """`function` for tracing: apart, and one such call at a time, since two of FX's tracers at once break both.
+def _see_off(result: Future[Any], abandoned: threading.Event) -> None:
+    """Let a thread not begin, or wait for its end, however often the waiting is interrupted."""
+    if result.done() or result.cancel():
+        return
+    abandoned.set()
+    try:
+        wait([result])
+    finally:
+        _see_off(result, abandoned)
 
-    It may take no lock that is held where an isolated function is called: each would wait for the other.
+
+def stop_if_abandoned() -> None:
+    """Where a thread of `apart` may stop half-way: it does if its caller was interrupted."""
+    if _here.abandoned is not None and _here.abandoned.is_set():
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """One thread at a time: FX patches classes while it traces, and two of its tracers at once break both.
+
+    No lock may be taken in here that is held where this is asked for: each would wait for the other.
     """
+    if _here.is_tracing:
+        yield
+        return
+    with _lock:
+        _here.is_tracing = True
+        try:
+            yield
+        finally:
+            _here.is_tracing = False
 
-    def marked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        _here.is_isolated = True
+
+def isolated(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """`function` for tracing: apart, and while nobody else traces."""
+
+    @functools.wraps(function)
+    def alone(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with tracing():
+            return function(*args, **kwargs)
+
+    @functools.wraps(function)
+    def nested(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        _here.is_tracing = True
         return function(*args, **kwargs)
 
-    inner = apart(functools.wraps(function)(marked))
+    ways = {False: apart(alone), True: apart(nested)}
 
     @functools.wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        # A chain within a block of a chain: the lock is held for it already.
-        nested = getattr(_here, "is_isolated", False)
-        with contextlib.nullcontext() if nested else _lock:
-            return inner(*args, **kwargs)
+        # A chain within a block of a chain: this thread may trace, and lets another do so for it.
+        return ways[_here.is_tracing](*args, **kwargs)
 
     return run
 

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pcr_fx.body.generalise import STAND_INS, generalise
+from pcr_fx.body.isolation import stop_if_abandoned
 from pcr_fx.body.layout import StateLayout
 from pcr_fx.body.signature import Generality, Signature
 from pcr_fx.body.written_out import write_out_fused
@@ -40,6 +41,7 @@ def trace_block(chain: Chain, signature: Signature) -> fx.GraphModule:
 
 def trace(function: Run, arguments: Sequence[Any], decompositions: Any = None) -> fx.GraphModule:
     """`function` as an aten graph, or `BodyError` with what went wrong in words."""
+    stop_if_abandoned()
     try:
         # Attention in ordinary ops: its fused kernels have no vmap rule, and would be traced once a block and row.
         with (

@@ -1,17 +1,17 @@
 """Measurements kept on disk, a file each, so that no process has to make those that another one made.
 
-Files are written apart and moved into place: a process that reads sees all of one or nothing, and of two that write the
-same the last one wins.
+Of two processes that write the same the last one wins. What is read is checked as if anybody could have written it, and
+deleted where it is not what `store_timings` writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
-import os
-import tempfile
+import math
 from collections.abc import Hashable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,18 +19,27 @@ from typing import Any
 
 import torch
 
+from pcr_fx import disk
 from pcr_fx.planner.choice import Timing
-from pcr_fx.targets.cpp.build import cache_directory, processor
+from pcr_fx.targets.cpp.build import processor
 
 log = logging.getLogger(__name__)
 
 # Whose code decides how long a way takes and what is measured.
 _PACKAGES = ("body", "codegen", "linear", "planner", "solvers", "targets", "ways")
+# What is said of a chain, for people.
+_WORDS = ("modules", "source", "dtype", "device", "torch")
+_COUNTS = ("length", "dimension", "samples")
+_LARGEST_FILE = 2**20  # bytes
 
 
 def plan_directory() -> Path:
-    """Where measurements are kept."""
-    return cache_directory() / "plans"
+    """Where measurements are kept.
+
+    Raises:
+        OSError: there is no folder for them.
+    """
+    return disk.cache_directory() / "plans"
 
 
 def measurement_key(plan: str, size: Hashable, device: torch.device) -> str:
@@ -54,43 +63,77 @@ def _code() -> str:
 def load_timings(key: str) -> tuple[Timing, ...] | None:
     """The measurement kept under `key`; `None` where there is none that can be read."""
     try:
-        content = json.loads((plan_directory() / f"{key}.json").read_text())
-        return tuple(Timing(**timing) for timing in content["timings"])
-    except FileNotFoundError:
+        content = _read(plan_directory() / f"{key}.json")
+    except OSError:  # no folder, and what that means is said where something is written
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning("the measurement kept in %s cannot be read (%s); it is made anew", plan_directory() / key, error)
-        return None
+    return None if content is None else tuple(map(_timing, content["timings"]))
 
 
 def store_timings(key: str, chain: dict[str, Any], timings: Iterable[Timing]) -> None:
     """Keep a measurement; `chain` says for people what it is of."""
     content = {"chain": chain, "timings": [asdict(timing) for timing in timings]}
+    folder = None
     try:
-        folder = plan_directory()
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(name, folder / f"{key}.json")
+        folder = disk.cache_directory()
+        plan_directory().mkdir(mode=0o700, exist_ok=True)
+        disk.write(plan_directory() / f"{key}.json", json.dumps(content, indent=1).encode())
     except OSError as error:
-        log.warning("measurements cannot be kept in %s (%s)", plan_directory(), error)
+        disk.give_up(folder, error)
 
 
 def cached_plans() -> list[dict[str, Any]]:
     """Every measurement that is kept, as plain values, the oldest first: the chain it is of and the time of each way."""
     found = []
-    for path in sorted(plan_directory().glob("*.json"), key=lambda path: path.stat().st_mtime):
-        try:
-            found.append({"key": path.stem, **json.loads(path.read_text())})
-        except (OSError, ValueError):
-            log.warning("%s cannot be read", path)
-    return found
+    for path in plan_directory().glob("*.json"):
+        with contextlib.suppress(OSError):  # another process has deleted it by now
+            found.append((path.stat().st_mtime, path.stem, _read(path)))
+    return [
+        {"key": key, **content} for _, key, content in sorted(found, key=lambda one: one[:2]) if content is not None
+    ]
 
 
 def clear_plans() -> int:
     """Delete every measurement that is kept; how many those were. Compiled kernels stay."""
     paths = list(plan_directory().glob("*.json"))
     for path in paths:
-        path.unlink(missing_ok=True)
+        disk.delete(path)
     return len(paths)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a file holds; `None` where there is none, and where it is no measurement, which is deleted."""
+    try:
+        content = json.loads(disk.read(path, _LARGEST_FILE))
+        _check(content)
+        return content
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        log.warning("%s is no measurement (%s: %s); it is made anew", path, type(error).__name__, error)
+        disk.delete(path)
+        return None
+
+
+def _check(content: Any) -> None:
+    """Raise what `_read` catches unless `content` is what `store_timings` writes."""
+    chain, timings = content["chain"], content["timings"]
+    if set(content) != {"chain", "timings"} or not isinstance(timings, list) or not timings:
+        raise ValueError("it must have a chain and timings")
+    if not all(isinstance(chain[name], str) for name in _WORDS) or not all(_is_count(chain[name]) for name in _COUNTS):
+        raise ValueError("its chain is not described by words and counts")
+    for timing in timings:
+        _timing(timing)
+
+
+def _timing(content: Any) -> Timing:
+    timing = Timing(**content)
+    words = isinstance(timing.way, str) and isinstance(timing.note, str) and timing.direction in ("forward", "backward")
+    if not words or type(timing.skipped) is not bool or not _is_count(timing.iterations):
+        raise ValueError(f"its timing {timing!r:.200} has a part of another type")
+    if timing.seconds is not None and not (type(timing.seconds) is float and 0 <= timing.seconds < math.inf):
+        raise ValueError(f"a way took {timing.seconds!r:.50} seconds")
+    return timing
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63

@@ -19,6 +19,7 @@ from pcr_fx.body.sample import trace_sample
 from pcr_fx.call import Call
 from pcr_fx.chain import Chain, TensorSpec
 from pcr_fx.errors import BodyError, PlanError, UnsupportedError
+from pcr_fx.locks import fork_safe_lock
 from pcr_fx.options import Options
 from pcr_fx.planner.cache import load_timings, measurement_key, store_timings
 from pcr_fx.planner.choice import HANDING, STACKING, Choice, Timing
@@ -26,13 +27,13 @@ from pcr_fx.planner.measure import measure
 from pcr_fx.planner.rule import estimated_choice
 from pcr_fx.registry import Registry
 from pcr_fx.solvers import Settings, SolveStats, default_tolerance
-from pcr_fx.targets import CppKernel, Kernel, TritonKernel
+from pcr_fx.targets import KERNELS, Kernel
 from pcr_fx.ways import EAGER, Backward, Case, Forward, Native, Sequential, candidates, fallback
 
 log = logging.getLogger(__name__)
 
-# What a choice is for: bits of the number of samples, and whether they are native code's lanes, forward and backward.
-Size = tuple[int, bool, bool]
+# What a choice is for: bits of the number of samples, and which of the kernel's code serves them.
+Size = tuple[int, tuple[bool, ...]]
 
 
 @dataclass(eq=False)
@@ -47,7 +48,7 @@ class Learnt:
 
     choices: dict[Size, Choice] = field(default_factory=dict)
     drifted: set[Size] = field(default_factory=set)
-    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    lock: threading.RLock = field(default_factory=fork_safe_lock, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,10 +180,9 @@ class Plan:
             self.learnt.drifted.add(self._size(samples))
 
     def _size(self, samples: int) -> Size:
-        """What numbers of samples share a choice: those up to the next power of two that the same native code serves."""
-        kernel = self.kernel if isinstance(self.kernel, CppKernel) else None
-        lanes = [kernel is not None and not kernel.why_features(each, samples) for each in ("forward", "adjoint")]
-        return samples.bit_length(), lanes[0], lanes[1]
+        """What numbers of samples share a choice: those up to the next power of two that the same code serves."""
+        variant = () if isinstance(self.kernel, str) else self.kernel.variant(samples)
+        return samples.bit_length(), variant
 
     def _case(self, samples: int) -> Case:
         return Case(self.program, samples, self.kernel, self.options)
@@ -318,10 +318,6 @@ def _bound_to(program: Program, kernel: Kernel | str) -> tuple[int, ...] | Signa
 
 def _digest(*content: object) -> str:
     return hashlib.sha256(" ".join(map(repr, content)).encode()).hexdigest()[:32]
-
-
-# Whose kernels run a chain on a device.
-KERNELS: dict[str, type[CppKernel] | type[TritonKernel]] = {"cpu": CppKernel, "cuda": TritonKernel}
 
 
 def _kernel(program: Program, options: Options) -> Kernel | str:

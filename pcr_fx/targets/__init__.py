@@ -6,4 +6,7 @@ from pcr_fx.targets.cpp.pointers import PointerTable
 from pcr_fx.targets.kernel import Kernel
 from pcr_fx.targets.triton.kernel import TritonKernel
 
-__all__ = ["CompilerError", "CppKernel", "Kernel", "PointerTable", "Scattered", "TritonKernel"]
+# Whose kernels run a chain on a kind of device.
+KERNELS: dict[str, type[CppKernel] | type[TritonKernel]] = {"cpu": CppKernel, "cuda": TritonKernel}
+
+__all__ = ["KERNELS", "CompilerError", "CppKernel", "Kernel", "PointerTable", "Scattered", "TritonKernel"]

@@ -43,6 +43,9 @@ class Kernel(Protocol):
     def solve(self, call: Call) -> Tensor:
         """The trajectory `[L, *batch, d]`, block by block."""
 
+    def variant(self, samples: int) -> tuple[bool, ...]:
+        """Which of its code serves so many samples, where there is more than one."""
+
     def scratch_bytes(self, samples: int, iterations: int = 0) -> int:
         """Memory that a solve and its adjoint need beside their results, at the most.
 

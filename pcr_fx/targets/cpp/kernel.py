@@ -19,9 +19,11 @@ from pcr_fx.body.isolation import isolated
 from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.call import Call
 from pcr_fx.codegen import Unprintable
+from pcr_fx.locks import fork_safe_lock
 from pcr_fx.stopping import Outcome
 from pcr_fx.targets.cpp.build import CompilerError, check_compiler, load
 from pcr_fx.targets.cpp.memory import empty
+from pcr_fx.targets.cpp.pointers import address_in
 from pcr_fx.targets.cpp.source import REALS, chain_source, summed_numbers
 from pcr_fx.targets.kernel import LoweredBody, check_tensors
 
@@ -76,7 +78,7 @@ class CppKernel:
     failure: str | None = None
     _shapes: dict[tuple[int, torch.Size], list[tuple[int, ...] | None]] = field(default_factory=dict)
     _runs: dict[tuple[str, bool], Run | None] = field(default_factory=dict)
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _lock: threading.RLock = field(default_factory=fork_safe_lock)
 
     @classmethod
     def of(cls, program: Program) -> CppKernel:
@@ -111,6 +113,10 @@ class CppKernel:
     def body(self) -> SampleBody:
         """One block on one sample, as it was traced."""
         return self.lowered.body
+
+    def variant(self, samples: int) -> tuple[bool, ...]:
+        """Whether they are the lanes of vectors, forward and backward."""
+        return not self.why_features("forward", samples), not self.why_features("adjoint", samples)
 
     def scratch_bytes(self, samples: int, iterations: int = 0) -> int:
         """None: what a block holds is on the stack."""
@@ -190,13 +196,13 @@ class CppKernel:
             kept.append(cotangent)
         return _Given((0, 0, ctypes.addressof(table)), kept)
 
-    def _places(self, samples: int, call: Call) -> tuple[list[int], list[Tensor | Scattered]]:
+    def _places(self, samples: int, call: Call) -> tuple[list[int], list[Any]]:
         """Where every operand and shared operand lies, and what is to be kept until the call is over.
 
         Native code reads what it was compiled for: that much has to be there.
         """
         words: list[int] = []
-        kept: list[Tensor | Scattered] = []
+        kept: list[Any] = []
         sizes = iter(self._sizes)
         for operand in call.operands:
             size, own = next(sizes)
@@ -213,8 +219,9 @@ class CppKernel:
             size, own = next(sizes)
             tensor = tensor.contiguous()
             assert tensor.numel() == size * (samples if own else 1), "another kernel is for these sizes"
-            words += (tensor.data_ptr(), 0, 0)
-            kept.append(tensor)
+            memory = tensor.untyped_storage()  # the tensor may get another from another thread
+            words += (address_in(memory, tensor), 0, 0)
+            kept += (tensor, memory)
         return words, kept
 
     def _empty_gradients(self, initial: Tensor, length: int) -> list[Tensor | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ _DTYPES = {torch.float32: 6, torch.float64: 7}
 class PointerTable:
     """The addresses of `L` tensors of one shape and dtype, each contiguous.
 
+    What lies there stays as long as the table does: another thread may give the tensors other memory during a call.
+
     Attributes:
         shape, dtype: of each.
         words: how a kernel is told of the table.
@@ -34,7 +37,8 @@ class PointerTable:
         self.tensors = list(tensors)
         self.shape, self.dtype = first.shape, first.dtype
         count = len(tensors)
-        self.addresses = (ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in tensors))
+        self._memory = [tensor.untyped_storage() for tensor in tensors]
+        self.addresses = (ctypes.c_void_p * count)(*map(address_in, self._memory, tensors))
         self.handles = (ctypes.c_void_p * count)(*(id(tensor) + offset for tensor in tensors))
         self.sizes = (ctypes.c_int64 * first.dim())(*first.shape)
         self.strides = (ctypes.c_int64 * first.dim())(*first.stride())
@@ -59,15 +63,18 @@ class PointerTable:
             if tensor.shape != first.shape or tensor.dtype != first.dtype or tensor.stride() != first.stride():
                 return None
         offset = _offset()
-        if first.dtype not in _DTYPES or offset is None or not _can_check():
+        if first.dtype not in _DTYPES or offset is None or not _can_check(offset):
             return None
-        table = cls(tensors, offset)
-        # Once, that the layout of Python's tensors and the numbers of dtypes are as taken for granted here.
-        return table if table.holds() else None
+        return cls(tensors, offset)
 
     def holds(self) -> bool:
         """Whether every tensor is still where it was, with the same shape, strides and dtype."""
         return _checker()(ctypes.byref(self._operand)) == len(self.tensors)
+
+
+def address_in(memory: torch.UntypedStorage, tensor: Tensor) -> int:
+    """Where a tensor lies in `memory`, which was its own a moment ago."""
+    return memory.data_ptr() + int(tensor.storage_offset()) * tensor.element_size()
 
 
 class _Operand(ctypes.Structure):
@@ -95,22 +102,25 @@ def _offset() -> int | None:
 
 @functools.cache
 def _interface() -> tuple[int, ...]:
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
     names = ("data_ptr", "dtype", "sizes", "strides")
     return tuple(ctypes.cast(getattr(library, f"aoti_torch_get_{name}"), ctypes.c_void_p).value or 0 for name in names)
 
 
 @functools.cache
-def _can_check() -> bool:
+def _can_check(offset: int) -> bool:
+    """Whether there is a checker, and the layout of Python's tensors and the numbers of dtypes are as it takes for granted."""
     try:
-        _checker(), _interface()
+        return all(PointerTable([torch.empty(2, 3, dtype=dtype)], offset).holds() for dtype in _DTYPES)
     except (CompilerError, OSError, AttributeError):
         return False
-    return True
 
 
 @functools.cache
 def _checker() -> ctypes._NamedFuncPointer:
-    function = load(_SOURCE.read_text()).run
+    library = load(_SOURCE.read_text())
+    # Without letting other threads run meanwhile, who might move a tensor while it is looked at.
+    function = ctypes.PyDLL(library._name, handle=library._handle).run
     function.restype, function.argtypes = ctypes.c_int64, [ctypes.c_void_p]
     return function

@@ -152,6 +152,10 @@ class TritonKernel:
         """Whether all iterations of Newton's method are one launch."""
         return isinstance(self.kernels, ScalarKernels)
 
+    def variant(self, samples: int) -> tuple[bool, ...]:
+        """All numbers of samples have the same."""
+        return ()
+
     def scratch_bytes(self, samples: int, iterations: int = 0) -> int:
         """Memory that a solve and its adjoint need beside their results, at the most.
 

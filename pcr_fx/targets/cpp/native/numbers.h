@@ -8,9 +8,6 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE static inline __attribute__((always_inline))

@@ -129,7 +129,7 @@ class ScalarKernels:
         )
 
     def runs(self) -> int:
-        """Runs of blocks that a program sums the gradients of."""
+        """How many runs of blocks there are."""
         return -(-self.body.program.length // _LANES)
 
     def scratch_numbers(self, samples: int, iterations: int) -> int:

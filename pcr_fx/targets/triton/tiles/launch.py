@@ -74,7 +74,7 @@ class TileKernels:
         residuals = arguments.initial.new_empty((samples, columns, d))
         ratios = arguments.initial.new_empty((2, samples, columns))
         if backward:
-            # The cotangents by themselves: adjoints have a scale from the start.
+            # From the cotangents by themselves, not from zeros, which would give the first residuals no scale.
             assert arguments.cotangents is not None
             result[0].zero_()
             result[1:] = arguments.cotangents
@@ -131,7 +131,7 @@ class TileKernels:
         )
 
     def runs(self) -> int:
-        """Runs of blocks that a program sums the gradients of."""
+        """How many runs of blocks there are."""
         return -(-self.body.program.length // self._run_length)
 
     def scratch_numbers(self, samples: int, iterations: int) -> int:
