@@ -123,7 +123,7 @@ OVERFLOWS = set("""layer_norm rms_norm group_norm std norm normalize cosine_simi
 # The smallest numbers, which its vectors lose.
 SMALLEST = {"fmod.Tensor"}
 # The digits beyond float32 of a sixth.
-COARSE = {"hardsigmoid", "hardswish"}
+COARSE = {"hardsigmoid"}
 
 
 def arity(body: Body) -> int:

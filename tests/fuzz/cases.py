@@ -145,6 +145,9 @@ def draw(seed: int) -> Case:
     rng = random.Random(seed)
     known: dict[str, list[str]] = {"r": ["z", "z", "z"], "c": [], "m": [], "w": []}
     lines: list[Line] = []
+    if rng.randrange(4):  # a product in front couples the features, as in most models
+        lines.append(Line("v0", rng.choice(["{0} @ a", "F.linear({0}, a, b)"]), ("z",), "r"))
+        known["r"] += ["v0"] * 3
     for _ in range(rng.randint(1, 8)):
         template, kinds, kind = rng.choice([op for op in OPS if all(known[k] or k in OPERANDS for k in op[1])])
         arguments = tuple(_argument(rng, known, k) for k in kinds)

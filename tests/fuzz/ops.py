@@ -12,12 +12,13 @@ PLAIN = {"r": "z", "c": "z[..., :1]", "m": "(z > 0)", "w": "(z > 0).long()"}
 
 # Per-block parameters, inputs, masks and numbers, and what all blocks share: `[.., 4]` broadcast against any state.
 OPERANDS = {
-    "r": ["b", "0.5 * x", "u[0]", "x[..., :1] * b", "z1", "y"],
+    "r": ["b", "0.5 * x", "u[0]", "x[..., :1] * b", "z1", "y", "y @ s"],
     "c": ["x[..., :1]", "k"],
     "m": ["mask", "(b > 0)", "(x > y)"],
 }
 
-_ACTIVATIONS = """relu gelu silu softplus elu celu selu leaky_relu hardtanh hardswish hardsigmoid mish logsigmoid softsign
+# Not hardsigmoid, whose gradient PyTorch has in float64 as exactly as in float32.
+_ACTIVATIONS = """relu gelu silu softplus elu celu selu leaky_relu hardtanh hardswish mish logsigmoid softsign
 tanhshrink relu6 softshrink hardshrink""".split()
 _SMOOTH = "tanh sin cos sigmoid atan asinh erf erfc expm1 sinc square abs neg sign trunc floor ceil round frac".split()
 
