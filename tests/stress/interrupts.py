@@ -119,7 +119,9 @@ def run(count: int, seed: int) -> list[str]:
             time.sleep(0.01)
         except KeyboardInterrupt:
             hits[stage] += 1
+        began = time.perf_counter()
         trouble = _after(call, way)
+        typical[stage, way] = min(typical[stage, way], time.perf_counter() - began)
         if trouble:
             troubles.append(f"{stage} by {way}, interrupted after {moment:.3f} s: {trouble}")
     print(

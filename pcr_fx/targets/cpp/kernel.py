@@ -25,6 +25,7 @@ from pcr_fx.targets.cpp.build import CompilerError, check_compiler, load
 from pcr_fx.targets.cpp.memory import empty
 from pcr_fx.targets.cpp.pointers import address_in
 from pcr_fx.targets.cpp.source import REALS, chain_source, summed_numbers
+from pcr_fx.targets.cpp.threads import available_threads
 from pcr_fx.targets.kernel import LoweredBody, check_tensors
 
 log = logging.getLogger(__name__)
@@ -264,7 +265,7 @@ class CppKernel:
     def _threads(self, blocks: int, operations: int) -> int:
         """As many as PyTorch may use, and as the work feeds: so many operations for each of the blocks of all samples."""
         work = operations * blocks
-        return max(1, min(torch.get_num_threads(), work // _OPERATIONS_A_THREAD))
+        return max(1, min(available_threads(), work // _OPERATIONS_A_THREAD))
 
     def _call(
         self,
