@@ -227,9 +227,10 @@ def write(path: Path, content: bytes) -> None:
 
 
 def delete(path: Path) -> None:
-    """Remove a file or folder, if it is there and may be removed."""
-    with contextlib.suppress(OSError):
-        path.unlink()
+    """Remove a file, with its record, or a folder, if it is there and may be removed."""
+    for each in (path, _record_path(path)):
+        with contextlib.suppress(OSError):
+            each.unlink()
     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -2,11 +2,13 @@
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,3 +144,119 @@ def test_a_measurement_from_disk_is_called_one(plan_cache: Path) -> None:
         with torch.no_grad():
             fast(x)
         assert chain_of(fast)["reason"].endswith("(by measurements kept on disk)") is found
+
+
+# --- what a file may hold -----------------------------------------------------------------------------------------------
+
+CHAIN = {
+    "modules": "layers",
+    "source": "a.py:1",
+    "length": 20,
+    "dimension": 3,
+    "samples": 4,
+    "dtype": "torch.float32",
+    "device": "cpu",
+    "torch": "2.13.0",
+}
+TIMING = {"way": "eager", "direction": "forward", "seconds": 1e-3, "iterations": 0, "note": "", "skipped": False}
+
+
+def altered(**changes: Any) -> bytes:
+    """A measurement with one timing, of which something is changed; `...` leaves it out."""
+    timing = {name: value for name, value in {**TIMING, **changes}.items() if value is not Ellipsis}
+    return json.dumps({"chain": CHAIN, "timings": [timing]}).encode()
+
+
+def of_chain(**changes: Any) -> bytes:
+    chain = {name: value for name, value in {**CHAIN, **changes}.items() if value is not Ellipsis}
+    return json.dumps({"chain": chain, "timings": [TIMING]}).encode()
+
+
+def whole(**changes: Any) -> bytes:
+    return json.dumps({"chain": CHAIN, "timings": [TIMING], **changes}).encode()
+
+
+GOOD = {
+    "as written": altered(),
+    "not timed": altered(seconds=None, note="too slow"),
+    "of no time": altered(seconds=0.0),
+}
+BROKEN = {
+    "empty": b"",
+    "blank": b" \n",
+    "half": altered()[:-30],
+    "with more behind it": altered() + altered(),
+    "bytes": bytes(range(256)),
+    "zeros": bytes(4096),
+    "another encoding": b"\xff" + "{}".encode("utf-16"),
+    "a number": b"3",
+    "a text": b'"chain"',
+    "a list": b"[1, 2]",
+    "nothing": b"null",
+    "deep lists": b"[" * 100_000 + b"]" * 100_000,
+    "deep objects": b'{"chain":' * 100_000 + b"1" + b"}" * 100_000,
+    "a long number": b'{"chain": ' + b"9" * 10_000 + b"}",
+    "too large": b" " * 2**21 + altered(),
+    "no chain": json.dumps({"timings": [TIMING]}).encode(),
+    "no timings": json.dumps({"chain": CHAIN}).encode(),
+    "more than both": whole(further=1),
+    "a chain that is a text": whole(chain="a chain"),
+    "a chain that is a list": whole(chain=[CHAIN]),
+    "no timing": whole(timings=[]),
+    "timings that are an object": whole(timings={"timing": TIMING}),
+    "timings that are a number": whole(timings=3),
+    "a timing that is a number": whole(timings=[3]),
+    "a timing that is nothing": whole(timings=[TIMING, None]),
+    "a length that is a text": of_chain(length="20"),
+    "a negative length": of_chain(length=-1),
+    "a length that is no whole number": of_chain(length=20.5),
+    "a length that is a truth": of_chain(length=True),
+    "a length beyond any": of_chain(length=10**30),
+    "no number of samples": of_chain(samples=...),
+    "a source that is a number": of_chain(source=3),
+    "seconds that are a text": altered(seconds="1e-3"),
+    "negative seconds": altered(seconds=-1e-3),
+    "seconds that are no number": altered(seconds=math.nan),
+    "endless seconds": altered(seconds=math.inf),
+    "seconds that are a truth": altered(seconds=True),
+    "seconds that are a list": altered(seconds=[1e-3]),
+    "iterations that are a text": altered(iterations="3"),
+    "negative iterations": altered(iterations=-3),
+    "iterations that are no whole number": altered(iterations=3.5),
+    "another direction": altered(direction="sideways"),
+    "a direction that is a list": altered(direction=["forward"]),
+    "a way that is a number": altered(way=3),
+    "a note that is nothing": altered(note=None),
+    "a truth that is a text": altered(skipped="no"),
+    "a further part": altered(pace=1),
+    "no way": altered(way=...),
+}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_a_good_measurement_is_read(kind: str, plan_cache: Path) -> None:
+    plan_cache.mkdir()
+    (plan_cache / "key.json").write_bytes(GOOD[kind])
+    (timing,) = cache.load_timings("key") or ()
+    assert timing.way == "eager"
+    assert [kept["key"] for kept in pcr_fx.cached_plans()] == ["key"]
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_measurement_is_deleted(kind: str, plan_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan_cache.mkdir()
+    for read in (lambda: cache.load_timings("key"), lambda: pcr_fx.cached_plans() or None):
+        (plan_cache / "key.json").write_bytes(BROKEN[kind])
+        with caplog.at_level(logging.WARNING, "pcr_fx"):
+            assert read() is None
+        assert list(plan_cache.iterdir()) == []
+    assert caplog.text.count("it is made anew") == 2
+
+
+def test_a_folder_in_place_of_a_measurement_is_deleted(plan_cache: Path) -> None:
+    (plan_cache / "key.json" / "in it").mkdir(parents=True)
+    assert cache.load_timings("key") is None
+    cache.store_timings("key", CHAIN, [plan.Timing(**TIMING)])
+    assert cache.load_timings("key") == (plan.Timing(**TIMING),)
+    (plan_cache / "other.json").mkdir()
+    assert pcr_fx.clear_plans() == 2 and list(plan_cache.iterdir()) == []
