@@ -276,9 +276,13 @@ class SolveNode(nn.Module):
         self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
     ) -> tuple[Signature | None, Plan | BodyError]:
         """What the plan is for, unless it was given; and `plan_for`."""
+        signature = None if self.plan is not None else signature_of(states, operands, shared)
+        if mixed := _mixed_precision(_dtypes_of(states, operands, shared), states[0].device.type):
+            log.warning("%s runs block by block: %s", self.record.name, mixed)
+            return signature, BodyError(mixed)
         if self.plan is not None:
             return None, self.plan
-        signature = signature_of(states, operands, shared)
+        assert signature is not None, "without a plan there is a signature to make one for"
         known = next((route.plan for route in self._routes.values() if route.signature == signature), None)
         if known is not None:
             return signature, known
@@ -338,6 +342,14 @@ def _dtypes_of(
     states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
 ) -> tuple[torch.dtype, ...]:
     return tuple(dtype_of(tensor) for tensor in (*states, *operands, *shared))
+
+
+def _mixed_precision(dtypes: Sequence[torch.dtype], device: str) -> str:
+    """Why such tensors are left to the model's own ops, or nothing: each then computes in a dtype of its own, or refuses."""
+    floating = sorted({str(dtype) for dtype in dtypes if dtype.is_floating_point})
+    if len(floating) < 2 or not any(dtype in _LOW_PRECISION for dtype in dtypes) or _autocast_dtype(device) is not None:
+        return ""
+    return f"its tensors are {' and '.join(floating)}, without autocast"
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

@@ -165,6 +165,7 @@ def test_memory_is_counted_with_jacobians() -> None:
 
 
 def test_where_jacobians_do_not_fit_it_goes_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pcr_fx.planner import rule
     from pcr_fx.ways import case
 
     monkeypatch.setattr(case, "BYTES_UNASKED", 10)

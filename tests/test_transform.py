@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,30 @@ def test_low_precision_keeps_its_dtype(solver: str) -> None:
         got, expected = pcr_fx.transform(mixed, options={"solver": solver})(x.float()), mixed(x.float())
     assert got.dtype == expected.dtype
     torch.testing.assert_close(got, expected, atol=3e-2, rtol=3e-2)
+
+
+class Products(nn.Module):
+    def __init__(self, multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.multiply = multiply
+        self.weights = nn.ParameterList([torch.randn(4, 4) / 3 for _ in range(12)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = torch.tanh(x) + self.multiply(x, weight)
+        return x
+
+
+@pytest.mark.parametrize("solver", ["auto", "sequential", "newton"])
+def test_float32_weights_and_a_bfloat16_input_do_what_they_do_in_eager(solver: str) -> None:
+    x = torch.randn(3, 4, dtype=torch.bfloat16)
+    promoting, refusing = Products(lambda x, weight: 0.5 * x * weight[0]), Products(torch.matmul)
+    got, expected = pcr_fx.transform(promoting, x, options={"solver": solver})(x), promoting(x)
+    assert got.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    for model in (refusing, pcr_fx.transform(refusing, x, options={"solver": solver})):
+        with pytest.raises(RuntimeError, match="same dtype"):
+            model(x)
 
 
 def test_a_tensor_has_only_a_tensors_attributes_while_traced() -> None:

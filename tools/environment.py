@@ -89,7 +89,11 @@ def set_up(folder: Path, installer: str | None, system_torch: bool) -> None:
     if unfinished.exists():  # a first set-up that was killed
         shutil.rmtree(folder)
     is_new = not folder.exists()
-    # Uv does not see packages outside of the environment.
+    if not is_new and not (folder / "bin" / "python").exists():
+        raise SetupError(
+            f"{folder} is there, but has no Python that runs: remove it, or name another folder by VENV=..."
+        )
+    # uv does not see packages outside of the environment.
     environment = Environment(folder, None if system_torch else installer)
     try:
         if is_new:

@@ -1,8 +1,9 @@
 """The body of a chain: what one block computes, which dimensions are batch, and the programs that run all blocks."""
 
+from pcr_fx.body.agreement import BATCHED_EPS
 from pcr_fx.body.batch import BatchDimensions
 from pcr_fx.body.layout import StateLayout
 from pcr_fx.body.program import Program, build_program
 from pcr_fx.body.signature import Signature
 
-__all__ = ["BatchDimensions", "Program", "Signature", "StateLayout", "build_program"]
+__all__ = ["BATCHED_EPS", "BatchDimensions", "Program", "Signature", "StateLayout", "build_program"]

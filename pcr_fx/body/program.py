@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pcr_fx.body.agreement import disagreement
 from pcr_fx.body.batch import BatchDimensions, prove_batch_dimensions
 from pcr_fx.body.isolation import isolated
 from pcr_fx.body.layout import StateLayout
@@ -61,6 +62,7 @@ class Program:
     pullback: Run
     pull: Run
     _shorter: dict[int, Program] = field(default_factory=dict, repr=False)
+    _faults: dict[str, str] = field(default_factory=dict, repr=False)
 
     def called_with(self, signature: Signature) -> Program:
         """The same for tensors of another signature that it is right for."""
@@ -80,6 +82,17 @@ class Program:
             chain = replace(self.chain, length=length, literals=literals)
             self._shorter[length] = build_program(chain, self.signature)
         return self._shorter[length]
+
+    def fault(self, *names: str) -> str:
+        """Why one of these programs of all blocks may not be used, or nothing; found out when it is first asked.
+
+        Args:
+            names: of `evaluate`, `linearise` and `pullback`, of which `pull` is a part.
+        """
+        for name in names:
+            if name not in self._faults:
+                self._faults[name] = disagreement(self, name)
+        return next((fault for name in names if (fault := self._faults[name])), "")
 
     @property
     def length(self) -> int:

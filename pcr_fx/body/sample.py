@@ -164,6 +164,14 @@ def _trace_functional(function: Run, arguments: Sequence[Tensor]) -> fx.GraphMod
     return graph
 
 
+def _smooth_l1_loss_backward(cotangent: Tensor, input: Tensor, target: Tensor, reduction: int, beta: float) -> Tensor:
+    """As PyTorch's kernels have it: NaN at NaN, where its decomposition gives 0."""
+    difference = input - target
+    weight = 1 / difference.numel() if reduction == 1 else 1.0  # of a mean
+    inner = torch.where(difference >= beta, weight, weight / beta * difference)
+    return torch.where(difference <= -beta, -weight, inner) * cotangent
+
+
 def _decompositions() -> dict[Any, Any]:
     """Down to few ops, but for the products that kernels know themselves."""
     aten = torch.ops.aten
@@ -239,6 +247,7 @@ def _decompositions() -> dict[Any, Any]:
     ]
     kept = ("addmm", "mm", "bmm", "baddbmm", "var", "var_mean", "mean", "sum")
     table = {**core_aten_decompositions(), **get_decompositions(more)}
+    table[aten.smooth_l1_loss_backward.default] = _smooth_l1_loss_backward
     return {op: rule for op, rule in table.items() if op.name().split("::")[1].split(".")[0] not in kept}
 
 

@@ -1,7 +1,7 @@
 """Fused ops written out, where PyTorch's own cannot be batched over blocks or differentiated in all they take.
 
 Its recurrent cells are batched one block at a time. Its batch norm refuses to be differentiated in the statistics,
-which are operands like any other here.
+which are operands like any other here. Its cross entropy with logits is NaN at infinity once it is transformed.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ def batch_norm(
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = torch.rsqrt(running_var + eps)
     scale = scale if weight is None else scale * weight
-    shift = -running_mean * scale
-    shift = shift if bias is None else shift + bias
+    shift = (0.0 if bias is None else bias) - running_mean * scale
     channels = (-1, *(1 for _ in x.shape[2:]))
     return x * scale.view(channels) + shift.view(channels)
 
@@ -76,12 +75,31 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.linalg.vector_norm(v, dim=dims, keepdim=True))
 
 
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Weights = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Weights = None,
+) -> Tensor:
+    """`F.binary_cross_entropy_with_logits`."""
+    positive = F.logsigmoid(input) if pos_weight is None else (1 + (pos_weight - 1) * target) * F.logsigmoid(input)
+    loss = (1 - target) * input - positive
+    loss = loss if weight is None else loss * weight
+    if size_average is not None or reduce is not None:  # the older names of the same
+        reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
+    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
 _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     torch.lstm_cell: lstm_cell,
     torch.gru_cell: gru_cell,
     torch.rnn_tanh_cell: rnn_tanh_cell,
     torch.rnn_relu_cell: rnn_relu_cell,
     F.batch_norm: batch_norm,
+    F.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,
     torch._weight_norm: weight_norm,
 }
 

@@ -24,6 +24,7 @@ from pcr_fx.codegen.ir import (
     map_views,
     views,
 )
+from pcr_fx.codegen.whole import as_number, as_truth
 from pcr_fx.graphs.nodes import arguments_of
 
 if TYPE_CHECKING:
@@ -113,6 +114,16 @@ def _reduction(combine: str) -> Callable[[Lowering, fx.Node], Value]:
     return build
 
 
+def _sum(lowering: Lowering, node: fx.Node) -> Value:
+    """Of truth values it is whether there is a true one."""
+    if node.meta["val"].dtype != torch.bool:
+        return _reduction("add")(lowering, node)
+    given = arguments_of(node)
+    value = lowering.tensor(given["self"])
+    truth = Value(value.shape, as_truth(value.expression))
+    return lowering.reduce(truth, _dims(given.get("dim"), value), bool(given.get("keepdim")), "maximum")
+
+
 def _mean(lowering: Lowering, node: fx.Node) -> Value:
     value = lowering.tensor(arguments_of(node)["self"])
     total = _reduction("add")(lowering, node)
@@ -169,7 +180,8 @@ def _full(value: float | str) -> Rule:
 
     def build(_: Lowering, node: fx.Node) -> Value:
         number = arguments_of(node)[value] if isinstance(value, str) else value
-        return Value(tuple(node.meta["val"].shape), Constant(float(number)))
+        result = node.meta["val"]
+        return Value(tuple(result.shape), Constant(as_number(number, result.dtype)))
 
     return Rule(build)
 
@@ -231,7 +243,8 @@ def _padded(lowering: Lowering, node: fx.Node) -> Value:
     value = _cut(lowering.tensor(given["self"]), pads)
     shape = tuple(node.meta["val"].shape)
     buffer = lowering.local(shape, any(view.buffer.varying for view in views(value.expression)))
-    lowering.write(in_memory(buffer, shape), Value(shape, Constant(float(given["value"]))))
+    border = Constant(as_number(given["value"], node.meta["val"].dtype))
+    lowering.write(in_memory(buffer, shape), Value(shape, border))
     strides, rank = contiguous(shape), len(shape)
     offset = sum(strides[rank - 1 - index] * max(before, 0) for index, before in enumerate(pads[::2]))
     lowering.write(Value(value.shape, Load(View(buffer, strides, offset))), value)
@@ -265,16 +278,6 @@ def _flipped(lowering: Lowering, node: fx.Node) -> Value:
         return View(view.buffer, strides, offset)
 
     return Value(value.shape, map_views(value.expression, change))
-
-
-def _to_copy(lowering: Lowering, node: fx.Node) -> Value:
-    given = arguments_of(node)["self"]
-    value, source, target = lowering.tensor(given), given.meta["val"].dtype, node.meta["val"].dtype
-    if target == torch.int64 and source.is_floating_point:
-        raise Unprintable("no kernel is printed for a conversion to torch.int64")
-    if target == torch.bool and source != torch.bool:
-        return Value(value.shape, Apply("ne", (value.expression, Constant(0.0))))
-    return value
 
 
 def _identity_matrix(lowering: Lowering, node: fx.Node) -> Value:
@@ -328,8 +331,8 @@ RULES: dict[str, Rule] = {
     "bmm.default": Rule(_product),
     "addmm.default": Rule(_added_product),
     "baddbmm.default": Rule(_added_product),
-    "sum.default": Rule(_reduction("add"), computes_arguments=True),
-    "sum.dim_IntList": Rule(_reduction("add"), computes_arguments=True),
+    "sum.default": Rule(_sum, computes_arguments=True),
+    "sum.dim_IntList": Rule(_sum, computes_arguments=True),
     "mean.default": Rule(_mean, computes_arguments=True),
     "mean.dim": Rule(_mean, computes_arguments=True),
     "amax.default": Rule(_reduction("maximum"), computes_arguments=True),
@@ -342,7 +345,7 @@ RULES: dict[str, Rule] = {
     "select_scatter.default": Rule(_select_scatter, computes_arguments=True),
     "constant_pad_nd.default": Rule(_padded, computes_arguments=True),
     "flip.default": Rule(_flipped),
-    "_to_copy.default": Rule(_to_copy, computes_arguments=True),
+    "_to_copy.default": _pointwise(lambda value: value),  # what another dtype makes of it, `WholeNumbers` knows
     # New.
     "eye.default": Rule(_identity_matrix),
     "eye.m": Rule(_identity_matrix),

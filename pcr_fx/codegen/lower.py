@@ -29,6 +29,7 @@ from pcr_fx.codegen.ir import (
     simplify,
     views,
 )
+from pcr_fx.codegen.whole import WholeNumbers
 from pcr_fx.graphs.nodes import overload_name
 
 # Constants of a body that are written out in its kernel's source.
@@ -63,12 +64,14 @@ class Lowering:
         self.inputs: list[Buffer] = []
         self.count = 0
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        self.dtype = placeholders[0].meta["val"].dtype
+        self.whole = WholeNumbers(self.dtype)
         for index, (node, varies) in enumerate(zip(placeholders, varying, strict=True)):
             value = node.meta["val"]
             buffer = Buffer(f"in{index}", value.numel(), varies)
             self.inputs.append(buffer)
             self.values[node] = in_memory(buffer, tuple(value.shape))
-        self.dtype = placeholders[0].meta["val"].dtype
+            self.whole.take(node)
 
     def function(self, sums: Sequence[bool]) -> Function:
         for node in self.graph.nodes:
@@ -88,25 +91,20 @@ class Lowering:
 
     def _visit(self, node: fx.Node) -> Any:
         if node.op == "get_attr":
+            self.whole.take(node)
             return self._attribute(node)
         if node.target is operator.getitem:
             parts, index = node.args
+            self.whole.take(node)
             return self.values[parts][index]  # type: ignore[index]
         name = overload_name(node)
-        self._check_dtype(node, name)
         if name not in RULES:
             raise Unprintable(f"no kernel is printed for aten.{name}")
-        return RULES[name].build(self, node)
-
-    def _check_dtype(self, node: fx.Node, name: str) -> None:
-        value = node.meta["val"]
-        if isinstance(value, (tuple, list)):
-            return
-        if name.startswith("bitwise_") and value.dtype != torch.bool:
-            raise Unprintable(f"no kernel is printed for aten.{name} of {value.dtype}")
-        # Whole numbers come from truth values counted, as in the derivative of a maximum: exact in any real dtype.
-        if value.dtype not in (self.dtype, torch.bool, torch.int64):
-            raise Unprintable(f"no kernel is printed for aten.{name} of {value.dtype} beside {self.dtype}")
+        self.whole.check(node)
+        value = RULES[name].build(self, node)
+        if isinstance(value, list):
+            return value
+        return Value(value.shape, self.whole.kept(node, value.expression))
 
     def _keep(self, node: fx.Node, value: Any) -> Any:
         """The value as it is where it is used once, by an op that can compute it on the way; else put in memory."""

@@ -171,6 +171,8 @@ class _Measurement:
         if time.perf_counter() > self.ends:
             return Timing(way.name, direction, None, note=f"the budget of {self.budget:g} s was spent", skipped=True)
         try:
+            if fault := way.fault(self.case.program):
+                return Timing(way.name, direction, None, note=fault)
             if not way.iterates:
                 return self._sequential(way, direction)
             if direction == "backward":
@@ -178,19 +180,15 @@ class _Measurement:
                 return self._timing(way.name, direction, run, best=best)
             assert isinstance(way, Forward)
             return self._queued(way, best) if way.queues else self._iterative(way, best)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            return Timing(way.name, direction, None, note="out of memory")
+        except Exception as error:
+            return Timing(way.name, direction, None, note=_in_words(error))
 
     def _beside(self, name: str, take: Callable[[], None]) -> None:
-        """Time what is no way of a solve node, unless memory is too short for it."""
+        """Time what is no way of a solve node, if it can be called."""
         try:
             take()
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            self.timings.append(Timing(name, "forward", None, note="out of memory"))
+        except Exception as error:
+            self.timings.append(Timing(name, "forward", None, note=_in_words(error)))
 
     # --- block by block: the time of fewer blocks, in proportion ------------------------------------------
 
@@ -413,9 +411,13 @@ class _Measurement:
         return min(first, statistics.median(times))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: on a CPU PyTorch has no exception of its own for it."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def _in_words(error: Exception) -> str:
+    """Why something could not be timed. Where memory ran out PyTorch has no exception of its own for it on a CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return "out of memory"
+    log.debug("it could not be timed", exc_info=error)
+    lines = str(error).strip().splitlines()
+    return f"it raised {type(error).__name__}" + (f": {lines[0]}" if lines else "")
 
 
 def _once(run: Callable[[], Any], device: torch.device) -> float:

@@ -15,6 +15,7 @@ on two CPU cores with PyTorch ops (blocks x + 0.1 W2 tanh(W1 x), float32, `bench
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 from pcr_fx.planner.choice import Choice
 from pcr_fx.ways import (
@@ -25,11 +26,14 @@ from pcr_fx.ways import (
     Reduction,
     Refused,
     Sequential,
+    Way,
     block_by_block,
     by_iteration,
     by_reduction,
     in_units,
 )
+
+_Way = TypeVar("_Way", bound=Way)
 
 # Jacobian entries of one block (samples x d x d) up to which a reduction beats the calls of the block's ops.
 FORWARD_ENTRIES = 512
@@ -80,7 +84,7 @@ def asked_choice(case: Case, solver: str) -> Choice:
     if solver == "sequential":
         reason = why_not or _IN_ONE_KERNEL[sequential.kind]
         return Choice(sequential, sequential, f"{asked}; {reason}", asked_for=True)
-    forward, backward = by_iteration(case, solver), by_reduction(case)
+    forward, backward = _sound(case, by_iteration(case, solver)), _sound(case, by_reduction(case))
     reasons = [asked]
     for direction, way in (("forward", forward), ("backward", backward)):
         if isinstance(way, Refused):
@@ -92,6 +96,12 @@ def asked_choice(case: Case, solver: str) -> Choice:
             fit = f"which fit into the memory limit of {in_units(case.limit)}"
             reasons.append(f"{direction} in windows of {taken.window}, {fit}")
     return Choice(there, back, "; ".join(reasons), asked_for=True)
+
+
+def _sound(case: Case, way: _Way | Refused) -> _Way | Refused:
+    """The way, unless it would not compute what the model does."""
+    fault = "" if isinstance(way, Refused) else way.fault(case.program)
+    return Refused(way.name, fault) if fault else way
 
 
 def _on_gpu(case: Case, sequential: Fused) -> Choice:
@@ -128,4 +138,7 @@ def _in_torch_ops(case: Case) -> Choice:
         f"{length} blocks, {size}; auto takes Newton forward up to {FORWARD_ENTRIES} entries from {FORWARD_LENGTH} "
         f"blocks on, backward up to {BACKWARD_ENTRIES} from {BACKWARD_LENGTH} on"
     )
+    for wanted, way in ((forward, newton), (backward, reduction)):
+        if wanted and (fault := way.fault(program)):
+            return Choice(sequential, sequential, f"{size}; {fault}")
     return Choice(newton if forward else sequential, reduction if backward else sequential, reason)

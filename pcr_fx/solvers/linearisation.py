@@ -27,9 +27,11 @@ class Linearisation(ABC):
         solver: the name of the iteration that it makes.
         fewest: iterations that no chain worth iterating does without.
         most: iterations before giving up, where nobody says otherwise. Cheaper ones are more.
+        programs: those of all blocks that it runs.
     """
 
     solver: ClassVar[str]
+    programs: ClassVar[tuple[str, ...]] = ("evaluate",)
     fewest: ClassVar[int]
     most: ClassVar[int]
 

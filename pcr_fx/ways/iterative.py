@@ -27,6 +27,9 @@ class Iterative(Forward):
         window = affordable_window(case, solver)
         return window if isinstance(window, Refused) else cls(solver, window)
 
+    def fault(self, program: Program) -> str:
+        return program.of_length(self.window or program.length).fault(*linearisation(self.solver).programs)
+
     def hopeless(self, case: Case, direction: str) -> str:
         return why_it_waits(case)
 

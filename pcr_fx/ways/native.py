@@ -134,8 +134,12 @@ class NativeNewton(Forward):
     def solve(
         self, program: Program, call: Call, settings: Settings, start: Tensor | None = None, fall_back: bool = True
     ) -> Solution:
-        if start is not None or not call.initial.numel() or not self.kernel.is_ready("newton", call.initial):
-            return Iterative(self.solver, self.window).solve(program, call, settings, start)
+        in_ops = Iterative(self.solver, self.window)
+        if not call.initial.numel() or not self.kernel.is_ready("newton", call.initial):
+            in_ops_or_sequence = Sequential() if in_ops.fault(program) else in_ops
+            return in_ops_or_sequence.solve(program, call, settings, start)
+        if start is not None and not in_ops.fault(program):
+            return in_ops.solve(program, call, settings, start)
         limit = settings.limit(self.solver, call.length)
         trajectory, outcome, iterations, residual = self.kernel.solve_newton(call, settings.tolerance, limit)
         return Solution(trajectory, SolveStats(Outcome[outcome], iterations, residual))

@@ -29,6 +29,9 @@ class Reduction(Backward):
         window = affordable_window(case, "newton")
         return window if isinstance(window, Refused) else cls("newton", window)
 
+    def fault(self, program: Program) -> str:
+        return program.of_length(self.window or program.length).fault("linearise", "pullback")
+
     def hopeless(self, case: Case, direction: str) -> str:
         return why_it_waits(case)
 

@@ -88,6 +88,10 @@ class Way(ABC):
         """Whether it can be called for states like `initial`; what it needs is compiled now, if it is not yet."""
         return True
 
+    def fault(self, program: Program) -> str:
+        """Why it would not compute what the model does, or nothing; found out when it is first asked of a program."""
+        return ""
+
     def hopeless(self, case: Case, direction: str) -> str:
         """Why it is not worth timing in this direction, or nothing."""
         return ""

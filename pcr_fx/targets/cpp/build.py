@@ -14,6 +14,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,22 +23,29 @@ from pcr_fx import disk
 from pcr_fx.body.isolation import stop_if_abandoned
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.locks import fork_safe_lock
+from pcr_fx.registry import Registry
 
 log = logging.getLogger(__name__)
 
-# After those of PyTorch's own C++ builder. Products may be fused with sums, but nothing is reordered, and NaN and
-# infinities keep their meaning: no -ffast-math, nor parts of it. With -fassociative-math alone the gradients of 1024
-# tanh blocks were four times as far from float64 as eager's, since `g * (1 - t * t)` became `g - g * t * t`.
+# After those of PyTorch's own C++ builder, which allow more. Products may be fused with sums, which changes roundings, and
+# whether a product overflows whose sum does not. No other flag changes a value: NaN, infinities and the signs of zeros keep
+# their meaning, and nothing is reordered. Without signed zeros compilers drop `0 * NaN`, and take `0 - x` for `-x`; with
+# -fassociative-math the gradients of 1024 tanh blocks were four times as far from float64 as eager's, since
+# `g * (1 - t * t)` became `g - g * t * t`.
 _FLAGS = (
-    "-ftree-loop-vectorize -ffp-contract=fast -fwrapv -fno-math-errno -fno-signed-zeros -fno-trapping-math "
-    "-fvisibility=hidden -fno-gnu-unique -Wno-psabi -Wno-unused -w -fopenmp -g0"
+    "-ffp-contract=fast -fwrapv -fno-math-errno -fsigned-zeros -fno-trapping-math -fvisibility=hidden -w -g0"
 ).split()
+# Clang does what these say without being told, and knows none of them.
+_GCC_FLAGS = ["-ftree-loop-vectorize", "-fno-gnu-unique"]
+# Apple's compiler comes without OpenMP: kernels on a Mac keep to one thread.
+_OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
 # A kernel compiles in some two seconds, on a busy machine in twenty. Who takes longer is not waited for again.
 _COMPILE_SECONDS = 100.0
 _VERSION_SECONDS = 20.0
 _LISTENING_SECONDS = 0.1
 _lock = fork_safe_lock()
-_loaded: dict[str, ctypes.CDLL] = {}
+# What is let go stays mapped, as Python unloads no library; to open it again costs little.
+_loaded: Registry[str, ctypes.CDLL] = Registry()
 _hanging: set[str] = set()
 
 
@@ -58,9 +66,8 @@ def load(source: str) -> ctypes.CDLL:
     """
     key = hashlib.sha256("\0".join((source, *_toolchain())).encode()).hexdigest()[:32]
     with _lock:
-        if key not in _loaded:
-            _loaded[key] = _from_disk(key, source)
-        return _loaded[key]
+        library = _loaded.get(key)
+        return library if library is not None else _loaded.keep(key, _from_disk(key, source))
 
 
 def _from_disk(key: str, source: str) -> ctypes.CDLL:
@@ -129,7 +136,7 @@ def _compile(source: str, folder: Path) -> bytes:
     with disk.workshop(folder) as workshop:
         (workshop / "chain.cpp").write_text(source)
         try:
-            options = cpp_builder.CppOptions(extra_flags=_FLAGS, compiler=shlex.join(_compiler()))
+            options = cpp_builder.CppOptions(extra_flags=_flags(), compiler=shlex.join(_compiler()))
             builder = cpp_builder.CppBuilder("chain", ["chain.cpp"], options)
         except (exc.InvalidCxxCompiler, OSError, RuntimeError) as error:
             raise CompilerError(f"no kernel could be compiled: {type(error).__name__}: {error}") from error
@@ -224,12 +231,20 @@ def _telling_line(printed: str) -> str:
 @functools.cache
 def _toolchain() -> tuple[str, ...]:
     """Everything beside the source that decides what a compiled kernel is."""
-    compiler = _compiler()
+    return *_compiler(), _version(), processor(), *_flags()
+
+
+@functools.cache
+def _version() -> str:
+    """What the compiler says of itself."""
     try:
-        version = _run([*compiler, "--version"], None, _VERSION_SECONDS)
+        return _run([*_compiler(), "--version"], None, _VERSION_SECONDS).partition("\n")[0]
     except CompilerError as error:
         raise CompilerError(f"no C++ compiler was found: {error}") from error
-    return *compiler, version.partition("\n")[0], processor(), *_FLAGS
+
+
+def _flags() -> list[str]:
+    return [*_FLAGS, *_OPENMP_FLAGS, *([] if "clang" in _version() else _GCC_FLAGS)]
 
 
 def _compiler() -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -101,7 +102,8 @@ def _offset() -> int | None:
 
 @functools.cache
 def _interface() -> tuple[int, ...]:
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
     names = ("data_ptr", "dtype", "sizes", "strides")
     return tuple(ctypes.cast(getattr(library, f"aoti_torch_get_{name}"), ctypes.c_void_p).value or 0 for name in names)
 

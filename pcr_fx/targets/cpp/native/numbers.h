@@ -1,5 +1,6 @@
 // Scalar functions for one number or a vector of them, and what templates over both need.
-// REAL is float or double. Every function passes NaN on, and takes and gives infinities, as PyTorch's does.
+// REAL is float or double. Every function passes NaN on, and takes and gives infinities and zeros of either sign, as PyTorch's
+// does.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -7,9 +8,6 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #define INLINE_MEMBER inline __attribute__((always_inline))
 #define INLINE static inline __attribute__((always_inline))
@@ -49,8 +47,9 @@ template <class V> constexpr int k_unrolled(int size) {
 template <class V> using whole = std::conditional_t<k_is_vector<V>, ivec, integer>;
 template <class... A> using wide = std::conditional_t<(k_is_vector<A> || ...), vec, real>;
 
+// A vector of one number. `a - 0` is `a`, where `a + 0` would lose the sign of a zero.
 template <class V, class A> INLINE V k_fill(A a) {
-  if constexpr (k_is_vector<V> && !k_is_vector<A>) return V{} + a; else return a;
+  if constexpr (k_is_vector<V> && !k_is_vector<A>) return a - V{}; else return a;
 }
 template <class V, class A> INLINE void k_set(V& place, A value) { place = k_fill<V>(value); }
 template <class V, class A> INLINE void k_add(V& place, A value) { place = place + k_fill<V>(value); }
@@ -62,6 +61,16 @@ INLINE ivec k_first_lanes(int64_t count) {
   return lane < (ivec{} + integer(count));
 }
 INLINE vec k_select(ivec where, vec yes, vec no) { return (vec)(((ivec)yes & where) | ((ivec)no & ~where)); }
+
+// `x` with the sign of `of`.
+template <class V> INLINE V k_with_sign(V x, V of) {
+  if constexpr (k_is_vector<V>) {
+    const ivec sign = (ivec)(-V{});
+    return (V)(((ivec)x & ~sign) | ((ivec)of & sign));
+  } else {
+    return std::copysign(x, of);
+  }
+}
 
 template <class V> INLINE whole<V> k_to_whole(V x) {
   if constexpr (k_is_vector<V>) return __builtin_convertvector(x, ivec); else return integer(x);
@@ -125,11 +134,16 @@ template <class V> INLINE V k_between(V x, real low, real high) {
   x = x < low ? k_fill<V>(low) : x;
   return x > high ? k_fill<V>(high) : x;
 }
-template <class V> INLINE V k_exp(V x) {
+// exp(x), or what would overflow to infinity when it is rounded: fused with a sum, a product is not.
+template <class V> INLINE V k_exp_unrounded(V x) {
   V r;
   const whole<V> n = k_split<V>(k_between<V>(x, k_single ? -104 : -746, k_single ? 89 : 710), r);
   const whole<V> half = n >> 1;  // 2^n alone would leave the range of exponents at either end
   return (k_expm1_small<V>(r) + real(1)) * k_power_of_two<V>(half) * k_power_of_two<V>(n - half);
+}
+template <class V> INLINE V k_exp(V x) {
+  constexpr real most = k_single ? 88.73 : 709.79;
+  return x > most ? k_fill<V>(std::numeric_limits<real>::infinity()) : k_exp_unrounded<V>(x);
 }
 template <class V> INLINE V k_expm1_scaled(V x) {
   V r;
@@ -138,28 +152,27 @@ template <class V> INLINE V k_expm1_scaled(V x) {
 }
 template <class V> INLINE V k_expm1(V x) {
   const V y = k_expm1_scaled<V>(k_between<V>(x, k_single ? -40 : -80, k_single ? 40 : 80));
-  return x > real(k_single ? 40 : 80) ? k_exp<V>(x) : y;
+  return k_with_sign<V>(x > real(k_single ? 40 : 80) ? k_exp<V>(x) : y, x);
 }
 // With q = exp(-2|x|): (1 - q) / (1 + q) where |x| is small, its numerator computed without cancelling, and
 // 1 - 2 q / (1 + q) elsewhere, so that the derivative 1 - tanh(x)^2 keeps its digits too.
 template <class V> INLINE V k_tanh(V x) {
   V r;
-  const V size = x < 0 ? -x : x;
+  const V size = k_with_sign(x, k_fill<V>(real(1)));
   const V power = k_power_of_two<V>(k_split<V>(k_between<V>(real(-2) * size, k_single ? -40 : -80, 0), r));
   const V p = k_expm1_small<V>(r);
   const V q = p * power + power;
   const V small = real(-1) * (p * power + (power - real(1)));
   const V ratio = (size < real(0.55) ? small : q + q) / (real(1) + q);
-  const V y = size < real(0.55) ? ratio : (real(1) - ratio);
-  return x < 0 ? -y : y;
+  return k_with_sign<V>(size < real(0.55) ? ratio : real(1) - ratio, x);
 }
-template <class V> INLINE V k_sigmoid(V x) { return real(1) / (real(1) + k_exp<V>(-x)); }
+template <class V> INLINE V k_sigmoid(V x) { return real(1) / (real(1) + k_exp_unrounded<V>(-x)); }
 
 template <class V> INLINE V k_copy(V x) { return x; }
 template <class V> INLINE V k_neg(V x) { return -x; }
 template <class V> INLINE V k_square(V x) { return x * x; }
 template <class V> INLINE V k_cube(V x) { return x * x * x; }
-template <class V> INLINE V k_abs(V x) { return x < 0 ? -x : x; }
+template <class V> INLINE V k_abs(V x) { return k_with_sign(x, k_fill<V>(real(1))); }
 template <class V> INLINE V k_reciprocal(V x) { return real(1) / x; }
 template <class V> INLINE V k_relu(V x) { return x < 0 ? k_fill<V>(real(0)) : x; }
 template <class V> INLINE V k_sqrt(V x) { return k_each([](real a) { return std::sqrt(a); }, x); }

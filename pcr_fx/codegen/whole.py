@@ -1,0 +1,156 @@
+"""Truth values and whole numbers among reals: which ops keep them what they are, and how large they can get.
+
+A kernel computes in one real dtype, in which truth values are 0 and 1, and whole numbers are exact while they are small.
+A result has its own dtype's arithmetic: where it would not be exact, or would wrap, no kernel is printed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pcr_fx.codegen.ir import Apply, Constant, Expression, Unprintable
+from pcr_fx.graphs.nodes import arguments_of, nodes_in, op_name
+
+# Ops that move numbers, or choose among them.
+_CHOOSING = set(
+    """alias detach view _unsafe_view t transpose permute unsqueeze squeeze select slice diagonal split split_with_sizes
+    unbind unfold expand clone lift_fresh_copy where maximum minimum amax amin cat flip slice_scatter select_scatter
+    constant_pad_nd _to_copy""".split()
+)
+# Ops that make a tensor of one number, or of 0 and 1.
+_FILLING = set(
+    """full full_like new_full scalar_tensor fill zeros zeros_like new_zeros ones ones_like new_ones empty_like new_empty
+    empty_permuted empty eye""".split()
+)
+_COMPARING = {"eq", "ne", "lt", "le", "gt", "ge"}
+_LOGICAL = {"logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "mul", "sum"}
+# Ops that make other numbers of truth values, all of which but 0 are true.
+_SATURATING = {"add", "_to_copy"}
+_TRUTHFUL = _CHOOSING | _FILLING | _COMPARING | _LOGICAL | _SATURATING
+# Up to how large a whole number each op makes of such, by the arguments of its schema.
+_SIZES: dict[str, Callable[..., float]] = {
+    "add": lambda a, b, alpha: a + alpha * b,
+    "sub": lambda a, b, alpha: a + alpha * b,
+    "rsub": lambda a, b, alpha: alpha * a + b,
+    "mul": lambda a, b: a * b,
+    "pow": lambda a, b: max(a, 1) ** b,
+    "clamp": max,
+    "clamp_min": max,
+    "clamp_max": max,
+    **{name: lambda a: a for name in ("neg", "abs", "relu", "sign")},
+}
+# Of these a zero may come out as -0, which is no whole number.
+_SIGNED = {"mul", "neg", "pow"}
+
+
+def as_number(value: Any, dtype: torch.dtype) -> float:
+    """A number of the code as PyTorch writes it into a tensor of `dtype`: whole ones are cut off."""
+    if dtype == torch.bool:
+        return float(bool(value))
+    if dtype.is_floating_point:
+        return float(value)
+    if not math.isfinite(value):
+        raise Unprintable(f"no kernel is printed for {value} as {dtype}")
+    return float(int(value))
+
+
+def as_truth(value: Expression) -> Expression:
+    return Apply("ne", (value, Constant(0.0)))
+
+
+class WholeNumbers:
+    """The truth values and whole numbers of one graph.
+
+    Args:
+        real: the dtype that the kernel computes in.
+    """
+
+    def __init__(self, real: torch.dtype) -> None:
+        self.real = real
+        # Up to here every whole number is a real of this dtype.
+        self.exact = 2 / torch.finfo(real).eps
+        self.sizes: dict[fx.Node, float] = {}
+
+    def check(self, node: fx.Node) -> None:
+        """Whether a kernel can compute the result of an op, given the ops before it.
+
+        Raises:
+            Unprintable: it cannot; the message names the op.
+        """
+        values = node.meta["val"]
+        for value in values if isinstance(values, (tuple, list)) else [values]:
+            if value.dtype not in (self.real, torch.bool, torch.int64):
+                raise self._refused(node, f"of {value.dtype} beside {self.real}")
+            if value.dtype != self.real:
+                self._check_whole(node, value.dtype)
+        if op_name(node) in _COMPARING:
+            self._check_comparison(node)
+
+    def take(self, node: fx.Node) -> None:
+        """Take note of an input, a constant, or one part of a result with several."""
+        if node.op == "call_function":
+            self.sizes[node] = self._magnitude(node.args[0])
+        elif node.meta["val"].dtype == torch.bool:
+            self.sizes[node] = 1
+
+    def kept(self, node: fx.Node, expression: Expression) -> Expression:
+        """What an op computes, made what its dtype has."""
+        name, dtype = op_name(node), node.meta["val"].dtype
+        if dtype == torch.bool and name in _SATURATING:
+            return as_truth(expression)
+        if dtype == torch.int64 and name in _SIGNED:
+            return Apply("add", (expression, Constant(0.0)))
+        return expression
+
+    def _check_whole(self, node: fx.Node, dtype: torch.dtype) -> None:
+        name = op_name(node)
+        if dtype == torch.bool:
+            chosen = [argument.meta["val"].dtype for argument in node.all_input_nodes] if name in _CHOOSING else []
+            if name not in _TRUTHFUL or any(other != dtype for other in chosen if name != "_to_copy"):
+                raise self._refused(node, f"of {dtype}")
+            self.sizes[node] = 1
+            return
+        size = self._size(node, name)
+        if size is None:
+            raise self._refused(node, f"of {dtype}")
+        if size > self.exact:
+            raise self._refused(node, f"of {dtype} which may not be exact in {self.real}")
+        self.sizes[node] = size
+
+    def _size(self, node: fx.Node, name: str) -> float | None:
+        """Up to how large the whole numbers are that an op makes; `None` where it may make others."""
+        given = arguments_of(node)
+        if name in _FILLING:
+            return max([1.0, *(self._magnitude(given[key]) for key in ("fill_value", "value", "s") if key in given)])
+        read = [self._magnitude(argument) for argument in nodes_in(list(given.values()))]
+        if name in _CHOOSING:
+            return max([*read, self._magnitude(given.get("value"))])
+        if name == "sum":
+            return read[0] * given["self"].meta["val"].numel() / max(node.meta["val"].numel(), 1)
+        return _SIZES[name](*map(self._magnitude, given.values())) if name in _SIZES else None
+
+    def _magnitude(self, argument: Any) -> float:
+        if isinstance(argument, fx.Node):
+            return self.sizes.get(argument, math.inf)
+        return 0.0 if argument is None else abs(float(argument))
+
+    def _check_comparison(self, node: fx.Node) -> None:
+        """Whether the numbers of a comparison are compared as PyTorch compares them: in the dtype that both promote to."""
+        compared = [_stand_in(argument) for argument in node.args]
+        dtype = torch.result_type(*compared)  # type: ignore[arg-type]
+        if dtype.is_floating_point and dtype != self.real:
+            raise self._refused(node, f"in {dtype} beside {self.real}")
+        if not dtype.is_floating_point and max(map(self._magnitude, node.args)) > self.exact:
+            raise self._refused(node, f"of {dtype} which may not be exact in {self.real}")
+
+    def _refused(self, node: fx.Node, why: str) -> Unprintable:
+        return Unprintable(f"no kernel is printed for {node.target} {why}")
+
+
+def _stand_in(argument: Any) -> Tensor | float:
+    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
