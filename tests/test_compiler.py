@@ -16,6 +16,7 @@ from torch._inductor import config
 
 from pcr_fx import disk
 from pcr_fx.body.isolation import apart
+from pcr_fx.registry import Registry
 from pcr_fx.targets.cpp import build
 from pcr_fx.targets.cpp.build import CompilerError
 
@@ -151,7 +152,7 @@ def test_a_folder_may_have_any_name(name: str, tmp_path: Path, monkeypatch: pyte
 
 def test_a_kept_library_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     name = load(-1)._name
-    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_loaded", Registry())
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled again"))
     assert load(-1)._name == name
 
@@ -205,7 +206,7 @@ def test_a_read_only_folder_is_read(small_disk: Path, monkeypatch: pytest.Monkey
     subprocess.run(["mount", "-o", "remount,size=8m", small_disk], check=True)
     name = load(-2)._name
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    monkeypatch.setattr(build, "_loaded", {})
+    monkeypatch.setattr(build, "_loaded", Registry())
     assert load(-2)._name == name
 
 

@@ -234,7 +234,6 @@ def _toolchain() -> tuple[str, ...]:
     return *_compiler(), _version(), processor(), *_flags()
 
 
-@functools.cache
 def _version() -> str:
     """What the compiler says of itself."""
     try:
