@@ -152,10 +152,10 @@ class SolveNode(nn.Module):
     ) -> Route:
         """Find out where calls with such tensors go.
 
-        A call that took another way than the one before would save other tensors, which checkpoints compare: in one, a
-        route stays what it is.
+        A call that took another way than the one before would save other tensors, which checkpoints compare: in one, the
+        route of a plain call stays what it is.
         """
-        if known is not None and not is_undisturbed():
+        if known is not None and is_plain and not is_undisturbed():
             return known
         signature, plan = (known.signature, known.plan) if known else self._planned(states, operands, shared)
         if isinstance(plan, BodyError):
@@ -165,7 +165,7 @@ class SolveNode(nn.Module):
                 route = self._route_by(plan, signature, is_plain, states, operands, shared)
         self._routes[key] = route
         if len(self._routes) > _ROUTES:
-            del self._routes[next(iter(self._routes))]
+            self._routes.pop(next(iter(list(self._routes))), None)  # other threads may be at it, too
         return route
 
     def _route_by(
@@ -283,7 +283,7 @@ class SolveNode(nn.Module):
         if self.plan is not None:
             return None, self.plan
         assert signature is not None, "without a plan there is a signature to make one for"
-        known = next((route.plan for route in self._routes.values() if route.signature == signature), None)
+        known = next((route.plan for route in list(self._routes.values()) if route.signature == signature), None)
         if known is not None:
             return signature, known
         try:
@@ -295,7 +295,7 @@ class SolveNode(nn.Module):
     @property
     def outcome(self) -> Plan | BodyError | None:
         """The latest plan, or the reason why there is none; `None` before the first call."""
-        latest = next(reversed(self._routes.values()), None)
+        latest = next(reversed(list(self._routes.values())), None)
         return self.plan or (None if latest is None else latest.plan)
 
     def _output_dtypes(

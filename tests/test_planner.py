@@ -336,3 +336,13 @@ def test_a_checkpoint_keeps_its_way_where_a_chain_drifts(monkeypatch: pytest.Mon
         checkpoint(fast, ours, use_reentrant=False).sum().backward()
         model_with(fast, theirs).sum().backward()
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_calls_under_autocast_go_where_a_later_measurement_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "measure", rigged(forward_eager=1.0, forward_newton=2.0)[0])
+    fast, x = pcr_fx.transform(Net(400, 3), options=in_ops()), torch.randn(4, 3)
+    with torch.no_grad():
+        for autocast, left_alone in ((True, False), (False, True), (True, True)):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                fast(x)
+            assert chain_of(fast)["left_alone"] is left_alone
