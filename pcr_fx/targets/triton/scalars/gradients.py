@@ -8,8 +8,8 @@ from pcr_fx.targets.kernel import Input
 from pcr_fx.targets.triton.assignments import Scalar
 from pcr_fx.targets.triton.printer import print_assignments, print_scalar
 from pcr_fx.targets.triton.scalars.packed import PackedSource
-from pcr_fx.targets.triton.scalars.source import indent
 from pcr_fx.targets.triton.scalars.unroll import Scalars
+from pcr_fx.targets.triton.source import indent
 
 # A program takes a run of blocks, one in each lane, and a group of samples, over which it sums what samples share.
 # Programs are counted along the first axis only, since a GPU takes no more than 65,535 of them along any other.

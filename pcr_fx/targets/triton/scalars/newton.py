@@ -19,8 +19,9 @@ from pcr_fx.stopping import Outcome, rounding_level, smallest_scale
 from pcr_fx.targets.triton.assignments import Known, Scalar
 from pcr_fx.targets.triton.printer import print_assignments, print_scalar
 from pcr_fx.targets.triton.scalars.packed import PackedSource
-from pcr_fx.targets.triton.scalars.source import indent, largest
+from pcr_fx.targets.triton.scalars.source import largest
 from pcr_fx.targets.triton.scalars.unroll import Scalars
+from pcr_fx.targets.triton.source import indent
 
 # One program for each slice and sample. Programs take their numbers from `ticket` when they start, and the first slices
 # of all samples come first, so that a program waits only for programs that have started before it. Memory by program:

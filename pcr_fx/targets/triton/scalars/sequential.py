@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pcr_fx.stopping import Outcome
 from pcr_fx.targets.triton.assignments import Scalar
 from pcr_fx.targets.triton.printer import print_assignments, print_scalar
-from pcr_fx.targets.triton.scalars.source import ScalarSource, indent
+from pcr_fx.targets.triton.scalars.source import ScalarSource
 from pcr_fx.targets.triton.scalars.unroll import Scalars
+from pcr_fx.targets.triton.source import indent
 
 # With `skip_solved`, samples that Newton's method solved, as `stats` tells, are left as they are.
 #

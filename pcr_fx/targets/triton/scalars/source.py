@@ -8,26 +8,17 @@ with that of the initial state first.
 
 from __future__ import annotations
 
-import textwrap
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 
-from pcr_fx.body import Program
-from pcr_fx.targets.kernel import Input, LoweredBody
-from pcr_fx.targets.triton.printer import REALS, print_scalar
+from pcr_fx.targets.triton.printer import print_scalar
+from pcr_fx.targets.triton.source import KernelSource
 
 
 @dataclass(frozen=True)
-class ScalarSource(ABC):
-    """Prints one kind of kernel of one chain.
-
-    Args:
-        body: one block of it on one sample.
-    """
-
-    body: LoweredBody
+class ScalarSource(KernelSource):
+    """Prints one kind of kernel of one chain with scalars."""
 
     @abstractmethod
     def text(self, direction: str) -> str:
@@ -36,22 +27,6 @@ class ScalarSource(ABC):
         Raises:
             Unprintable: the body has an op that cannot be printed, or is too large to be written out.
         """
-
-    @property
-    def program(self) -> Program:
-        return self.body.program
-
-    @property
-    def inputs(self) -> list[Input]:
-        return self.body.inputs
-
-    @property
-    def dimension(self) -> int:
-        return self.body.dimension
-
-    @cached_property
-    def real(self) -> str:
-        return REALS[self.program.dtype]
 
     @property
     def zeros(self) -> str:
@@ -67,7 +42,3 @@ def largest(terms: Iterable[str]) -> str:
     for term in rest:
         first = f"tl.maximum({first}, {term}, tl.PropagateNan.ALL)"
     return first
-
-
-def indent(lines: Iterable[str], depth: int) -> str:
-    return textwrap.indent("\n".join(lines), "    " * depth)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pcr_fx.targets.kernel import Input
+from pcr_fx.targets.triton.source import indent
 from pcr_fx.targets.triton.tiles.printer import Sum
-from pcr_fx.targets.triton.tiles.source import Text, TileSource, indent
+from pcr_fx.targets.triton.tiles.source import Text, TileSource
 
 # A program takes a run of blocks and a group of samples, and sums what those share in memory that only it writes.
 # Programs are counted along the first axis only, since a GPU takes no more than 65,535 of them along any other.

@@ -8,17 +8,15 @@ written where callers have them, `[L, samples, d]`, and adjoints likewise, `[L +
 from __future__ import annotations
 
 import re
-import textwrap
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from pcr_fx.body import Program
 from pcr_fx.codegen import Buffer, Function
 from pcr_fx.codegen.simplify import restricted
-from pcr_fx.targets.kernel import Input, LoweredBody
-from pcr_fx.targets.triton.printer import HEADER, REALS
+from pcr_fx.targets.triton.printer import HEADER
+from pcr_fx.targets.triton.source import KernelSource
 from pcr_fx.targets.triton.tiles.printer import Fetch, Printed, Sum, TilePrinter, padded
 
 # Bytes of a tile at the most, which is a sixteenth of all registers. The addresses of a tile take twice as many, and the
@@ -36,14 +34,8 @@ class Text:
 
 
 @dataclass(frozen=True)
-class TileSource(ABC):
-    """Prints one kind of kernel of one chain.
-
-    Args:
-        body: one block of the chain on one sample.
-    """
-
-    body: LoweredBody
+class TileSource(KernelSource):
+    """Prints one kind of kernel of one chain with tiles."""
 
     @abstractmethod
     def text(self, direction: str) -> Text:
@@ -52,22 +44,6 @@ class TileSource(ABC):
         Raises:
             Unprintable: the body has an op that cannot be printed.
         """
-
-    @property
-    def program(self) -> Program:
-        return self.body.program
-
-    @property
-    def inputs(self) -> list[Input]:
-        return self.body.inputs
-
-    @property
-    def dimension(self) -> int:
-        return self.body.dimension
-
-    @cached_property
-    def real(self) -> str:
-        return REALS[self.program.dtype]
 
     @cached_property
     def functions(self) -> dict[str, Function]:
@@ -174,7 +150,3 @@ class TileSource(ABC):
     def fetched(self, fetches: Iterable[Fetch], at: str, prefix: str = "") -> list[str]:
         """Loads tiles of inputs, which begin at pointers whose names begin with `at`, as names with a prefix."""
         return [f"{prefix}{one.name} = {one.load(re.sub('^at_', at, one.pointer))}" for one in fetches]
-
-
-def indent(lines: Iterable[str], depth: int) -> str:
-    return textwrap.indent("\n".join(lines), "    " * depth)
