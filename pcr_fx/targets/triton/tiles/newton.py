@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from pcr_fx.stopping import smallest_scale
 from pcr_fx.targets.triton.source import indent
-from pcr_fx.targets.triton.tiles.printer import padded
 from pcr_fx.targets.triton.tiles.source import TILE_BYTES, Text, TileSource
+from pcr_fx.targets.triton.tiles.tiling import padded
 
 # Rows of a Jacobian that are computed together, at the most. Together they are products of matrices, of this height.
 _ROWS = 32

@@ -13,41 +13,14 @@ differentiation. Tiles of what depends on them have an axis more, and its contra
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from pcr_fx.codegen.ir import Apply, Buffer, Constant, Expression, Function, Load, Loop, View, contiguous, views
-from pcr_fx.codegen.simplify import with_constants
+from pcr_fx.codegen.ir import Apply, Buffer, Constant, Expression, Function, Load, Loop, View
 from pcr_fx.targets.triton.printer import print_assignments, print_number, print_scalar
 from pcr_fx.targets.triton.scalars.unroll import Assignment, Scalar
 from pcr_fx.targets.triton.tiles.axes import Axes, load_at
-
-_ITEM_BYTES = {"tl.float32": 4, "tl.float64": 8}
-# Bytes of the largest tile that each warp gets, which take 16 registers of each thread; and the most warps.
-_WARP_BYTES = 2048
-_MAX_WARPS = 16
-# Bytes of inputs that a warp may fetch before a block is computed, which take 36 registers of each thread, and as many
-# again for the next block's while one is computed. If a block has more, its inputs are loaded where they are used. Warps
-# beyond the first eight do not count, since more of them have fewer registers each.
-_HELD = 4608
-_MAX_HOLDING_WARPS = 8
-# The least that `tl.dot` takes of any dimension, and the largest inner dimension that a product takes at once. Threads
-# hold all of it, so longer ones go in slices of the least.
-_LEAST = 16
-_MOST_INNER = 32
-# Neighbouring numbers that are worth reading together.
-_LINE = 32
-
-
-def padded(size: int) -> int:
-    """The power of two that Triton gives a dimension of this size."""
-    return 1 << max(size - 1, 0).bit_length()
-
-
-def warps_for(tile_bytes: int) -> int:
-    """Warps of a program whose largest tile has so many bytes."""
-    return min(max(tile_bytes // _WARP_BYTES, 1), _MAX_WARPS)
+from pcr_fx.targets.triton.tiles.tiling import Tiling, is_whole, padded
 
 
 @dataclass(frozen=True)
@@ -127,17 +100,9 @@ class TilePrinter:
         seeded: Sequence[str] = (),
     ) -> None:
         self.function, self.dtype, self.prefix = function, dtype, prefix
-        self._item_bytes = _ITEM_BYTES[dtype]
-        self._most = tile_bytes // self._item_bytes
-        self.registers, self.pointers, self.sums = dict(registers), dict(pointers), sums
-        self.loops = [with_constants(loop) for loop in function.loops if math.prod(loop.shape)]
-        self.seeds = seeds
-        self._seeded = self._reached(seeded)
-        self._writers = Counter(loop.out.buffer.name for loop in self.loops)
-        self._held = {*registers, *(loop.out.buffer.name for loop in self.loops if self._stays(loop))}
-        largest = max((axes.numbers for loop in self.loops for axes in self._tiles(loop)), default=1)
-        self.printed = Printed(warps=warps_for(largest * self._item_bytes))
-        self._fetches = self._counted() * self._item_bytes <= _HELD * min(self.printed.warps, _MAX_HOLDING_WARPS)
+        self.registers, self.pointers, self.sums, self.seeds = dict(registers), dict(pointers), sums, seeds
+        self.tiling = Tiling(function, dtype, registers, sums, tile_bytes, seeds, seeded)
+        self.printed = Printed(warps=self.tiling.warps)
         self._dirty: set[str] = set()
         self._names = 0
         self._fetched: dict[tuple[str, str, str], str] = {}
@@ -146,13 +111,13 @@ class TilePrinter:
         self._place_in_memory()
         if self.seeds:
             self._save_inputs(seeded=False)
-            for loop in self.loops:
-                if not self._is_seeded(loop):
+            for loop in self.tiling.loops:
+                if not self.tiling.is_seeded(loop):
                     self._print(loop)
             self.printed.once, self.printed.lines = self.printed.lines, []
         self._save_inputs(seeded=bool(self.seeds))
-        for loop in self.loops:
-            if self._is_seeded(loop) or not self.seeds:
+        for loop in self.tiling.loops:
+            if self.tiling.is_seeded(loop) or not self.seeds:
                 self._print(loop)
         for buffer in self.function.outputs:
             if buffer.name not in self.sums:
@@ -163,99 +128,21 @@ class TilePrinter:
 
     # --- where things are -----------------------------------------------------------------------------------
 
-    def _reached(self, seeded: Sequence[str]) -> set[str]:
-        """Buffers of which there is one for each seed: the inputs `seeded`, what depends on them, and outputs."""
-        reached = {*seeded, *(buffer.name for buffer in self.function.outputs if self.seeds)}
-        for _ in self.loops:  # a buffer may be written by many
-            read = ({view.buffer.name for view in views(loop.value)} & set(seeded) for loop in self.loops)
-            reached |= {loop.out.buffer.name for loop, found in zip(self.loops, read, strict=True) if found}
-            if reached <= set(seeded):
-                break
-            seeded = [*reached]
-        return reached
-
-    def _is_seeded(self, loop: Loop) -> bool:
-        return loop.out.buffer.name in self._seeded
-
-    def _axes(self, loop: Loop) -> Axes:
-        """Of what a loop computes; of a product, its result."""
-        seeds = self.seeds if self._is_seeded(loop) else 0
-        most = max(self._most // max(seeds, 1), 1)
-        if self._factors(loop) is not None:
-            return Axes(loop.shape, None, padded(math.prod(loop.shape)), seeds=seeds)
-        rows, columns = loop.shape, loop.reduced if loop.reduced else None
-        if columns is None and len(rows) > 1 and loop.out.buffer.name in self.sums:
-            rows, columns = rows[:-1], rows[-1:]
-        height, width = padded(math.prod(rows)), padded(math.prod(columns)) if columns is not None else 1
-        if loop.reduced:  # A tile has all rows if it can: what they are reduced to may then stay in registers.
-            width = min(width, max(most // height, min(_LINE, most)))
-        width = min(width, most)
-        height = min(height, max(most // width, 1))
-        return Axes(rows, columns, height, width, seeds)
-
-    def _factors(self, loop: Loop) -> tuple[View, View] | None:
-        """The factors of a contraction that is a product of matrices: the one with seeds, then the one with rows."""
-        value = loop.value
-        if not (
-            self._is_seeded(loop) and loop.combine == "add" and isinstance(value, Apply) and value.function == "mul"
-        ):
-            return None
-        rows, columns = padded(math.prod(loop.shape)), padded(math.prod(loop.reduced))
-        if min(rows, columns, self.seeds) < _LEAST or self.seeds * rows > self._most:
-            return None
-        found = [argument.view for argument in value.arguments if isinstance(argument, Load)]
-        found.sort(key=lambda view: view.buffer.name not in self._seeded)
-        if len(found) != 2 or found[0].buffer.name not in self._seeded or found[1].buffer.name in self._seeded:
-            return None
-        return None if any(found[0].strides[: len(loop.shape)]) else (found[0], found[1])
-
-    def _factor_axes(self, loop: Loop) -> tuple[Axes, Axes]:
-        """Of the factors `[seeds, inner]` and `[inner, rows]` of a product."""
-        inner = padded(math.prod(loop.reduced))
-        height = inner if inner <= _MOST_INNER else _LEAST
-        left = Axes(loop.reduced, None, height, seeds=self.seeds)
-        return left, Axes(loop.reduced, loop.shape, height, padded(math.prod(loop.shape)))
-
-    def _tiles(self, loop: Loop) -> list[Axes]:
-        """Every tile that a loop needs."""
-        return [self._axes(loop), *(self._factor_axes(loop) if self._factors(loop) is not None else ())]
-
-    def _reads(self, loop: Loop) -> list[tuple[View, Axes]]:
-        """Every view that a loop reads, and the tile that it is read into.
-
-        Those of a product are over the indices of their tiles instead of the loop's.
-        """
-        factors = self._factors(loop)
-        if factors is None:
-            return [(view, self._axes(loop)) for view in views(loop.value)]
-        rank = len(loop.shape)
-        (left, right), (left_axes, right_axes) = factors, self._factor_axes(loop)
-        turned = View(right.buffer, (*right.strides[rank:], *right.strides[:rank]), right.offset)
-        return [(View(left.buffer, left.strides[rank:], left.offset), left_axes), (turned, right_axes)]
-
-    def _stays(self, loop: Loop) -> bool:
-        """Whether a loop's result is a tensor that stays in registers: it is all of its buffer, computed all at once."""
-        out, axes = loop.out, self._axes(loop)
-        is_whole = out.offset == 0 and _is_whole(loop.shape, out.strides, out.buffer)
-        is_local = self._writers[out.buffer.name] == 1 and out.buffer.name not in self.sums
-        # Slices of columns that are reduced are combined in registers, one after another.
-        return is_whole and is_local and not axes.slices_rows and (bool(loop.reduced) or not axes.slices_columns)
-
     def _from_registers(self, view: View, axes: Axes) -> str | None:
         """A view as a tensor that registers hold, broadcast over the other axes; nothing where it has to be loaded.
 
         Registers cannot be indexed: it has to be all of a buffer, along the rows of a tile or along its columns.
         """
         name = view.buffer.name
-        if name not in self._held or view.offset:
+        if name not in self.tiling.held or view.offset:
             return None
         held = self.registers.get(name, f"{self.prefix}{name}")
-        seeds = ("seed",) if name in self._seeded else ()
+        seeds = ("seed",) if name in self.tiling.seeded else ()
         rows, columns = axes.split(view)
-        if not any(columns) and not axes.slices_rows and _is_whole(axes.rows, rows, view.buffer):
+        if not any(columns) and not axes.slices_rows and is_whole(axes.rows, rows, view.buffer):
             return axes.spread(held, *seeds, "row")
         along_columns = axes.columns is not None and not any(rows) and not axes.slices_columns
-        if along_columns and _is_whole(axes.columns or (), columns, view.buffer):
+        if along_columns and is_whole(axes.columns or (), columns, view.buffer):
             return axes.spread(held, *seeds, "column")
         return axes.spread(held, *seeds, "row") if view.buffer.size == 1 else None
 
@@ -266,51 +153,37 @@ class TilePrinter:
         }
         needed = {
             view.buffer.name
-            for loop in self.loops
-            for view, axes in self._reads(loop)
+            for loop in self.tiling.loops
+            for view, axes in self.tiling.reads(loop)
             if view.buffer.name not in self.pointers and self._from_registers(view, axes) is None
         }
-        needed |= {name for name in self._writers if name not in self._held and name not in self.sums}
+        needed |= {name for name in self.tiling.writers if name not in self.tiling.held and name not in self.sums}
         for name, buffer in local.items():
             if name in needed:
                 self.pointers[name] = f"(scratch + {self.printed.scratch})"
-                self.printed.scratch += buffer.size * (self.seeds if name in self._seeded else 1)
+                self.printed.scratch += buffer.size * (self.seeds if name in self.tiling.seeded else 1)
 
     def _save_inputs(self, seeded: bool) -> None:
         """Store what registers hold, but loops read from memory."""
         for buffer in self.function.inputs:
             name = buffer.name
-            if name in self.registers and name in self.pointers and (name in self._seeded) == seeded:
+            if name in self.registers and name in self.pointers and (name in self.tiling.seeded) == seeded:
                 place, mask = self._whole(buffer)
                 self._store(f"{self.pointers[name]} + {place}", self.registers[name], mask)
                 self._dirty.add(name)
 
     def _whole(self, buffer: Buffer) -> tuple[str, str]:
         """Offsets and mask of all of a buffer."""
-        seeded = buffer.name in self._seeded
+        seeded = buffer.name in self.tiling.seeded
         axes = Axes((buffer.size,), None, padded(buffer.size), seeds=self.seeds if seeded else 0)
         offsets, mask, _ = axes.offsets(View(buffer, (1,)), seeded)
         return offsets, mask
 
-    def _counted(self) -> int:
-        """How many numbers all tiles have that could be loaded before the function begins."""
-        every = {}
-        for loop in self.loops:
-            for view, axes in self._reads(loop):
-                if self._is_fetched(view, axes):
-                    offsets, mask, numbers = axes.offsets(view, False)
-                    every[view.buffer.name, offsets, mask] = numbers
-        return sum(every.values())
-
-    def _is_fetched(self, view: View, axes: Axes) -> bool:
-        """Whether a view can be loaded before the function begins: it is of an input in memory, and its tile is not sliced."""
-        return view.buffer.name not in self.registers and not self._writers[view.buffer.name] and not axes.is_sliced
-
     def _as_tensor(self, buffer: Buffer) -> str:
-        if buffer.name in self._held:
+        if buffer.name in self.tiling.held:
             return f"{self.prefix}{buffer.name}"
         name = self._name()
-        if not self._writers[buffer.name]:  # it has no numbers
+        if not self.tiling.writers[buffer.name]:  # it has no numbers
             self._line(f"{name} = tl.zeros([{padded(buffer.size)}], {self.dtype})")
             return name
         self._wait({buffer.name})
@@ -335,18 +208,18 @@ class TilePrinter:
             self._dirty.clear()
 
     def _print(self, loop: Loop) -> None:
-        axes, out = self._axes(loop), loop.out.buffer.name
-        read = {view.buffer.name for view, tile in self._reads(loop) if self._from_registers(view, tile) is None}
+        axes, out = self.tiling.axes(loop), loop.out.buffer.name
+        read = {view.buffer.name for view, tile in self.tiling.reads(loop) if self._from_registers(view, tile) is None}
         self._wait(read | {out})
         depth = 0
         if axes.slices_rows:
             self._line(f"for row in range(0, {math.prod(axes.rows)}, {axes.height}):")
             depth += 1
-        if self._factors(loop) is not None:
+        if self.tiling.factors(loop) is not None:
             value = self._product(loop)
         else:
             value = self._reduced(loop, axes, depth) if loop.reduced else self._unreduced(loop, axes, depth)
-        if out in self._held:
+        if out in self.tiling.held:
             self._line(f"{self.prefix}{out} = {value}", depth)
         if out in self.sums or out in self.pointers:
             self._write(loop, axes, value, depth)
@@ -358,9 +231,9 @@ class TilePrinter:
 
     def _product(self, loop: Loop) -> str:
         """A contraction by `tl.dot`, in slices of what is summed over."""
-        (left, left_axes), (right, right_axes) = self._reads(loop)
+        (left, left_axes), (right, right_axes) = self.tiling.reads(loop)
         total, depth = self._name(), int(left_axes.slices_rows)
-        self._line(f"{total} = tl.zeros({self._axes(loop).shape}, {self.dtype})")
+        self._line(f"{total} = tl.zeros({self.tiling.axes(loop).shape}, {self.dtype})")
         if left_axes.slices_rows:
             self._line(f"for row in range(0, {math.prod(left_axes.rows)}, {left_axes.height}):")
         factors = []
@@ -417,8 +290,8 @@ class TilePrinter:
         if held is not None:
             return held
         buffer = view.buffer.name
-        offsets, mask, numbers = axes.offsets(view, buffer in self._seeded)
-        if not (self._fetches and self._is_fetched(view, axes)):
+        offsets, mask, numbers = axes.offsets(view, buffer in self.tiling.seeded)
+        if not (self.tiling.fetches and self.tiling.is_fetched(view, axes)):
             name = self._name()
             self._line(f"{name} = {load_at(self.pointers[buffer], offsets, mask)}", depth)
             return name
@@ -435,7 +308,7 @@ class TilePrinter:
         view = loop.out
         if not along.rows:  # one number: an axis of one row
             along, view = replace(along, rows=(1,)), View(view.buffer, (1, *view.strides), view.offset)
-        offsets, mask, _ = along.offsets(view, out in self._seeded)
+        offsets, mask, _ = along.offsets(view, out in self.tiling.seeded)
         add = self.sums.get(out)
         if add is None:
             self._store(f"{self.pointers[out]} + {offsets}", value, mask, depth)
@@ -449,7 +322,3 @@ class TilePrinter:
         self._store(place, value, mask, depth + 1)
         self._line("else:", depth)
         self._store(place, f"{load_at(add.pointer, offsets, mask)} + {value}", mask, depth + 1)
-
-
-def _is_whole(sizes: Sequence[int], strides: Sequence[int], buffer: Buffer) -> bool:
-    return tuple(strides) == contiguous(sizes) and math.prod(sizes) == buffer.size

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from pcr_fx.stopping import Outcome
 from pcr_fx.targets.triton.source import indent
-from pcr_fx.targets.triton.tiles.printer import Fetch, padded
+from pcr_fx.targets.triton.tiles.printer import Fetch
 from pcr_fx.targets.triton.tiles.source import Text, TileSource
+from pcr_fx.targets.triton.tiles.tiling import padded
 
 # One program for each sample. What the next block reads is loaded while one is computed, if registers have room for both.
 # With `skip_solved`, samples that Newton's method solved, as `stats` tells, are left as they are.

@@ -17,7 +17,8 @@ from pcr_fx.codegen import Buffer, Function
 from pcr_fx.codegen.simplify import restricted
 from pcr_fx.targets.triton.printer import HEADER
 from pcr_fx.targets.triton.source import KernelSource
-from pcr_fx.targets.triton.tiles.printer import Fetch, Printed, Sum, TilePrinter, padded
+from pcr_fx.targets.triton.tiles.printer import Fetch, Printed, Sum, TilePrinter
+from pcr_fx.targets.triton.tiles.tiling import padded
 
 # Bytes of a tile at the most, which is a sixteenth of all registers. The addresses of a tile take twice as many, and the
 # next tile as many again while it is read. With larger tiles kernels spill for sm_90 (`benchmarks.gpu_resources`).

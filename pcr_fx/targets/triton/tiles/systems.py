@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pcr_fx.stopping import rounding_level
 from pcr_fx.targets.triton.launches import Launch
-from pcr_fx.targets.triton.tiles.printer import padded, warps_for
 from pcr_fx.targets.triton.tiles.source import TILE_BYTES
+from pcr_fx.targets.triton.tiles.tiling import padded, warps_for
 
 # Lanes of the program that judges a sample's iteration.
 _JUDGING_LANES = 256
