@@ -15,6 +15,12 @@ STRANGER = 65534
 needs_root = pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="only root may give files away")
 
 
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is said once in a process is said again."""
+    monkeypatch.setattr(disk, "_said", set())
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that is meant, which is not there yet."""

@@ -64,9 +64,9 @@ def test_tiles_in_slices(solver: str, numbers: int, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("solver", ["newton", "sequential"])
 def test_operands_that_are_too_many_to_be_held(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pcr_fx.targets.triton.tiles import printer as tile_printer
+    from pcr_fx.targets.triton.tiles import tiling
 
-    monkeypatch.setattr(tile_printer, "_HELD", 0)
+    monkeypatch.setattr(tiling, "_HELD", 0)
     check(net(coupled, 9, 3).double(), states(1, 9), {**NEWTON, "solver": solver}, 1e-12)
 
 

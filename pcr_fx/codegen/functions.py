@@ -96,7 +96,8 @@ FUNCTIONS = {
         _operator("mul", "*", torch.mul, operator.mul),
         _operator("div", "/", torch.div),
         _row("copy", 1, torch.clone, "{0}"),
-        _row("neg", 1, torch.neg, "-{0}", fold=operator.neg),
+        # Triton before 3.8 takes `-x` for `0 - x`, which has the wrong sign at zero.
+        _row("neg", 1, torch.neg, "{0} * -1.0", fold=operator.neg),
         _row("abs", 1, torch.abs, "tl.abs({0})"),
         _row("square", 1, torch.square, "{0} * {0}"),
         _row("cube", 1, lambda x: x * x * x, "{0} * {0} * {0}"),
