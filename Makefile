@@ -9,6 +9,7 @@ VENV         ?= .venv
 READY        := $(VENV)/.ready
 BIN          := $(VENV)/bin
 ARGS         ?=
+WORKERS      ?= auto
 PYTHON       ?= python3 python3.14 python3.13 python3.12 python3.11
 UV           ?= $(shell command -v uv 2>/dev/null)
 SYSTEM_TORCH ?=
@@ -34,8 +35,9 @@ environment: $(READY)  ## make the virtual environment, and nothing else
 demo: compiler $(READY)  ## train a deep residual network both ways, and show what was gained
 	$(BIN)/python examples/train_resnet.py $(ARGS)
 
+# A file is run by one process, since its tests share what they compile.
 test: compiler $(READY)  ## run the tests, or some of them: make test ARGS="-k layering"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(READY)  ## check the style of the code and its format
 	$(BIN)/ruff check

@@ -42,6 +42,12 @@ def call(target: Callable[..., Any] | str, *arguments: Any, **named: Any) -> fx.
     return make(target, tuple(map(given, arguments)), {name: given(value) for name, value in named.items()})
 
 
+def title(value: object) -> str:
+    """What a case is called, which is the same in every process."""
+    target = value.target if isinstance(value, fx.Node) else value
+    return getattr(target, "__name__", str(target)) if callable(target) else str(target)
+
+
 def names(nodes: list[fx.Node]) -> list[str]:
     return [node.name for node in nodes]
 
@@ -137,7 +143,7 @@ def test_the_shape_of_what_a_node_makes() -> None:
         (call(aten.native_batch_norm.default, "x", "y", "z", "u", "v", False, 0.1, 1e-5), []),
         (call(aten._native_batch_norm_legit.no_stats, "x", "y", "z", True, 0.1, 1e-5), []),
     ],
-    ids=lambda value: f"{value.target}" if isinstance(value, fx.Node) else "",
+    ids=title,
 )
 def test_what_an_op_writes_to(node: fx.Node, written: list[str]) -> None:
     assert names(writes(node)) == written
@@ -177,7 +183,7 @@ def test_statistics_are_updated_in_training_only() -> None:
         (call(aten.bernoulli_.float, "x"), True),
         (call(aten.mm.default, "x", "y"), False),
     ],
-    ids=lambda value: f"{value.target}" if isinstance(value, fx.Node) else str(value),
+    ids=title,
 )
 def test_which_ops_draw_random_numbers(node: fx.Node, expected: bool) -> None:
     assert is_random(node) is expected
