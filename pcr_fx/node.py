@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcr_fx.body import Signature
 from pcr_fx.body.isolation import is_plain_call, is_undisturbed
+from pcr_fx.body.written_out import may_raise
 from pcr_fx.chain import Chain, TensorSpec
 from pcr_fx.derivatives import KernelSolve, Solve, Taps, tapped
 from pcr_fx.errors import BodyError
@@ -93,6 +94,7 @@ class SolveNode(nn.Module):
         self.chain = chain
         self.options = options
         self.plan = plan
+        self._may_raise = may_raise(chain.body)
         self.record = SolveRecord(chain.origin.modules or "a chain")
         self.choice: Choice | None = None
         self._routes: dict[Any, Route] = {}
@@ -127,6 +129,19 @@ class SolveNode(nn.Module):
         route = self._routes.get(key)
         if route is None or not route.is_final:
             route = self._route(key, route, is_plain, states, operands, shared)
+        solved = self._solved(route, seen, states, operands, shared)
+        if self._may_raise and is_plain and not all(bool(part.isfinite().all()) for part in solved):
+            return self._block_by_block(route, states, operands, shared)  # there is an error to raise, if it is one
+        return solved
+
+    def _solved(
+        self,
+        route: Route,
+        seen: Sequence[Tensor | PointerTable],
+        states: Sequence[Tensor],
+        operands: Sequence[Operand],
+        shared: Sequence[Tensor],
+    ) -> tuple[Any, ...]:
         if route.where is Where.IN_PLACE:
             given = [in_place(operand, table) for operand, table in zip(operands, seen, strict=True)]
             return self._in_place(route, states, given, shared)

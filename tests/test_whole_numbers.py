@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "too large a sum": (lambda z, o: ((z > o).long() * 2**51).sum() + 0 * z, "aten.sum.default of torch.int64"),
     "compared with a large one": (lambda z, o: (z > o).long() == 2**60 + 1, "aten.eq.Scalar of torch.int64"),
     "of reals": (lambda z, o: (3 * z).long(), "aten._to_copy.default of torch.int64"),
-    "of other sizes": (lambda z, o: (z > o).int() + 1, "aten._to_copy.default of torch.int32 beside torch.float64"),
+    "of few bits": (lambda z, o: ((z > o).to(torch.int8) * 100) * 2, "aten.mul.Tensor of torch.int8"),
     "compared in float32": (lambda z, o: (z > o).long() > 0.1, "aten.gt.Scalar in torch.float32 beside torch.float64"),
     "bits": (lambda z, o: (z > o).long() & 1, "aten.bitwise_and.Scalar"),
 }

@@ -144,6 +144,29 @@ def _project(layout: Layout, term: str, result: str, rank: int) -> Layout:
     return front + tuple(dimensions.get(letter, ()) for letter in kept)
 
 
+def _indexed(call: OpCall) -> list[Layout] | None:
+    """Indices that do not depend on the states, of dimensions one after another, whose place theirs take."""
+    indices = call.arguments["indices"]
+    dims = [dim for dim, index in enumerate(indices) if index is not None]
+    layout = call.layout("self")
+    if layout is None or any(index in call.layouts for index in indices) or dims != list(range(dims[0], dims[-1] + 1)):
+        return None
+    new = call.rank - len(layout) + len(dims)
+    return [(*layout[: dims[0]], *((),) * new, *layout[dims[-1] + 1 :])]
+
+
+def _of_matrices(call: OpCall) -> list[Layout] | None:
+    """Of matrices, the last two dimensions, to such."""
+    if any(len(layout) != call.rank for layout in call.operands):
+        return None
+    return _mixing_last(2)(call)  # type: ignore[return-value]
+
+
+def _of_each_matrix(call: OpCall) -> list[Layout]:
+    """Of matrices, the last two dimensions, to one number each."""
+    return [layout[:-2] for layout in call.operands]
+
+
 def _attention(call: OpCall) -> Sequence[Layout | None] | None:
     """Query, key and value; neither dropout nor a mask that depends on the states has a rule."""
     return None if call.arguments.get("dropout_p") else _contraction("...le,...se,...sv->...lv")(call)
@@ -237,6 +260,14 @@ RULES: dict[str, Rule] = {
         ("mv", Rule(_contraction("ik,k->i"), "contracts it")),
         ("addmv", Rule(_contraction("*,ik,k->i"), "contracts it")),
         ("dot", Rule(_contraction("k,k->"), "contracts it")),
+        (
+            "linalg_inv_ex _linalg_solve_ex linalg_cholesky_ex linalg_solve_triangular cholesky_solve",
+            Rule(_of_matrices, "solves along it", results=1),
+        ),
+        ("_linalg_det", Rule(_of_each_matrix, "takes determinants along it", results=1)),
+        ("_linalg_slogdet", Rule(_of_each_matrix, "takes determinants along it", results=2)),
+        ("linalg_cross", Rule(_along, "multiplies along it")),
+        ("index", Rule(_indexed, "gathers along it")),
         ("matmul", Rule(_contraction("...ik,...kj->...ij"), "contracts it")),
         ("linear", Rule(_contraction("...k,jk,*->...j"), "contracts it")),
         ("_trilinear", Rule(_trilinear, "contracts it")),

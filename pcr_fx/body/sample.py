@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import core_aten_decompositions, get_decompositions
 
 from pcr_fx.body.batch import prove_batch_dimensions
+from pcr_fx.body.decompositions import DECOMPOSITIONS
 from pcr_fx.body.isolation import isolated
 from pcr_fx.body.layout import StateLayout
 from pcr_fx.body.program import Program
@@ -157,98 +157,8 @@ def _trace_sample(program: Program, batch_dims: tuple[int, ...], own: tuple[bool
 
 
 def _trace_functional(function: Run, arguments: Sequence[Tensor]) -> fx.GraphModule:
-    graph = trace(torch.func.functionalize(function), arguments, _DECOMPOSITIONS)
+    graph = trace(torch.func.functionalize(function), arguments, DECOMPOSITIONS)
     if any(map(is_mutable, graph.graph.nodes)):
         # A decomposition is written in PyTorch too, and may write in place itself.
-        graph = trace(torch.func.functionalize(lambda *inputs: graph(*inputs)), arguments, _DECOMPOSITIONS)
+        graph = trace(torch.func.functionalize(lambda *inputs: graph(*inputs)), arguments, DECOMPOSITIONS)
     return graph
-
-
-def _smooth_l1_loss_backward(cotangent: Tensor, input: Tensor, target: Tensor, reduction: int, beta: float) -> Tensor:
-    """As PyTorch's kernels have it: NaN at NaN, where its decomposition gives 0."""
-    difference = input - target
-    weight = 1 / difference.numel() if reduction == 1 else 1.0  # of a mean
-    inner = torch.where(difference >= beta, weight, weight / beta * difference)
-    return torch.where(difference <= -beta, -weight, inner) * cotangent
-
-
-def _decompositions() -> dict[Any, Any]:
-    """Down to few ops, but for the products that kernels know themselves."""
-    aten = torch.ops.aten
-    more = [
-        aten.native_layer_norm,
-        aten.native_layer_norm_backward,
-        aten._fused_rms_norm,
-        aten._fused_rms_norm_backward,
-        aten.native_group_norm,
-        aten.native_group_norm_backward,
-        aten._native_batch_norm_legit_no_training,
-        aten._native_batch_norm_legit,
-        aten.native_batch_norm,
-        aten.native_batch_norm_backward,
-        aten._softmax,
-        aten._log_softmax,
-        aten._softmax_backward_data,
-        aten._log_softmax_backward_data,
-        aten.gelu,
-        aten.gelu_backward,
-        aten.silu,
-        aten.silu_backward,
-        aten.softplus,
-        aten.softplus_backward,
-        aten.elu,
-        aten.elu_backward,
-        aten.celu,
-        aten.selu,
-        aten.leaky_relu,
-        aten.leaky_relu_backward,
-        aten.hardtanh,
-        aten.hardtanh_backward,
-        aten.hardswish,
-        aten.hardswish_backward,
-        aten.hardsigmoid,
-        aten.hardsigmoid_backward,
-        aten.mish,
-        aten.mish_backward,
-        aten.log_sigmoid_forward,
-        aten.log_sigmoid_backward,
-        aten.tanh_backward,
-        aten.sigmoid_backward,
-        aten.threshold,
-        aten.threshold_backward,
-        aten.addcmul,
-        aten.addcdiv,
-        aten.lerp,
-        aten.stack,
-        aten.dot,
-        aten.mv,
-        aten.addmv,
-        aten.addr,
-        aten.split,
-        aten.rsub,
-        aten.select_backward,
-        aten.slice_backward,
-        aten.linalg_vector_norm,
-        aten.norm,
-        aten.logsumexp,
-        aten.sinc,
-        aten.prelu,
-        aten._prelu_kernel,
-        aten._prelu_kernel_backward,
-        aten._thnn_fused_gru_cell,
-        aten._thnn_fused_lstm_cell,
-        aten.native_dropout,
-        aten.square,
-        aten.trace,
-        aten.repeat,
-        aten.unsafe_split,
-        aten.glu,
-        aten.glu_backward,
-    ]
-    kept = ("addmm", "mm", "bmm", "baddbmm", "var", "var_mean", "mean", "sum")
-    table = {**core_aten_decompositions(), **get_decompositions(more)}
-    table[aten.smooth_l1_loss_backward.default] = _smooth_l1_loss_backward
-    return {op: rule for op, rule in table.items() if op.name().split("::")[1].split(".")[0] not in kept}
-
-
-_DECOMPOSITIONS = _decompositions()

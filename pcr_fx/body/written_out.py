@@ -1,7 +1,9 @@
 """Fused ops written out, where PyTorch's own cannot be batched over blocks or differentiated in all they take.
 
 Its recurrent cells are batched one block at a time. Its batch norm refuses to be differentiated in the statistics,
-which are operands like any other here. Its cross entropy with logits is NaN at infinity once it is transformed.
+which are operands like any other here. Its cross entropy with logits is NaN at infinity once it is transformed, and its
+`prelu` sums a weight's cotangent over the wrong samples. What raises for a singular matrix cannot be evaluated in any order
+or for states that are only guesses: here the result is not finite then, and who called it has to look (`may_raise`).
 """
 
 from __future__ import annotations
@@ -93,6 +95,50 @@ def binary_cross_entropy_with_logits(
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
 
 
+def prelu(input: Tensor, weight: Tensor) -> Tensor:
+    """`F.prelu`, with one weight or one for each of the channels, which are `input`'s second dimension."""
+    if weight.numel() != 1 and input.ndim > 1:
+        weight = weight.reshape(-1, *(1 for _ in input.shape[2:]))
+    return torch.where(input > 0, torch.ones_like(input), weight) * input
+
+
+def inv(A: Tensor) -> Tensor:
+    """`torch.linalg.inv`."""
+    return torch.linalg.inv_ex(A)[0]
+
+
+def solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:
+    """`torch.linalg.solve`."""
+    return torch.linalg.solve_ex(A, B, left=left)[0]
+
+
+def cholesky(A: Tensor, *, upper: bool = False) -> Tensor:
+    """`torch.linalg.cholesky`; not finite where there is none."""
+    factor, info = torch.linalg.cholesky_ex(A, upper=upper)
+    return torch.where((info == 0)[..., None, None], factor, torch.nan)
+
+
+def det(A: Tensor) -> Tensor:
+    """`torch.linalg.det`; up to 3 by 3 as a polynomial, which has derivatives at singular matrices too."""
+    if A.shape[-1] != A.shape[-2] or not 0 < A.shape[-1] <= 3:
+        return torch.linalg.det(A)
+    first, *others = A.unbind(-2)
+    if not others:
+        return first[..., 0]
+    if len(others) == 1:
+        return first[..., 0] * others[0][..., 1] - first[..., 1] * others[0][..., 0]
+    return (first * torch.linalg.cross(*others)).sum(-1)
+
+
+_RAISING: dict[Any, Callable[..., Any]] = {
+    torch.linalg.inv: inv,
+    torch.inverse: inv,
+    torch.linalg.solve: solve,
+    torch.linalg.cholesky: cholesky,
+    torch.cholesky: cholesky,
+    "inverse": inv,
+    "cholesky": cholesky,
+}
 _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     torch.lstm_cell: lstm_cell,
     torch.gru_cell: gru_cell,
@@ -101,7 +147,19 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     F.batch_norm: batch_norm,
     F.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,
     torch._weight_norm: weight_norm,
+    torch.prelu: prelu,
+    F.prelu: prelu,
+    "prelu": prelu,
+    torch.det: det,
+    torch.linalg.det: det,
+    "det": det,
+    **_RAISING,
 }
+
+
+def may_raise(body: fx.GraphModule) -> bool:
+    """Whether a body has ops that raise for some matrices, where what is written out is not finite."""
+    return any(node.target in _RAISING for node in body.graph.nodes)
 
 
 def write_out_fused(body: fx.GraphModule) -> fx.GraphModule:
@@ -111,5 +169,6 @@ def write_out_fused(body: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(body.graph, {}))
     for node in graph.nodes:
-        node.target = _WRITTEN_OUT.get(node.target, node.target)
+        if node.target in _WRITTEN_OUT:
+            node.op, node.target = "call_function", _WRITTEN_OUT[node.target]
     return fx.GraphModule(body, graph)

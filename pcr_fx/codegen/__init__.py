@@ -2,5 +2,6 @@
 
 from pcr_fx.codegen.ir import Buffer, Function, Unprintable
 from pcr_fx.codegen.lower import lower
+from pcr_fx.codegen.whole import SMALL
 
-__all__ = ["Buffer", "Function", "Unprintable", "lower"]
+__all__ = ["SMALL", "Buffer", "Function", "Unprintable", "lower"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import fx
 
+from pcr_fx.codegen import indexing
 from pcr_fx.codegen.functions import FUNCTIONS
 from pcr_fx.codegen.ir import (
     Apply,
@@ -87,6 +88,47 @@ def _power(base: Expression, exponent: Expression) -> Expression:
     if isinstance(exponent, Constant) and exponent.value in exact:
         return Apply(exact[exponent.value], (base,))
     return Apply("pow", (base, exponent))
+
+
+def _remainder(value: Expression, divisor: Expression) -> Expression:
+    """With the sign of the divisor."""
+    rest = Apply("fmod", (value, divisor))
+    return Apply("where", (_has_other_sign(rest, divisor), Apply("add", (rest, divisor)), rest))
+
+
+def _has_other_sign(rest: Expression, divisor: Expression) -> Expression:
+    """Whether there is a rest, of another sign than the divisor."""
+    zero = Constant(0.0)
+    differs = Apply("ne", (Apply("lt", (rest, zero)), Apply("lt", (divisor, zero))))
+    return Apply("logical_and", (Apply("ne", (rest, zero)), differs))
+
+
+def _quotient(value: Expression, divisor: Expression, rounding_mode: str | None = None) -> Expression:
+    """As PyTorch rounds it down: by what is left, since the quotient may be rounded up to a whole number."""
+    quotient = Apply("div", (value, divisor))
+    if rounding_mode is None:
+        return quotient
+    if rounding_mode == "trunc":
+        return Apply("trunc", (quotient,))
+    rest = Apply("fmod", (value, divisor))
+    exact = Apply("div", (Apply("sub", (value, rest)), divisor))
+    exact = Apply("where", (_has_other_sign(rest, divisor), Apply("sub", (exact, Constant(1.0))), exact))
+    below = Apply("floor", (exact,))
+    half = Apply("gt", (Apply("sub", (exact, below)), Constant(0.5)))
+    rounded = Apply("where", (half, Apply("add", (below, Constant(1.0))), below))
+    # A zero has the sign of the quotient.
+    rounded = Apply("where", (Apply("eq", (exact, Constant(0.0))), Apply("mul", (quotient, Constant(0.0))), rounded))
+    return Apply("where", (Apply("eq", (divisor, Constant(0.0))), quotient, rounded))
+
+
+def _but_not_nan(function: str) -> Callable[[Expression, Expression], Expression]:
+    """Of two numbers, or of the one that is not NaN."""
+
+    def build(a: Expression, b: Expression) -> Expression:
+        chosen = Apply("where", (Apply("ne", (b, b)), a, Apply(function, (a, b))))
+        return Apply("where", (Apply("ne", (a, a)), b, chosen))
+
+    return build
 
 
 def _clamped(value: Expression, min: Expression | None = None, max: Expression | None = None) -> Expression:
@@ -218,9 +260,26 @@ def _slice_scatter(lowering: Lowering, node: fx.Node) -> Value:
     base, source = lowering.tensor(given["self"]), lowering.tensor(given["src"])
     dim = given["dim"] % len(base.shape)
     start, _, _ = slice(given["start"], given["end"]).indices(base.shape[dim])
-    if given["step"] != 1:
-        raise Unprintable("no kernel is printed for aten.slice_scatter with a step")
-    return _assembled(lowering, base.shape, base, [(dim, start, source)])
+    strides = list(contiguous(base.shape))
+    offset = start * strides[dim]
+    strides[dim] *= given["step"]
+    return _overwritten(lowering, base, (tuple(strides), offset), source)
+
+
+def _overwritten(lowering: Lowering, base: Value, place: tuple[tuple[int, ...], int], source: Value) -> Value:
+    """A copy of `base` with `source` in it, at a place with such strides and offset."""
+    varying = any(view.buffer.varying for value in (base, source) for view in views(value.expression))
+    buffer = lowering.local(base.shape, varying)
+    lowering.write(in_memory(buffer, base.shape), base)
+    lowering.write(Value(source.shape, Load(View(buffer, *place))), source)
+    return in_memory(buffer, base.shape)
+
+
+def _diagonal_scatter(lowering: Lowering, node: fx.Node) -> Value:
+    given = arguments_of(node)
+    base, source = lowering.tensor(given["self"]), lowering.tensor(given["src"])
+    place = torch.empty(base.shape, device="meta").diagonal(given["offset"], given["dim1"], given["dim2"])
+    return _overwritten(lowering, base, (tuple(place.stride()), int(place.storage_offset())), source)
 
 
 def _select_scatter(lowering: Lowering, node: fx.Node) -> Value:
@@ -313,6 +372,14 @@ RULES: dict[str, Rule] = {
     "clamp_min.default": _pointwise(_clamped),
     "clamp_max.default": _pointwise(lambda value, max: _clamped(value, None, max)),
     "where.self": _apply("where"),
+    "copy.default": _pointwise(lambda _, value, *__: value),
+    "remainder.Tensor": _pointwise(_remainder),
+    "remainder.Scalar": _pointwise(_remainder),
+    "div.Tensor_mode": _pointwise(_quotient),
+    "div.Scalar_mode": _pointwise(_quotient),
+    "fmin.default": _pointwise(_but_not_nan("minimum")),
+    "fmax.default": _pointwise(_but_not_nan("maximum")),
+    "isnan.default": _pointwise(lambda value: Apply("ne", (value, value))),
     **{f"{name}.default": _pointwise(lambda value: value) for name in ("clone", "lift_fresh_copy")},
     **{
         f"{name}.default": _apply(name)
@@ -343,9 +410,19 @@ RULES: dict[str, Rule] = {
     "cat.default": Rule(_cat, computes_arguments=True),
     "slice_scatter.default": Rule(_slice_scatter, computes_arguments=True),
     "select_scatter.default": Rule(_select_scatter, computes_arguments=True),
+    "diagonal_scatter.default": Rule(_diagonal_scatter, computes_arguments=True),
     "constant_pad_nd.default": Rule(_padded, computes_arguments=True),
     "flip.default": Rule(_flipped),
     "_to_copy.default": _pointwise(lambda value: value),  # what another dtype makes of it, `WholeNumbers` knows
+    # At places that tensors name.
+    "index.Tensor": Rule(indexing.indexed),
+    "_unsafe_index.Tensor": Rule(indexing.indexed),
+    "gather.default": Rule(indexing.gathered),
+    "scatter.src": Rule(indexing.scattered("src")),
+    "scatter.value": Rule(indexing.scattered("value")),
+    "scatter_add.default": Rule(indexing.scattered("src", adds=True)),
+    "index_put.default": Rule(indexing.put),
+    "_unsafe_index_put.default": Rule(indexing.put),
     # New.
     "eye.default": Rule(_identity_matrix),
     "eye.m": Rule(_identity_matrix),
@@ -357,6 +434,6 @@ RULES: dict[str, Rule] = {
     **{f"{name}.default": _full(0.0) for name in ("zeros", "zeros_like", "new_zeros")},
     **{f"{name}.default": _full(1.0) for name in ("ones", "ones_like", "new_ones")},
     # Of these only the shape is ever read.
-    **{f"{name}.default": _full(0.0) for name in ("empty_like", "new_empty", "empty_permuted")},
+    **{f"{name}.default": _full(0.0) for name in ("empty_like", "new_empty", "empty_permuted", "new_empty_strided")},
     "empty.memory_format": _full(0.0),
 }

@@ -30,12 +30,12 @@ from pcr_fx.codegen.ir import (
     views,
 )
 from pcr_fx.codegen.whole import WholeNumbers
-from pcr_fx.graphs.nodes import overload_name
+from pcr_fx.graphs.nodes import op_name, overload_name
 
 # Constants of a body that are written out in its kernel's source.
 _MAX_CONSTANTS = 4096
 # Keyword arguments of pointwise ops that change what is computed; others are about memory.
-_MEANINGFUL = ("alpha", "min", "max")
+_MEANINGFUL = ("alpha", "min", "max", "rounding_mode")
 
 
 def lower(graph: fx.Graph, owner: torch.nn.Module, varying: Sequence[bool], sums: Sequence[bool]) -> Function:
@@ -60,6 +60,8 @@ class Lowering:
     def __init__(self, graph: fx.Graph, owner: torch.nn.Module, varying: Sequence[bool]) -> None:
         self.graph, self.owner = graph, owner
         self.values: dict[fx.Node, Value | list[Value]] = {}
+        # What depends on no input, as PyTorch computes it.
+        self.constants: dict[fx.Node, Any] = {}
         self.loops: list[Loop] = []
         self.inputs: list[Buffer] = []
         self.count = 0
@@ -75,7 +77,11 @@ class Lowering:
 
     def function(self, sums: Sequence[bool]) -> Function:
         for node in self.graph.nodes:
-            if node.op in ("call_function", "get_attr"):
+            if self._is_constant(node):
+                self.constants[node] = value = self._computed(node)
+                if isinstance(value, Tensor):
+                    self.whole.take_constant(node, value)
+            elif node.op == "call_function":
                 self.values[node] = self._keep(node, self._visit(node))
         results: Any = self.graph.output_node().args[0]
         results = results if isinstance(results, (tuple, list)) else [results]
@@ -89,10 +95,24 @@ class Lowering:
 
     # --- nodes ----------------------------------------------------------------------------------------------
 
-    def _visit(self, node: fx.Node) -> Any:
+    def _is_constant(self, node: fx.Node) -> bool:
+        if node.op != "call_function":
+            return node.op == "get_attr"
+        return "empty" not in op_name(node) and all(given in self.constants for given in node.all_input_nodes)
+
+    def _computed(self, node: fx.Node) -> Any:
+        """What a node is that depends on no input, on the CPU."""
         if node.op == "get_attr":
-            self.whole.take(node)
-            return self._attribute(node)
+            return getattr(self.owner, str(node.target)).detach().cpu()
+        assert callable(node.target)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda given: self.constants[given])  # type: ignore[misc]
+        return node.target(*args, **{**kwargs, **({"device": "cpu"} if kwargs.get("device") else {})})
+
+    def known(self, node: fx.Node) -> Tensor | None:
+        """The tensor that a node is in every call, if it is the same in all."""
+        return self.constants.get(node)
+
+    def _visit(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
             parts, index = node.args
             self.whole.take(node)
@@ -117,6 +137,8 @@ class Lowering:
 
     def tensor(self, argument: Any) -> Value:
         if isinstance(argument, fx.Node):
+            if argument in self.constants and argument not in self.values:
+                self.values[argument] = self._constant(argument)
             value = self.values[argument]
             assert isinstance(value, Value)
             return value
@@ -155,14 +177,15 @@ class Lowering:
         if math.prod(value.shape):
             self.loops.append(simplify(Loop(place.expression.view, value.shape, value.expression)))
 
-    def _attribute(self, node: fx.Node) -> Value:
-        tensor = getattr(self.owner, str(node.target))
-        if tensor.numel() > _MAX_CONSTANTS or tensor.dtype not in (self.dtype, torch.bool):
-            raise Unprintable(f"no kernel is printed for a constant of {tensor.numel()} numbers of {tensor.dtype}")
-        if tensor.dim() == 0:
-            return Value((), Constant(float(tensor)))
-        values = tuple(tensor.detach().to("cpu", torch.float64).reshape(-1).tolist())
-        return self.constant(values, tuple(tensor.shape))
+    def _constant(self, node: fx.Node) -> Value:
+        tensor: Tensor = self.constants[node]
+        self.whole.check_constant(node, tensor.dtype)
+        shape, numbers = tuple(tensor.shape), tensor.to(torch.float64).reshape(-1)
+        if numbers.numel() and (numbers.view(torch.int64) == numbers.view(torch.int64)[0]).all():
+            return Value(shape, Constant(float(numbers[0])))
+        if numbers.numel() > _MAX_CONSTANTS:
+            raise Unprintable(f"no kernel is printed for a constant of {numbers.numel()} numbers")
+        return self.constant(tuple(numbers.tolist()), shape)
 
     def constant(self, values: tuple[float, ...], shape: tuple[int, ...]) -> Value:
         self.count += 1

@@ -16,28 +16,44 @@ from torch import Tensor, fx
 from pcr_fx.codegen.ir import Apply, Constant, Expression, Unprintable
 from pcr_fx.graphs.nodes import arguments_of, nodes_in, op_name
 
+# Dtypes whose every number is a real of any dtype that kernels compute in.
+SMALL = (torch.bool, torch.uint8, torch.int8, torch.int16)
+_WHOLE = (*SMALL, torch.int32, torch.int64)
 # Ops that move numbers, or choose among them.
 _CHOOSING = set(
     """alias detach view _unsafe_view t transpose permute unsqueeze squeeze select slice diagonal split split_with_sizes
     unbind unfold expand clone lift_fresh_copy where maximum minimum amax amin cat flip slice_scatter select_scatter
-    constant_pad_nd _to_copy""".split()
+    diagonal_scatter constant_pad_nd _to_copy copy""".split()
 )
 # Ops that make a tensor of one number, or of 0 and 1.
 _FILLING = set(
     """full full_like new_full scalar_tensor fill zeros zeros_like new_zeros ones ones_like new_ones empty_like new_empty
-    empty_permuted empty eye""".split()
+    new_empty_strided empty_permuted empty eye""".split()
 )
+# Ops that choose among the numbers of their first argument by a second one, or write those of a third one there.
+_INDEXING = set("index _unsafe_index gather scatter index_put _unsafe_index_put".split())
 _COMPARING = {"eq", "ne", "lt", "le", "gt", "ge"}
-_LOGICAL = {"logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "mul", "sum"}
+_LOGICAL = {
+    "isnan",
+    "logical_and",
+    "logical_or",
+    "logical_not",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_not",
+    "mul",
+    "sum",
+}
 # Ops that make other numbers of truth values, all of which but 0 are true.
 _SATURATING = {"add", "_to_copy"}
-_TRUTHFUL = _CHOOSING | _FILLING | _COMPARING | _LOGICAL | _SATURATING
+_TRUTHFUL = _CHOOSING | _INDEXING | _FILLING | _COMPARING | _LOGICAL | _SATURATING
 # Up to how large a whole number each op makes of such, by the arguments of its schema.
 _SIZES: dict[str, Callable[..., float]] = {
     "add": lambda a, b, alpha: a + alpha * b,
     "sub": lambda a, b, alpha: a + alpha * b,
     "rsub": lambda a, b, alpha: alpha * a + b,
     "mul": lambda a, b: a * b,
+    "remainder": lambda a, b: max(b - 1, 0),
     "pow": lambda a, b: max(a, 1) ** b,
     "clamp": max,
     "clamp_min": max,
@@ -84,19 +100,34 @@ class WholeNumbers:
         """
         values = node.meta["val"]
         for value in values if isinstance(values, (tuple, list)) else [values]:
-            if value.dtype not in (self.real, torch.bool, torch.int64):
+            if value.dtype not in (self.real, *_WHOLE):
                 raise self._refused(node, f"of {value.dtype} beside {self.real}")
             if value.dtype != self.real:
                 self._check_whole(node, value.dtype)
         if op_name(node) in _COMPARING:
             self._check_comparison(node)
 
+    def take_constant(self, node: fx.Node, value: Tensor) -> None:
+        """Take note of a tensor that is the same in every call."""
+        if value.dtype in _WHOLE:
+            self.sizes[node] = float(value.abs().max()) if value.numel() and value.dtype != torch.bool else 1.0
+
+    def check_constant(self, node: fx.Node, dtype: torch.dtype) -> None:
+        """Whether a kernel can hold a tensor that is the same in every call.
+
+        Raises:
+            Unprintable: its numbers are none of the kernel's dtype.
+        """
+        if dtype not in (self.real, *_WHOLE) or (dtype in _WHOLE and self.sizes[node] > self.exact):
+            raise Unprintable(f"no kernel is printed for constants of {dtype} beside {self.real}")
+
     def take(self, node: fx.Node) -> None:
-        """Take note of an input, a constant, or one part of a result with several."""
+        """Take note of an input, or one part of a result with several."""
         if node.op == "call_function":
             self.sizes[node] = self._magnitude(node.args[0])
-        elif node.meta["val"].dtype == torch.bool:
-            self.sizes[node] = 1
+        elif node.meta["val"].dtype in SMALL:
+            dtype = node.meta["val"].dtype
+            self.sizes[node] = 1.0 if dtype == torch.bool else 1.0 + torch.iinfo(dtype).max
 
     def kept(self, node: fx.Node, expression: Expression) -> Expression:
         """What an op computes, made what its dtype has."""
@@ -110,7 +141,7 @@ class WholeNumbers:
     def _check_whole(self, node: fx.Node, dtype: torch.dtype) -> None:
         name = op_name(node)
         if dtype == torch.bool:
-            chosen = [argument.meta["val"].dtype for argument in node.all_input_nodes] if name in _CHOOSING else []
+            chosen = [argument.meta["val"].dtype for argument in _chosen(node)]
             if name not in _TRUTHFUL or any(other != dtype for other in chosen if name != "_to_copy"):
                 raise self._refused(node, f"of {dtype}")
             self.sizes[node] = 1
@@ -118,7 +149,7 @@ class WholeNumbers:
         size = self._size(node, name)
         if size is None:
             raise self._refused(node, f"of {dtype}")
-        if size > self.exact:
+        if size > min(self.exact, torch.iinfo(dtype).max):
             raise self._refused(node, f"of {dtype} which may not be exact in {self.real}")
         self.sizes[node] = size
 
@@ -127,11 +158,13 @@ class WholeNumbers:
         given = arguments_of(node)
         if name in _FILLING:
             return max([1.0, *(self._magnitude(given[key]) for key in ("fill_value", "value", "s") if key in given)])
-        read = [self._magnitude(argument) for argument in nodes_in(list(given.values()))]
-        if name in _CHOOSING:
-            return max([*read, self._magnitude(given.get("value"))])
+        if name in _CHOOSING | _INDEXING:
+            value = given.get("value")
+            return max(
+                [*map(self._magnitude, _chosen(node)), 0.0 if isinstance(value, fx.Node) else self._magnitude(value)]
+            )
         if name == "sum":
-            return read[0] * given["self"].meta["val"].numel() / max(node.meta["val"].numel(), 1)
+            return self._magnitude(given["self"]) * given["self"].meta["val"].numel() / max(node.meta["val"].numel(), 1)
         return _SIZES[name](*map(self._magnitude, given.values())) if name in _SIZES else None
 
     def _magnitude(self, argument: Any) -> float:
@@ -150,6 +183,14 @@ class WholeNumbers:
 
     def _refused(self, node: fx.Node, why: str) -> Unprintable:
         return Unprintable(f"no kernel is printed for {node.target} {why}")
+
+
+def _chosen(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose numbers an op chooses among, if it is one that chooses."""
+    if op_name(node) not in _CHOOSING | _INDEXING:
+        return []
+    given = arguments_of(node)
+    return list(nodes_in([value for name, value in given.items() if name not in ("condition", "index", "indices")]))
 
 
 def _stand_in(argument: Any) -> Tensor | float:

@@ -26,7 +26,7 @@ from pcr_fx.targets.cpp.memory import empty
 from pcr_fx.targets.cpp.pointers import address_in
 from pcr_fx.targets.cpp.source import REALS, chain_source, summed_numbers
 from pcr_fx.targets.cpp.threads import available_threads
-from pcr_fx.targets.kernel import LoweredBody, check_tensors
+from pcr_fx.targets.kernel import LoweredBody, as_real, check_tensors
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class CppKernel:
         for operand in call.operands:
             size, own = next(sizes)
             if isinstance(operand, Tensor):
-                operand = operand.contiguous()
+                operand = as_real(operand, self.program.dtype).contiguous()
                 words += _words_of(operand)
                 assert operand.numel() == call.length * size * (samples if own else 1), (
                     "another kernel is for these sizes"
@@ -218,7 +218,7 @@ class CppKernel:
             kept.append(operand)
         for tensor in call.shared:
             size, own = next(sizes)
-            tensor = tensor.contiguous()
+            tensor = as_real(tensor, self.program.dtype).contiguous()
             assert tensor.numel() == size * (samples if own else 1), "another kernel is for these sizes"
             memory = tensor.untyped_storage()  # the tensor may get another from another thread
             words += (address_in(memory, tensor), 0, 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pcr_fx.call import Call
+from pcr_fx.targets.kernel import as_real
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -27,8 +28,8 @@ class Arguments:
 
     def __init__(self, call: Call, trajectory: Tensor | None = None, cotangents: Tensor | None = None) -> None:
         self.initial = aligned(call.initial)
-        self.operands = [aligned(tensor) for tensor in call.operands]
-        self.shared = [aligned(tensor) for tensor in call.shared]
+        self.operands = [aligned(as_real(tensor, call.initial.dtype)) for tensor in call.operands]
+        self.shared = [aligned(as_real(tensor, call.initial.dtype)) for tensor in call.shared]
         self.trajectory = None if trajectory is None else aligned(trajectory)
         self.cotangents = None if cotangents is None else aligned(cotangents)
 

@@ -1,0 +1,119 @@
+"""What people write inside a block: the chain is found and has a kernel both ways, and computes what the model does."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pcr_fx
+
+pytestmark = pytest.mark.usefixtures("kernel_cache")
+LENGTH = 12
+
+
+class Model(nn.Module):
+    """`block(x, p, i)` for each of some parameters `[4]`, with the number of the block."""
+
+    def __init__(self, block: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.block = block
+        draw = torch.Generator().manual_seed(0)
+        self.p = nn.ParameterList(0.4 + 0.5 * torch.rand(4, generator=draw, dtype=torch.float64) for _ in range(LENGTH))
+        self.register_buffer("done", torch.arange(LENGTH * 3).view(LENGTH, 3, 1) % 5 == 0)
+        self.register_buffer("small", (torch.arange(LENGTH * 4).view(LENGTH, 4) % 3).to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, p in enumerate(self.p):
+            x = self.block(self, x, p, index)
+        return x
+
+
+def matrix(x: Tensor) -> Tensor:
+    return 2 * torch.eye(2, dtype=x.dtype) + 0.1 * x.view(-1, 2, 2)
+
+
+def definite(x: Tensor) -> Tensor:
+    return matrix(x) @ matrix(x).mT
+
+
+def components(_: Model, x: Tensor, p: Tensor, index: int) -> Tensor:
+    a, b = x[..., 0], x[..., 1]
+    return x + 0.1 * torch.stack([a * b, b - a, x[..., 2], x[..., -1]], -1) * p
+
+
+BLOCKS: dict[str, Callable[..., Tensor]] = {
+    "components": components,
+    "steps": lambda m, x, p, i: x + torch.cat([x[:, ::2], x[:, 1::2]], 1) * p,
+    "a roll": lambda m, x, p, i: torch.tanh(torch.roll(x, 1, -1) * p),
+    "a constant list": lambda m, x, p, i: torch.tanh(x[:, [2, 0, 3, 1]] * p),
+    "a stencil": lambda m, x, p, i: torch.tanh(F.conv1d(x[:, None], p[None, None, :3], padding=1)[:, 0]),
+    "the largest": lambda m, x, p, i: (
+        x * p + 0.1 * x.max(-1, keepdim=True).values + x.argmax(-1, True).to(x.dtype) * 0.01
+    ),
+    "in order": lambda m, x, p, i: x.sort(-1).values * p,
+    "a cumulative sum": lambda m, x, p, i: torch.tanh(x.cumsum(-1) * p),
+    "a diagonal": lambda m, x, p, i: x @ (torch.eye(4, dtype=x.dtype) + 0.1 * torch.diag(p)),
+    "done flags": lambda m, x, p, i: torch.where(m.done[i], torch.zeros_like(x), x + p),
+    "a mask": lambda m, x, p, i: (x * p).masked_fill(m.done[i], 0.5),
+    "small whole numbers": lambda m, x, p, i: x * p + 0.1 * m.small[i].to(x.dtype),
+    "prelu": lambda m, x, p, i: F.prelu(x, p[:1]) + 0.1,
+    "an inverse": lambda m, x, p, i: torch.linalg.inv(matrix(x)).reshape(-1, 4) * p,
+    "a solve": lambda m, x, p, i: x * p + 0.1 * torch.linalg.solve(matrix(x), p[:2].expand(x.shape[0], 2)).repeat(1, 2),
+    "a Cholesky factor": lambda m, x, p, i: x * p + 0.1 * torch.linalg.cholesky(definite(x)).reshape(-1, 4),
+    "a determinant": lambda m, x, p, i: x * p + 0.1 * torch.linalg.det(matrix(x))[:, None],
+    "a log determinant": lambda m, x, p, i: x * p + 0.1 * torch.logdet(definite(x))[:, None],
+}
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = model(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    inputs = [x, *model.parameters()]
+    return [y, *torch.autograd.grad((weights * y).sum(), inputs, materialize_grads=True, allow_unused=True)]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block(name: str) -> None:
+    model, x = Model(BLOCKS[name]), torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    fast = pcr_fx.transform(model, x, options={"planning": "estimated"})
+    for got, expected in zip(gradients(fast, x), gradients(model, x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    (chain,) = fast.report.to_dict()["chains"]
+    assert chain["length"] == LENGTH
+    assert chain["native_forward"] and chain["native_backward"], str(fast.report)
+
+
+@pytest.mark.parametrize("name", ["an inverse", "a solve", "a Cholesky factor"])
+@pytest.mark.parametrize("solver", ["newton", "sequential"])
+def test_a_block_by_other_solvers(name: str, solver: str) -> None:
+    model, x = Model(BLOCKS[name]), torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    fast = pcr_fx.transform(model, x, options={"solver": solver})
+    for got, expected in zip(gradients(fast, x), gradients(model, x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("operation", "message"),
+    [
+        (lambda a: torch.linalg.inv(a), "singular"),
+        (lambda a: a.inverse(), "singular"),
+        (lambda a: torch.linalg.solve(a, a), "singular"),
+        (lambda a: torch.linalg.cholesky(a), "positive-definite"),
+    ],
+    ids=["inv", "inverse", "solve", "cholesky"],
+)
+def test_what_raises_in_the_model_raises(operation: Callable[[Tensor], Tensor], message: str) -> None:
+    def block(_: Model, x: Tensor, p: Tensor, index: int) -> Tensor:
+        return x * p + operation(x.view(-1, 2, 2)).reshape(-1, 4)
+
+    model = Model(block)
+    good = torch.tensor([[2.0, 0.5, 0.5, 1.0]], dtype=torch.float64)
+    fast = pcr_fx.transform(model, good, options={"planning": "estimated"})
+    torch.testing.assert_close(fast(good), model(good), rtol=1e-12, atol=1e-12)
+    bad = torch.tensor([[1.0, 2.0, 2.0, 4.0], [1.0, 2.0, 2.0, 1.0]], dtype=torch.float64)
+    for either in (model, fast):
+        with pytest.raises(torch.linalg.LinAlgError, match=message):
+            either(bad)
