@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from torch._inductor import config
@@ -171,6 +172,56 @@ def test_a_damaged_library_is_compiled_anew(tmp_path: Path) -> None:
     assert path.read_bytes() == kept
 
 
+def planted(path: Path, mark: Path) -> None:
+    """Put a library into the cache, with its record, that leaves a mark when it is opened."""
+    source = path.parent / "planted.c"
+    source.write_text(
+        f'''#include <stdio.h>
+        __attribute__((constructor)) static void open_mark(void) {{ fclose(fopen("{mark}", "w")); }}
+        void run(const void *call) {{}}'''
+    )
+    made = source.with_suffix(".made")
+    subprocess.run(["g++", "-x", "c", "-shared", "-fPIC", "-o", made, source], check=True)
+    disk.keep(path, made.read_bytes())
+    source.unlink(), made.unlink()
+
+
+# What keeps a planted library from being opened, each alone.
+REFUSED: dict[str, Callable[[Path], object]] = {
+    "of another user": lambda path: os.chown(path, 65534, 65534),
+    "that others may write to": lambda path: path.chmod(0o666),
+    "in a folder of another user": lambda path: os.chown(path.parent, 65534, 65534),
+    "in a folder that others may write to": lambda path: path.parent.chmod(0o1777),
+    "below a folder that others may write to": lambda path: path.parents[1].chmod(0o777),
+    "without a record": lambda path: Path(f"{path}.json").unlink(),
+    "with a record that others may write to": lambda path: Path(f"{path}.json").chmod(0o622),
+    "with the record of what was there": lambda path: Path(f"{path}.json").write_bytes(
+        path.with_suffix(".before").read_bytes()
+    ),
+    "that is a link": lambda path: path.symlink_to(path.rename(path.with_suffix(".elsewhere"))),
+}
+
+
+@pytest.mark.parametrize("kind", [*REFUSED, "of the user"])
+def test_a_planted_library_is_not_opened(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "another user" in kind and os.getuid() != 0:
+        pytest.skip("only root may give files away")
+    monkeypatch.setattr(disk, "_said", set())
+    (tmp_path / "above").mkdir(mode=0o755)
+    monkeypatch.setenv("PCR_FX_CACHE_DIR", str(tmp_path / "above" / "cache"))
+    number, mark = next(_numbers), tmp_path / "mark"
+    with monkeypatch.context() as patch:  # a library that is open is not opened again
+        patch.setattr(build, "_opened", lambda path: Mock(_name=str(path)))
+        path = Path(load(number)._name)
+    shutil.copy(f"{path}.json", path.with_suffix(".before"))
+    planted(path, mark)
+    REFUSED.get(kind, lambda _: None)(path)
+    monkeypatch.setattr(build, "_loaded", Registry())
+    load(number)
+    # What the user has put there is opened, which shows that the others could have been.
+    assert mark.exists() is (kind == "of the user")
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, with room for 32 KiB."""
@@ -208,6 +259,23 @@ def test_a_read_only_folder_is_read(small_disk: Path, monkeypatch: pytest.Monkey
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     monkeypatch.setattr(build, "_loaded", Registry())
     assert load(-2)._name == name
+
+
+@pytest.mark.parametrize("limit", [0, 100, 4096])
+def test_a_limit_of_the_size_of_files(limit: int, tmp_path: Path) -> None:
+    import resource
+
+    number = next(_numbers)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(CompilerError, match=r"File too large|error|signal|fails") as raised:
+            load(number)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(raised.value)
+    assert [path for path in (tmp_path / "cache").iterdir() if path.name.startswith("unfinished")] == []
+    load(number)
 
 
 def test_no_folder_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,36 @@ def test_several_interrupts_wait_as_one_does() -> None:
     assert seen == ["ended"]
 
 
+def test_tracing_is_not_interrupted_but_by_a_second_interrupt() -> None:
+    seen: list[str] = []
+    with pytest.raises(KeyboardInterrupt), tracing():
+        with tracing():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            seen.append("inside")
+        seen.append("outside")
+    with pytest.raises(KeyboardInterrupt), tracing():
+        for name in ("waits", "does not"):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            seen.append(name)
+    assert seen == ["inside", "outside", "waits"]
+    with pytest.raises(ZeroDivisionError), tracing():
+        1 / 0  # noqa: B018
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
+def test_who_handles_interrupts_otherwise_still_does(handler: Any) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with tracing():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_thread_that_cannot_be_started_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -95,17 +97,43 @@ def stop_if_abandoned() -> None:
 def tracing() -> Iterator[None]:
     """One thread at a time: FX patches classes while it traces, and two of its tracers at once break both.
 
-    No lock may be taken in here that is held where this is asked for: each would wait for the other.
+    Nor is it interrupted. No lock may be taken in here that is held where this is asked for: each would wait for the other.
     """
     if _here.is_tracing:
         yield
         return
-    with _lock:
+    with _lock, _uninterrupted():
         _here.is_tracing = True
         try:
             yield
         finally:
             _here.is_tracing = False
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the end; who cannot wait interrupts a second time.
+
+    Where it takes effect while FX takes its patches back, no module can be called any more, and where PyTorch's C++ has
+    called Python for what a fake tensor does, the process ends.
+    """
+    before, waiting = signal.getsignal(signal.SIGINT), list[int]()
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def wait_first(number: int, frame: FrameType | None) -> None:
+        waiting.append(number)
+        if len(waiting) > 1:
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, wait_first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if len(waiting) == 1:
+            signal.raise_signal(signal.SIGINT)
 
 
 def isolated(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

@@ -52,6 +52,9 @@ class Load:
 class Constant:
     value: float
 
+    def __post_init__(self) -> None:
+        assert type(self.value) is float, "printers write it as it prints itself"
+
 
 @dataclass(frozen=True)
 class Apply:

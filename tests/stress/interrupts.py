@@ -1,15 +1,25 @@
-"""Ctrl-C at random moments of five stages: the next call is right, and has its chain."""
+"""Ctrl-C at random moments of five stages: the next call is right, and has its chain.
+
+An exception that passes through some of PyTorch's own C++ ends the process (`terminate called after throwing ...`), also
+where nothing of this package is on the stack. So the calls are made in processes that are started again where one was
+ended so, and such moments are counted apart.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +27,7 @@ import torch
 import pcr_fx
 from stress.models import network, samples, wrong
 
-_fresh = count()
+_PACKAGE = str(Path(pcr_fx.__file__).parent)
 
 
 def _fast(way: str, model: torch.nn.Module, x: torch.Tensor, options: dict[str, Any]) -> tuple[Any, Callable[[], Any]]:
@@ -101,33 +111,50 @@ def interrupted_after(seconds: float) -> Iterator[None]:
         thread.join()
 
 
-def run(count: int, seed: int) -> list[str]:
-    """Interrupt so many calls, as many of each stage, and return what was wrong with those that followed."""
-    draw, troubles, hits = random.Random(seed), [], dict.fromkeys(STAGES, 0)
-    typical: dict[tuple[str, str], float] = {}
-    for index in range(count):
-        stage, way = list(STAGES)[index % len(STAGES)], draw.choice(["transform", "compile"])
-        if (stage, way) not in typical:
+@dataclass
+class Interrupted:
+    """What became of one call that was to be interrupted, and of the one after it.
+
+    Attributes:
+        is_hit: whether the call had not ended by then.
+        trouble: what was wrong with the next call; nothing if it was right.
+    """
+
+    name: str
+    stage: str
+    is_hit: bool
+    trouble: str
+
+
+class Calls:
+    """Calls to interrupt, numbered; those of one stage take turns with those of the others."""
+
+    def __init__(self, seed: int, unused: int, ways: Sequence[str] = ("transform", "compile")) -> None:
+        """`unused`: a size from which on none of the calls to come has it."""
+        self.seed, self.ways, self.unused = seed, ways, count(unused)
+        self.typical: dict[tuple[str, str], float] = {}
+
+    def interrupt(self, index: int) -> Interrupted:
+        draw = random.Random(f"{self.seed} {index}")
+        stage, way = list(STAGES)[index % len(STAGES)], draw.choice(self.ways)
+        if (stage, way) not in self.typical:
             began = time.perf_counter()
-            assert not STAGES[stage](next(_fresh))(way), "not even an undisturbed call is right"
-            typical[stage, way] = time.perf_counter() - began
-        call = STAGES[stage](next(_fresh))
-        moment = draw.uniform(0, typical[stage, way])
+            assert not STAGES[stage](next(self.unused))(way), "not even an undisturbed call is right"
+            self.typical[stage, way] = time.perf_counter() - began
+        call, is_hit = STAGES[stage](index // len(STAGES)), False
+        moment = draw.uniform(0, self.typical[stage, way])
+        name = f"{index}, {stage} by {way}, interrupted after {moment:.3f} s"
+        print(f"begun: {name}", flush=True)
         try:
             with interrupted_after(moment):
                 call(way)
             time.sleep(0.01)
         except KeyboardInterrupt:
-            hits[stage] += 1
+            is_hit = True
         began = time.perf_counter()
         trouble = _after(call, way)
-        typical[stage, way] = min(typical[stage, way], time.perf_counter() - began)
-        if trouble:
-            troubles.append(f"{stage} by {way}, interrupted after {moment:.3f} s: {trouble}")
-    print(
-        f"{sum(hits.values())} of {count} calls interrupted ({hits}), {len(troubles)} of those that followed are wrong"
-    )
-    return troubles
+        self.typical[stage, way] = min(self.typical[stage, way], time.perf_counter() - began)
+        return Interrupted(name, stage, is_hit, trouble)
 
 
 def _after(call: Callable[[str], str], way: str) -> str:
@@ -135,3 +162,51 @@ def _after(call: Callable[[str], str], way: str) -> str:
         return call(way)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
+
+
+def run(calls: int, seed: int) -> list[str]:
+    """Interrupt so many calls, as many of each stage, and return what was wrong with those that followed."""
+    results, ended, troubles = list[Interrupted](), list[str](), list[str]()
+    while len(results) + len(ended) < calls and not troubles:
+        made, begun, said = _process(len(results) + len(ended), calls, seed, len(ended))
+        results += made
+        if said:
+            name = f"{begun}: the process ended:\n{said}"
+            (ended if _is_pytorchs(said) else troubles).append(name)
+    hits = {stage: sum(one.is_hit for one in results if one.stage == stage) for stage in STAGES}
+    troubles += [f"{one.name}: {one.trouble}" for one in results if one.trouble]
+    print(
+        f"{sum(hits.values())} of {len(results)} calls interrupted {hits}, {len(troubles)} troubles after it; "
+        f"{len(ended)} more that PyTorch's own code did not survive"
+    )
+    for one in ended:
+        print(
+            f"  {one.splitlines()[0]} at", *[line.strip() for line in one.splitlines() if "site-packages" in line][:1]
+        )
+    return troubles
+
+
+def _process(first: int, end: int, seed: int, before: int) -> tuple[list[Interrupted], str, str]:
+    """What became of calls in a process of their own, which one was begun last, and what it said if that ended it."""
+    numbers = map(str, (first, end, seed, end // len(STAGES) + 1 + 2 * before))
+    done = subprocess.run([sys.executable, "-m", __spec__.name, *numbers], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    results = [Interrupted(**json.loads(line)) for line in lines if line.startswith("{")]
+    begun = [line for line in lines if line.startswith("begun: ")]
+    return results, begun[-1] if begun else "", done.stderr or str(done.returncode) if done.returncode else ""
+
+
+def _is_pytorchs(said: str) -> bool:
+    """Whether what ended a process was an interrupt within C++ that only PyTorch's own Python had called."""
+    _, _, stack = said.partition("terminate called after throwing an instance of 'pybind11::error_already_set'")
+    return "KeyboardInterrupt" in stack and "\nAt:" in stack and _PACKAGE not in stack
+
+
+def _main(first: int, end: int, seed: int, unused: int) -> None:
+    calls = Calls(seed, unused)
+    for index in range(first, end):
+        print(json.dumps(asdict(calls.interrupt(index))), flush=True)
+
+
+if __name__ == "__main__":
+    _main(*map(int, sys.argv[1:]))
