@@ -1,8 +1,9 @@
 """Ctrl-C at random moments of five stages: the next call is right, and has its chain.
 
-An exception that passes through some of PyTorch's own C++ ends the process (`terminate called after throwing ...`), also
-where nothing of this package is on the stack. So the calls are made in processes that are started again where one was
-ended so, and such moments are counted apart.
+PyTorch does not survive every interrupt: one that arrives while its C++ calls Python for what a fake tensor does ends the
+process (`terminate called after throwing an instance of 'pybind11::error_already_set'`). While Dynamo reads a model that is
+nearly always so, whatever the backend. So interrupts come once this package is at work; they are made in processes that are
+started again where one is ended so, and such moments are counted apart if nothing of this package was on the stack.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,18 +27,39 @@ from typing import Any
 import torch
 
 import pcr_fx
+from pcr_fx.backend import deeppcr
 from stress.models import network, samples, wrong
 
 _PACKAGE = str(Path(pcr_fx.__file__).parent)
 
 
+class _Start:
+    """When this package began with a call."""
+
+    def __init__(self) -> None:
+        self.is_over, self.time = threading.Event(), 0.0
+
+    def __call__(self) -> None:
+        self.time = time.perf_counter()
+        self.is_over.set()
+
+
+_start = _Start()
+
+
 def _fast(way: str, model: torch.nn.Module, x: torch.Tensor, options: dict[str, Any]) -> tuple[Any, Callable[[], Any]]:
     """The model made fast in one of two ways, and what gives its report after a call."""
     if way == "transform":
+        _start()
         fast = pcr_fx.transform(model, x, options=options)
         return fast, lambda: fast.report
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        _start()
+        return deeppcr(graph, inputs, options={**options, "inner_backend": "eager"})
+
     torch._dynamo.reset()
-    return torch.compile(model, backend="deeppcr", options={**options, "inner_backend": "eager"}), pcr_fx.report
+    return torch.compile(model, backend=backend), pcr_fx.report
 
 
 def _first_call(length: int, width: int, **options: Any) -> Callable[[str], str]:
@@ -74,6 +97,7 @@ def _solving(_: int) -> Callable[[str], str]:
     """Training steps of models that are ready, by Newton's method from the previous trajectory, and by a kernel."""
 
     def run(way: str) -> str:
+        _start()
         for solver in ("newton", "sequential"):
             if solver not in _solvers:
                 model, x = network(64, 4), samples(4)
@@ -91,23 +115,31 @@ def _solving(_: int) -> Callable[[str], str]:
 
 
 @contextmanager
-def interrupted_after(seconds: float) -> Iterator[None]:
-    """SIGINT to this process in so many seconds, unless the block has ended by then; it ends with a `KeyboardInterrupt`."""
+def interrupted_after(seconds: float, start: threading.Event | None = None) -> Iterator[None]:
+    """SIGINT to this process in so many seconds, unless the block has ended by then; it ends with a `KeyboardInterrupt`.
+
+    Args:
+        start: what the seconds count from, if not from now.
+    """
     over, lock = threading.Event(), threading.Lock()
 
     def interrupt() -> None:
+        if start is not None:
+            start.wait()
         if not over.wait(seconds):
             with lock:
                 if not over.is_set():
                     os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=interrupt)
+    thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
     try:
         yield
     finally:
         with lock:
             over.set()
+        if start is not None:
+            start.set()
         thread.join()
 
 
@@ -123,7 +155,7 @@ class Interrupted:
     name: str
     stage: str
     is_hit: bool
-    trouble: str
+    trouble: str = ""
 
 
 class Calls:
@@ -138,30 +170,32 @@ class Calls:
         draw = random.Random(f"{self.seed} {index}")
         stage, way = list(STAGES)[index % len(STAGES)], draw.choice(self.ways)
         if (stage, way) not in self.typical:
-            began = time.perf_counter()
-            assert not STAGES[stage](next(self.unused))(way), "not even an undisturbed call is right"
-            self.typical[stage, way] = time.perf_counter() - began
-        call, is_hit = STAGES[stage](index // len(STAGES)), False
+            self.typical[stage, way], trouble = _timed(STAGES[stage](next(self.unused)), way)
+            assert not trouble, f"not even an undisturbed call is right: {trouble}"
+        call = STAGES[stage](index // len(STAGES))
         moment = draw.uniform(0, self.typical[stage, way])
-        name = f"{index}, {stage} by {way}, interrupted after {moment:.3f} s"
-        print(f"begun: {name}", flush=True)
+        result = Interrupted(f"{index}, {stage} by {way}, after {moment:.3f} s", stage, False)
+        print(f"begun: {result.name}", flush=True)
+        _start.is_over.clear()
         try:
-            with interrupted_after(moment):
+            with interrupted_after(moment, _start.is_over):
                 call(way)
             time.sleep(0.01)
-        except KeyboardInterrupt:
-            is_hit = True
-        began = time.perf_counter()
-        trouble = _after(call, way)
-        self.typical[stage, way] = min(self.typical[stage, way], time.perf_counter() - began)
-        return Interrupted(name, stage, is_hit, trouble)
+        except KeyboardInterrupt as error:
+            result.is_hit = True
+            result.name += " ".join(traceback.format_tb(error.__traceback__)[-1].split()[:6])
+        seconds, result.trouble = _timed(call, way)
+        self.typical[stage, way] = min(self.typical[stage, way], seconds)
+        return result
 
 
-def _after(call: Callable[[str], str], way: str) -> str:
+def _timed(call: Callable[[str], str], way: str) -> tuple[float, str]:
+    """How many seconds a call took of this package, and what is wrong with it."""
     try:
-        return call(way)
+        trouble = call(way)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        trouble = f"{type(error).__name__}: {error}"
+    return time.perf_counter() - _start.time, trouble
 
 
 def run(calls: int, seed: int) -> list[str]:
