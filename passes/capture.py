@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from pcr_fx.body.isolation import tracing
 from pcr_fx.errors import CaptureError, UnsupportedError
+from pcr_fx.passes.shapes import Answers
 from pcr_fx.passes.tracer import ADVICE, ModelTracer
 
 # An argument of these types compares by value; any other must be the same object.
@@ -28,24 +28,27 @@ class Captured:
         graph: every node has `nn_module_stack` and `stack_trace` in its meta, and where inputs were given an
             `example_value`: a fake tensor (or whatever the op returns) that holds shape, dtype and device. Its
             placeholders are the arguments that hold tensors, under their names; all others are constants in it.
-        facts: what it takes for granted of its arguments.
-        reads_shapes: whether they include shapes, dtypes and devices: the forward asked for some.
+        facts: what it takes for granted of its arguments, but for sizes.
+        answers: what it takes for granted of their sizes; `None` where the forward asked for no shape, dtype or device.
         modes: the modules, by name, whose mode (training or evaluation) the forward asked for, and the mode they were in.
+        names: the arguments that the graph takes, in order.
     """
 
     graph: fx.Graph
     facts: Mapping[str, Any]
-    reads_shapes: bool
+    answers: Answers | None
     modes: Mapping[str, bool]
+    names: Sequence[str]
 
     def holds_for(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the graph computes the forward for these arguments, as `bind_arguments` returns them."""
-        return _facts(arguments, self.reads_shapes) == self.facts
+        if _facts(arguments, self.answers is not None) != self.facts:
+            return False
+        return self.answers is None or self.answers.hold_for(arguments)
 
-    @functools.cached_property
-    def names(self) -> list[str]:
-        """The arguments that the graph takes, in order."""
-        return [str(node.target) for node in self.graph.nodes if node.op == "placeholder"]
+    def without_graph(self) -> Captured:
+        """All but the graph, once another was made of it: it weighs a kilobyte an op."""
+        return replace(self, graph=fx.Graph())
 
     def inputs(self, arguments: Mapping[str, Any]) -> list[Any]:
         """What the graph takes, in order."""
@@ -75,7 +78,9 @@ def capture_model(model: nn.Module, example_inputs: Any = None) -> Captured:
         hint = "" if known else f" (pass example_inputs if it needs the shapes of {', '.join(arguments)})"
         what = str(error).strip().rstrip(".;")
         raise CaptureError(f"{type(model).__name__} cannot be traced{hint}: {what}. If it runs, {ADVICE}") from error
-    return Captured(graph, _facts(arguments, tracer.reads_shapes), tracer.reads_shapes, modes)
+    answers = tracer.answers(graph)
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+    return Captured(graph, _facts(arguments, answers is not None), answers, modes, names)
 
 
 @contextlib.contextmanager
@@ -139,12 +144,12 @@ def bind_to(signature: inspect.Signature, name: str, args: Sequence[Any], kwargs
         raise UnsupportedError(f"inputs do not fit {name}.forward{signature}: {error}") from error
 
 
-def _facts(value: Any, with_shapes: bool) -> Any:
-    """What a graph may take for granted: the value of a number, and of a tensor that it is one, or its shape."""
+def _facts(value: Any, with_kinds: bool) -> Any:
+    """What a graph may take for granted: the value of a number, and of a tensor that it is one, or of what kind."""
     if isinstance(value, Tensor):
-        return (value.shape, value.dtype, value.device) if with_shapes else Tensor
+        return (value.dim(), value.dtype, value.device) if with_kinds else Tensor
     if isinstance(value, (tuple, list)):
-        return type(value), [_facts(item, with_shapes) for item in value]
+        return type(value), [_facts(item, with_kinds) for item in value]
     if isinstance(value, Mapping):
-        return {name: _facts(item, with_shapes) for name, item in value.items()}
+        return {name: _facts(item, with_kinds) for name, item in value.items()}
     return value if value is Tensor else (type(value), value if isinstance(value, _COMPARED_BY_VALUE) else id(value))

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.attributes import attribute
-from pcr_fx.graphs.effects import RESHAPING_METHODS, is_noise_like
+from pcr_fx.graphs.effects import is_noise_like
+from pcr_fx.passes.shapes import Answers, FakeValues, Questions, Sizes
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +53,8 @@ _FACTORIES = frozenset(
         "zeros",
     ]
 )
-# What a fake tensor knows, and what only a real one would.
+# What a fake tensor knows.
 _KNOWN = frozenset("shape dtype device ndim is_cuda layout itemsize nbytes".split())
-_UNKNOWN = frozenset("requires_grad is_leaf grad grad_fn _version".split())
 _CONSTANT = "_tensor_constant"
 
 
@@ -71,15 +70,12 @@ class ModelTracer(fx.Tracer):
     def __init__(self, model: nn.Module, arguments: Mapping[str, Any], known: bool) -> None:
         super().__init__()
         self.arguments = arguments
-        self.reads_shapes = False
+        self.questions = Questions()
         # The base class searches all parameters for each one that it meets.
         self.names = {id(value): name for name, value in [*model.named_buffers(), *model.named_parameters()]}
         # Tensors that modules keep as neither parameters nor buffers, by path.
         self.stored: dict[str, Tensor] = {}
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True) if known else None
-        # By shape, strides, dtype and device: blocks that repeat ask the same question again and again.
-        self.fakes: dict[Any, Tensor] = {}
-        self.values: dict[Any, Any] = {}
+        self.values = FakeValues(arguments, self._attribute) if known else None
         self.settings = _settings()
         self.module_stack = _ModuleStack()
 
@@ -88,6 +84,10 @@ class ModelTracer(fx.Tracer):
             graph = super().trace(root, concrete_args)
             self._check_stored(graph)
         return graph
+
+    def answers(self, graph: fx.Graph) -> Answers | None:
+        """What the forward was told of shapes, as `Captured` has it."""
+        return self.questions.kept(graph, self.values)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return False
@@ -126,103 +126,50 @@ class ModelTracer(fx.Tracer):
         if _settings() != self.settings:
             raise CaptureError(f"the model switches gradients or autocast on or off{_at(line)}; {ADVICE}")
         # `normalise.py` lets noise take its shape from anything that has the same in this graph.
-        self.reads_shapes |= is_noise_like(target)
+        self.questions.every_size |= is_noise_like(target)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         proxy.node.meta["stack_trace"] = line
-        if self.mode is None:
+        if self.values is None:
             return proxy
-        value = proxy.node.meta["example_value"] = self._value(proxy.node)
+        value = proxy.node.meta["example_value"] = self.values.evaluate(proxy.node)
         return proxy if target is getattr else self._handed_out(proxy, value)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _KnownProxy(node, self) if self.mode is not None else _Proxy(node, self)
+        return _KnownProxy(node, self) if self.values is not None else _Proxy(node, self)
 
     def _handed_out(self, proxy: fx.Proxy, value: Any) -> Any:
         """What the model gets: a tuple must be one, since it may be unpacked or measured, and a number is a number."""
         if isinstance(value, Tensor) or value is None or proxy.node.op in ("get_attr", "output"):
             return proxy
+        node = proxy.node
         if _is_constant(value):
-            self.reads_shapes = True
-            self.graph.erase_node(proxy.node)
-            return value
+            args, kwargs = node.args, node.kwargs
+            self.graph.erase_node(node)
+            if node.op == "call_method" and node.target == "size" and isinstance(value, tuple):
+                return self.questions.sizes(args[0], torch.Size(value))  # type: ignore[arg-type]
+            return self.questions.ask(node.op, node.target, args, kwargs, value)
         if type(value) in (tuple, list):
+            if node.op != "placeholder":  # how many tensors an argument holds is a fact in any case
+                self.questions.length(node, value)
             return type(value)(proxy[index] for index in range(len(value)))  # type: ignore[index]
         if type(value) is dict:
             return {name: proxy[name] for name in value}  # type: ignore[index]
         return proxy
 
-    # --- what the ops would return for the example inputs -----------------------------------------------------------
-
-    def _value(self, node: fx.Node) -> Any:
-        if node.op == "placeholder":
-            return self._fakes(self.arguments[str(node.target)])
-        if node.op == "get_attr":
-            return self._fakes(self._attribute(str(node.target)))
-        return self._result(node)
-
     def _attribute(self, path: str) -> Any:
         return self.stored[path] if path in self.stored else attribute(self.root, path)
-
-    def _result(self, node: fx.Node) -> Any:
-        assert self.mode is not None
-        if node.target is getattr and node.args[1] in _UNKNOWN:
-            return None
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._known)
-        try:
-            key = (node.op, node.target, _frozen(args), _frozen(kwargs))
-            if key in self.values:
-                return self.values[key]
-        except TypeError:
-            key = None
-        reshapes = node.op == "call_method" and node.target in RESHAPING_METHODS
-        with self.mode, torch._C.DisableTorchFunction(), torch.no_grad():
-            if reshapes:
-                args = (args[0].detach(), *args[1:])
-            if node.op == "call_method":
-                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
-        value = self._fakes(value)
-        if reshapes:
-            node.args[0].meta["example_value"] = value  # type: ignore[union-attr]
-        elif key is not None:
-            self.values[key] = value
-        return value
-
-    def _known(self, node: fx.Node) -> Any:
-        if "example_value" not in node.meta:
-            # A constant, for which the base class makes a node of its own.
-            node.meta["example_value"] = self._value(node)
-        return node.meta["example_value"]
-
-    def _fakes(self, value: Any) -> Any:
-        return pytree.tree_map_only(Tensor, self._fake, value)
-
-    def _fake(self, value: Tensor) -> Tensor:
-        """The one fake tensor of the shape, strides, dtype and device of `value`: all that is asked of it."""
-        if value.layout is not torch.strided:
-            return value
-        assert self.mode is not None
-        key = (value.shape, value.stride(), value.dtype, value.device)
-        if key not in self.fakes:
-            with self.mode, torch._C.DisableTorchFunction():
-                self.fakes[key] = torch.empty_strided(
-                    value.shape, value.stride(), dtype=value.dtype, device=value.device
-                )
-        return self.fakes[key]
 
     # --- what a model may ask of a stand-in -------------------------------------------------------------------------
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         line = _user_line(sys._getframe(1))
-        hint = "" if self.mode is not None else f"pass example_inputs if it asks for a shape of {_inputs(obj)}; "
+        hint = "" if self.values is not None else f"pass example_inputs if it asks for a shape of {_inputs(obj)}; "
         raise CaptureError(f"the model branches on the value of a tensor{_at(line)}; {hint}{ADVICE}")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value = obj.node.meta.get("example_value")
         if isinstance(value, (Tensor, tuple, list)):
-            self.reads_shapes = True
-            return iter([obj[index] for index in range(len(value))])  # type: ignore[index]
+            return iter([obj[index] for index in range(self.questions.length(obj.node, value))])  # type: ignore[index]
         line = _user_line(sys._getframe(1))
         raise CaptureError(
             f"the model iterates over a tensor of unknown shape{_at(line)}; pass example_inputs: "
@@ -258,9 +205,14 @@ class _Factories(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(Sizes, Sizes.whole, (args, kwargs or {}), is_leaf=_is_shape)
         if func in _FACTORIES:
-            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _is_shape(value: Any) -> bool:
+    return type(value) is Sizes
 
 
 class _Proxy(fx.Proxy):
@@ -284,13 +236,12 @@ for _name in ["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "
 class _KnownProxy(_Proxy):
     """A proxy that answers questions about shape, dtype and device with what it knows, and not with more graph."""
 
-    def _known(self) -> Any:
-        self.tracer.reads_shapes = True  # type: ignore[attr-defined]
-        return self.node.meta["example_value"]
-
     def __getattribute__(self, name: str) -> Any:
-        if name in _KNOWN and isinstance(self.node.meta.get("example_value"), Tensor):
-            return getattr(self._known(), name)
+        if name in _KNOWN and isinstance(value := self.node.meta.get("example_value"), Tensor):
+            questions = self.tracer.questions  # type: ignore[attr-defined]
+            if name == "shape":
+                return questions.sizes(self.node, value.shape)
+            return questions.ask("call_function", getattr, (self.node, name), {}, getattr(value, name))
         return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:
@@ -304,7 +255,7 @@ class _KnownProxy(_Proxy):
         return attribute
 
     def __len__(self) -> int:
-        return len(self._known())
+        return self.tracer.questions.length(self.node, self.node.meta["example_value"])  # type: ignore[attr-defined]
 
 
 def _inputs(proxy: fx.Proxy) -> str:
@@ -400,20 +351,6 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for value, content in contents:
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(content)
-
-
-def _frozen(value: Any) -> Any:
-    """A hashable stand-in: equal for arguments that give results of equal shape."""
-    if isinstance(value, Tensor):
-        return id(value)
-    if isinstance(value, (tuple, list)):
-        return type(value).__name__, *map(_frozen, value)
-    if isinstance(value, Mapping):
-        return tuple((name, _frozen(item)) for name, item in value.items())
-    if isinstance(value, slice):
-        return "slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step)
-    hash(value)
-    return type(value), value
 
 
 def _at(line: str) -> str:

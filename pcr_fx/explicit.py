@@ -27,7 +27,7 @@ from pcr_fx.reports import RewriteReport
 
 # How many graphs a module keeps, of those used last: one for each mode, and for each of what the forward asked of its
 # arguments. Whoever needs more in turn pays for tracing each anew.
-_GRAPHS_KEPT = 64
+_GRAPHS_KEPT = 32
 
 
 def transform(
@@ -156,7 +156,7 @@ class TransformedModule(nn.Module):
             captured, run, report = rewrite_model(self._model(), example_inputs, self._pcr_options, self._pcr_changes)
         self._use_packs(run)
         modes = [(self.get_submodule(name), mode) for name, mode in captured.modes.items()]
-        return _Variant(captured, run, report, modes)
+        return _Variant(captured.without_graph(), run, report, modes)
 
     @contextlib.contextmanager
     def _unpacked(self) -> Iterator[None]:

@@ -1,0 +1,130 @@
+"""What a traced graph takes for granted of its inputs' sizes: what the forward asked for, and no more."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pcr_fx
+from pcr_fx import explicit
+from pcr_fx.passes.shapes import Sizes
+
+IN_OPS = {"solver": "sequential", "kernels": False}
+
+
+class Loop(nn.Module):
+    """A cell over the items that `items` reads off `[B, T, 4]`."""
+
+    def __init__(self, items: Any) -> None:
+        super().__init__()
+        self.cell, self.items = nn.RNNCell(4, 4), items
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        for item in self.items(x):
+            h = self.cell(item, h)
+        return h
+
+
+def halves(x: Tensor) -> Any:
+    """A size of what is computed, and parts of it whose number hangs on no batch."""
+    more = torch.relu(x) + 1
+    return [more[:, t].chunk(2, -1)[0].repeat(1, 2) for t in range(more.size(1))]
+
+
+ONE_SIZE = {
+    "an item of the shape": lambda x: [x[:, t] for t in range(x.shape[1])],
+    "an item from the end": lambda x: [x[:, t] for t in range(x.shape[-2])],
+    "size of a dimension": lambda x: [x[:, t] for t in range(x.size(1))],
+    "an item of size": lambda x: [x[:, t] for t in range(x.size()[1])],
+    "a slice": lambda x: [x[:, t] for t in range(x.shape[1:2].numel())],
+    "length": lambda x: [x.transpose(0, 1)[t] for t in range(len(x.transpose(0, 1)))],
+    "iteration": lambda x: list(x.transpose(0, 1)),
+    "unbind": lambda x: x.unbind(1),
+    "of what was computed": halves,
+    "split": lambda x: [part.squeeze(1) for part in x.split(1, 1)],
+}
+
+
+@pytest.mark.parametrize("kind", ONE_SIZE)
+def test_only_the_sizes_that_were_asked_for_are_facts(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Loop(ONE_SIZE[kind])
+    fast = pcr_fx.transform(model, (torch.randn(3, 12, 4), torch.zeros(3, 4)), IN_OPS)
+    for batch, steps, graphs in ((1, 12, 1), (12, 12, 1), (4, 10, 2), (2, 12, 2)):
+        inputs = torch.randn(batch, steps, 4), torch.randn(batch, 4)
+        torch.testing.assert_close(fast(*inputs), model(*inputs))
+        assert len(fast._pcr_variants) == graphs, (batch, steps)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: torch.zeros(x.shape[0], 4),
+        lambda x: torch.zeros(x.shape)[:, 0],
+        lambda x: torch.zeros(*x.shape)[:, 0],
+        lambda x: torch.zeros((2, *x.shape))[0, :, 0],
+        lambda x: torch.zeros((2,) + x.shape)[0, :, 0],  # noqa: RUF005
+        lambda x: torch.full((sum(x.shape) - 16, 4), 1.0),
+        lambda x: torch.zeros(x.numel() // 48, 4),
+        lambda x: 1.0 if x.shape == (3, 12, 4) else 2.0,
+        lambda x: 1.0 if 3 in x.shape else 2.0,
+        lambda x: float(len({x.shape, torch.Size([3, 12, 4])})),
+        lambda x: 1.0 if x[:, :5].sum(1).shape[0] > 2 else 2.0,
+        lambda x: 1.0 if x.squeeze(0).dim() == 3 else 2.0,
+    ],
+)
+def test_what_hangs_on_the_batch_size_is_traced_for_each(ask: Any) -> None:
+    class Model(Loop):
+        def forward(self, x: Tensor, h: Tensor) -> Tensor:
+            return super().forward(x, h + ask(x))
+
+    torch.manual_seed(0)
+    model = Model(ONE_SIZE["unbind"])
+    fast = pcr_fx.transform(model, (torch.randn(3, 12, 4), torch.zeros(3, 4)), IN_OPS)
+    for batch in (3, 1, 2):
+        inputs = torch.randn(batch, 12, 4), torch.randn(batch, 4)
+        torch.testing.assert_close(fast(*inputs), model(*inputs))
+
+
+def test_a_shape_is_what_torch_size_is_and_tells_what_is_read() -> None:
+    heard: list[int] = []
+    shape = Sizes.of(torch.Size([2, 3, 5]), heard.append)
+    assert len(shape) == 3 and not heard
+    assert shape[1] == 3 and shape[-1] == 5 and heard == [1, 2]
+    assert shape[1:] == torch.Size([3, 5]) and heard == [1, 2, 1, 2]
+    for whole in (
+        lambda: (*shape,),
+        lambda: shape + (1,),  # noqa: RUF005
+        lambda: (1,) + shape,  # noqa: RUF005
+        lambda: shape == (2, 3, 5),
+        lambda: hash(shape),
+        lambda: repr(shape),
+        lambda: sorted(shape),
+        lambda: torch.Size(shape),
+        lambda: shape.numel(),
+        lambda: 5 in shape,
+    ):
+        heard.clear()
+        whole()
+        assert set(heard) == {0, 1, 2}
+    assert (1,) + shape == torch.Size([1, 2, 3, 5]) and shape + (1,) == torch.Size([2, 3, 5, 1])  # noqa: RUF005
+
+
+def test_verdicts_on_other_sizes_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pcr_fx.passes.shapes._VERDICTS", 4)
+    model = Loop(ONE_SIZE["unbind"])
+    fast = pcr_fx.transform(model, (torch.randn(3, 8, 4), torch.zeros(3, 4)), {**IN_OPS, "min_length": 20})
+    for batch in range(1, 12):
+        fast(torch.randn(batch, 8, 4), torch.zeros(batch, 4))
+    (variant,) = fast._pcr_variants
+    assert variant.captured.answers is not None and len(variant.captured.answers._verdicts) == 4
+
+
+def test_graphs_of_many_lengths_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(explicit, "_GRAPHS_KEPT", 3)
+    model = Loop(ONE_SIZE["unbind"])
+    fast = pcr_fx.transform(model, (torch.randn(3, 8, 4), torch.zeros(3, 4)), IN_OPS)
+    for steps in range(8, 14):
+        fast(torch.randn(3, steps, 4), torch.zeros(3, 4))
+    assert len(fast._pcr_variants) == 3
