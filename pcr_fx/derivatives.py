@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from pcr_fx import ops
 from pcr_fx.body import Program, StateLayout
 from pcr_fx.body.isolation import is_plain_call
-from pcr_fx.planner import Plan, plan_by_key
-from pcr_fx.record import SolveRecord
+from pcr_fx.planner import Plan, Watch, plan_by_key
+from pcr_fx.record import SolveRecord, record_of
 from pcr_fx.targets import PointerTable
 from pcr_fx.ways import Native, evaluate
 
@@ -48,6 +49,14 @@ class Solve(torch.autograd.Function):
         return d_initial, None, None, None, *(next(waiting) if need else None for need in needs)
 
 
+class Back(NamedTuple):
+    """The way back of a call, what times some of them, and what is to be done where they take another time than they should."""
+
+    way: Native
+    watch: Watch | None
+    doubt: Callable[[], None]
+
+
 class KernelSolve(torch.autograd.Function):
     """`Solve` by native code, for plain calls: less than half of what `Solve` and its operators cost.
 
@@ -61,6 +70,7 @@ class KernelSolve(torch.autograd.Function):
         ctx: Any,
         plan: Plan,
         way: Native,
+        back: Back,
         record: SolveRecord,
         taps: Taps | None,
         operands: Sequence[Tensor | PointerTable],
@@ -69,9 +79,9 @@ class KernelSolve(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor | tuple[Tensor, ...]:
         """`tensors`: the operands, tables as their tensors, then the shared operands."""
-        ctx.plan, ctx.way, ctx.record, ctx.taps = plan, way, record, taps
+        ctx.plan, ctx.back, ctx.record, ctx.taps = plan, back, record, taps
         ctx.set_materialize_grads(False)
-        trajectory = way.kernel.solve(plan.program.call_with(initial, operands, shared))
+        trajectory = way.kernel.solve(plan.program.call_with(initial, operands, shared), way.threads)
         if any(ctx.needs_input_grad):
             ctx.inputs = _SavedInputs(operands, len(shared))
             ctx.save_for_backward(initial, trajectory, *(t for t in operands if isinstance(t, Tensor)), *shared)
@@ -82,7 +92,7 @@ class KernelSolve(torch.autograd.Function):
         if all(part is None for part in given):
             return (None,) * len(ctx.needs_input_grad)
         initial, trajectory, *saved = ctx.saved_tensors
-        plan, way = ctx.plan, ctx.way
+        plan, (way, watch, doubt) = ctx.plan, ctx.back
         program = plan.program
         cotangents = {} if ctx.taps is None else _by_block(program.layout, initial, ctx.taps, given)
         parts = given if ctx.taps is None else tuple(cotangents.values())
@@ -93,9 +103,14 @@ class KernelSolve(torch.autograd.Function):
             operands, shared = ctx.inputs.in_place(saved)
             among = cotangents if ctx.taps is not None else given[0]
             call = program.call_with(initial, operands, shared)
-            d_initial, *rest = way.kernel.solve_adjoint(call, trajectory, among)  # type: ignore[arg-type]
+            began = perf_counter() if watch is not None and watch.begins() else None
+            d_initial, *rest = way.kernel.solve_adjoint(call, trajectory, among, way.threads)  # type: ignore[arg-type]
+            if began is not None and watch.ended(perf_counter() - began):
+                doubt()
             ctx.record.backward(way.solver, False)
         else:
+            # Second derivatives have no kernel: later calls are left to the model's own ops.
+            ctx.record.is_differentiated_twice |= torch.is_grad_enabled()
             stacked = ctx.inputs.stacked(saved)
             dense = given[0]
             if ctx.taps is not None:
@@ -106,7 +121,7 @@ class KernelSolve(torch.autograd.Function):
         waiting = iter(rest)
         needs = [*program.differentiable_operands, *program.differentiable_shared]
         gradients = [next(waiting) if need else None for need in needs]
-        return None, None, None, None, None, None, d_initial, *ctx.inputs.spread(gradients)
+        return None, None, None, None, None, None, None, d_initial, *ctx.inputs.spread(gradients)
 
 
 class _SavedInputs:
@@ -207,13 +222,14 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        initial, _, cotangents, key, _, ctx.num_operands, *tensors = inputs
+        initial, _, cotangents, key, ctx.record, ctx.num_operands, *tensors = inputs
         ctx.program = plan_by_key(key).program
         ctx.save_for_backward(initial, cotangents, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *seconds: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         initial, cotangents, *tensors = ctx.saved_tensors
+        record_of(ctx.record).is_differentiated_twice = True
         program = ctx.program
         needs = [True, *program.differentiable_operands, *program.differentiable_shared]
         primals = [initial, *tensors]

@@ -7,6 +7,8 @@ import enum
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from pcr_fx.body import Signature
 from pcr_fx.body.isolation import is_plain_call, is_undisturbed
 from pcr_fx.body.written_out import may_raise
 from pcr_fx.chain import Chain, TensorSpec
-from pcr_fx.derivatives import KernelSolve, Solve, Taps, tapped
+from pcr_fx.derivatives import Back, KernelSolve, Solve, Taps, tapped
 from pcr_fx.errors import BodyError
 from pcr_fx.operands import (
     Operand,
@@ -30,7 +32,7 @@ from pcr_fx.operands import (
     stacked,
 )
 from pcr_fx.options import Options
-from pcr_fx.planner import Choice, Plan, make_plan
+from pcr_fx.planner import Choice, Plan, Watch, make_plan
 from pcr_fx.record import SolveRecord
 from pcr_fx.targets import PointerTable
 from pcr_fx.ways import IN_SEQUENCE, Native, evaluate
@@ -61,7 +63,8 @@ class Route:
 
     Attributes:
         signature: what the plan is for; `None` where the plan was made beforehand.
-        way: what runs calls in place.
+        way, way_back: what runs calls in place, and their backwards.
+        watch, watch_back: what times some of them.
         dtypes: of the states that the model itself would return, for calls of operators.
     """
 
@@ -69,6 +72,9 @@ class Route:
     plan: Plan | BodyError
     where: Where
     way: Native | None = None
+    way_back: Native | None = None
+    watch: Watch | None = None
+    watch_back: Watch | None = None
     dtypes: tuple[torch.dtype, ...] = ()
 
     @property
@@ -129,6 +135,8 @@ class SolveNode(nn.Module):
         route = self._routes.get(key)
         if route is None or not route.is_final:
             route = self._route(key, route, is_plain, states, operands, shared)
+        if is_plain and self.record.is_differentiated_twice and torch.is_grad_enabled() and is_undisturbed():
+            return self._block_by_block(route, states, operands, shared)
         solved = self._solved(route, seen, states, operands, shared)
         if self._may_raise and is_plain and not all(bool(part.isfinite().all()) for part in solved):
             return self._block_by_block(route, states, operands, shared)  # there is an error to raise, if it is one
@@ -142,12 +150,27 @@ class SolveNode(nn.Module):
         operands: Sequence[Operand],
         shared: Sequence[Tensor],
     ) -> tuple[Any, ...]:
-        if route.where is Where.IN_PLACE:
-            given = [in_place(operand, table) for operand, table in zip(operands, seen, strict=True)]
-            return self._in_place(route, states, given, shared)
         if route.where is Where.OPERATORS:
             return self._by_operators(route, states, operands, shared)
-        return self._block_by_block(route, states, operands, shared)
+        given: list[Tensor | PointerTable] = []
+        if route.where is Where.IN_PLACE:
+            given = [in_place(operand, table) for operand, table in zip(operands, seen, strict=True)]
+        watch = route.watch
+        began = perf_counter() if watch is not None and watch.begins() else None
+        if given or route.where is Where.IN_PLACE:
+            found = self._in_place(route, states, given, shared)
+        else:
+            found = self._block_by_block(route, states, operands, shared)
+        if began is not None and watch.ended(perf_counter() - began):  # type: ignore[union-attr]
+            self._doubt(route, states)
+        return found
+
+    def _doubt(self, route: Route, states: Sequence[Tensor]) -> None:
+        """Have the plan look again, and calls ask it where they go."""
+        plan = route.plan
+        if isinstance(plan, Plan) and plan.doubt(plan.samples_of(states)):
+            for key in [key for key, known in list(self._routes.items()) if known.plan is plan]:
+                self._routes.pop(key, None)
 
     def _look(self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]) -> Any:
         """All that decides where a call goes that something looks on at."""
@@ -200,12 +223,14 @@ class SolveNode(nn.Module):
             choice = plan.choice(plan.samples_of(states))
         else:
             return Route(signature, plan, Where.OPERATORS, dtypes=self._output_dtypes(states, operands, shared))
+        samples = plan.samples_of(states)
         if choice.leaves_alone(torch.is_grad_enabled()):
-            return Route(signature, plan, Where.EAGER)
-        way = choice.forward
+            return Route(signature, plan, Where.EAGER, watch=plan.watch(samples, "forward", alone=True))
+        way, back = choice.forward, choice.backward if isinstance(choice.backward, Native) else None
         reads = is_plain and as_it_is and choice.is_in_place(torch.is_grad_enabled())
         if reads and isinstance(way, Native) and way.is_ready("forward", plan.program.layout.flatten(states)):
-            return Route(signature, plan, Where.IN_PLACE, way)
+            there, here = plan.watch(samples, "forward"), None if back is None else plan.watch(samples, "backward")
+            return Route(signature, plan, Where.IN_PLACE, way, back or way, there, here)
         return Route(signature, plan, Where.OPERATORS, dtypes=self._output_dtypes(states, operands, shared))
 
     def _in_place(
@@ -223,9 +248,10 @@ class SolveNode(nn.Module):
             for tensor in (operand.tensors if isinstance(operand, PointerTable) else (operand,))
         ]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (initial, *parts, *shared)):
-            solved = KernelSolve.apply(plan, way, self.record, self.taps, given, shared, initial, *parts, *shared)
+            back = Back(route.way_back or way, route.watch_back, partial(self._doubt, route, states))
+            solved = KernelSolve.apply(plan, way, back, self.record, self.taps, given, shared, initial, *parts, *shared)
             return solved if self.taps is not None else layout.unflatten(solved, leading=1)
-        trajectory = way.kernel.solve(plan.program.call_with(initial, given, shared))
+        trajectory = way.kernel.solve(plan.program.call_with(initial, given, shared), way.threads)
         return layout.unflatten(trajectory, leading=1) if self.taps is None else tapped(layout, trajectory, self.taps)
 
     def _by_operators(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -37,7 +38,11 @@ def _solve(call: Call, plan: Plan, record: SolveRecord) -> Tensor:
     way: Forward = plan.choice(samples).forward
     if way.iterates and not way.queues and may_fall_back and not record.rest.passes():
         way = plan.fallback(samples)
+    watch = plan.watch_of(samples, "forward", way)
+    began = perf_counter() if watch is not None and watch.begins() else None
     solution = way.solve(plan.program, call, plan.settings, _start(call.initial, plan, record), may_fall_back)
+    if began is not None and watch.ended(perf_counter() - began):  # type: ignore[union-attr]
+        plan.doubt(samples)
     if solution.queued is not None:
         _queued(solution.queued, way, plan, record)
         return solution.trajectory
@@ -118,7 +123,11 @@ def _adjoint(call: Call, trajectory: Tensor, cotangents: Tensor, plan: Plan, rec
     rests = way.iterates and not way.queues
     if rests and may_fall_back and not record.rest_backward.passes():
         way, rests = plan.fallback(samples), False
+    watch = plan.watch_of(samples, "backward", way)
+    began = perf_counter() if watch is not None and watch.begins() else None
     result, accurate = way.solve_adjoint(plan.program, call, trajectory, cotangents, plan.settings)
+    if began is not None and watch.ended(perf_counter() - began):  # type: ignore[union-attr]
+        plan.doubt(samples)
     if not accurate:
         _failed_adjoint(plan, record)
         record.rest_backward.failed()

@@ -110,6 +110,7 @@ class SolveRecord:
     Attributes:
         name: how the log calls it.
         left_alone: whether the latest call ran in the model's own ops, which were the fastest.
+        is_differentiated_twice: whether gradients of it were differentiated in turn, which has no kernel.
         trajectories: the last one, by what a state must have to start from it, where it is kept.
     """
 
@@ -123,6 +124,7 @@ class SolveRecord:
     fallbacks: int = 0
     fallbacks_backward: int = 0
     left_alone: bool = False
+    is_differentiated_twice: bool = False
     rest: Rest = field(default_factory=Rest)
     rest_backward: Rest = field(default_factory=Rest)
     trajectories: dict[Any, Tensor] = field(default_factory=dict, repr=False)

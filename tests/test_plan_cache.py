@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -158,28 +159,42 @@ CHAIN = {
     "device": "cpu",
     "torch": "2.13.0",
 }
-TIMING = {"way": "eager", "direction": "forward", "seconds": 1e-3, "iterations": 0, "note": "", "skipped": False}
+TIMING = {
+    "way": "eager",
+    "direction": "forward",
+    "seconds": 1e-3,
+    "iterations": 0,
+    "note": "",
+    "skipped": False,
+    "points": [[5, 0.25e-3], [10, 0.5e-3]],
+    "spread": 1.2,
+    "disturbed": False,
+    "adding": None,
+}
 
 
 def altered(**changes: Any) -> bytes:
     """A measurement with one timing, of which something is changed; `...` leaves it out."""
     timing = {name: value for name, value in {**TIMING, **changes}.items() if value is not Ellipsis}
-    return json.dumps({"chain": CHAIN, "timings": [timing]}).encode()
+    return whole(timings=[timing])
 
 
 def of_chain(**changes: Any) -> bytes:
     chain = {name: value for name, value in {**CHAIN, **changes}.items() if value is not Ellipsis}
-    return json.dumps({"chain": chain, "timings": [TIMING]}).encode()
+    return whole(chain=chain)
 
 
 def whole(**changes: Any) -> bytes:
-    return json.dumps({"chain": CHAIN, "timings": [TIMING], **changes}).encode()
+    parts = {"chain": CHAIN, "timings": [TIMING], "made": time.time(), "load": 0.5, **changes}
+    return json.dumps({name: value for name, value in parts.items() if value is not Ellipsis}).encode()
 
 
 GOOD = {
     "as written": altered(),
     "not timed": altered(seconds=None, note="too slow"),
-    "of no time": altered(seconds=0.0),
+    "of no time": altered(seconds=0.0, points=[]),
+    "of all blocks": altered(points=[[20, 1e-3]]),
+    "gradients added": altered(adding=2e-3),
 }
 BROKEN = {
     "empty": b"",
@@ -197,8 +212,21 @@ BROKEN = {
     "deep objects": b'{"chain":' * 100_000 + b"1" + b"}" * 100_000,
     "a long number": b'{"chain": ' + b"9" * 10_000 + b"}",
     "too large": b" " * 2**21 + altered(),
-    "no chain": json.dumps({"timings": [TIMING]}).encode(),
-    "no timings": json.dumps({"chain": CHAIN}).encode(),
+    "no chain": whole(chain=...),
+    "no timings": whole(timings=...),
+    "no time": whole(made=...),
+    "no load": whole(load=...),
+    "a time that is a text": whole(made="today"),
+    "a load that is no number": whole(load=math.nan),
+    "seconds that its points do not make": altered(seconds=1e-2),
+    "points that are a text": altered(points="[]"),
+    "a point that is a number": altered(points=[3]),
+    "a point without seconds": altered(points=[[20]]),
+    "a point of no blocks": altered(points=[[0, 1e-3]]),
+    "a point of negative seconds": altered(points=[[20, -1e-3]]),
+    "a spread that is a text": altered(spread="1"),
+    "a disturbance that is a number": altered(disturbed=1),
+    "negative seconds of adding": altered(adding=-1.0),
     "more than both": whole(further=1),
     "a chain that is a text": whole(chain="a chain"),
     "a chain that is a list": whole(chain=[CHAIN]),
@@ -242,6 +270,13 @@ def test_a_good_measurement_is_read(kind: str, plan_cache: Path) -> None:
     assert [kept["key"] for kept in pcr_fx.cached_plans()] == ["key"]
 
 
+def test_a_measurement_expires(plan_cache: Path) -> None:
+    plan_cache.mkdir()
+    for age, is_read in ((0.0, True), (cache._LONGEST_SECONDS + 60, False), (-3600.0, False)):
+        (plan_cache / "key.json").write_bytes(whole(made=time.time() - age))
+        assert (cache.load_timings("key") is not None) is is_read
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_measurement_is_deleted(kind: str, plan_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     plan_cache.mkdir()
@@ -256,7 +291,8 @@ def test_a_broken_measurement_is_deleted(kind: str, plan_cache: Path, caplog: py
 def test_a_folder_in_place_of_a_measurement_is_deleted(plan_cache: Path) -> None:
     (plan_cache / "key.json" / "in it").mkdir(parents=True)
     assert cache.load_timings("key") is None
-    cache.store_timings("key", CHAIN, [plan.Timing(**TIMING)])
-    assert cache.load_timings("key") == (plan.Timing(**TIMING),)
+    timing = plan.Timing(**{**TIMING, "points": ((20, 1e-3),)})
+    cache.store_timings("key", CHAIN, [timing])
+    assert cache.load_timings("key") == (timing,)
     (plan_cache / "other.json").mkdir()
     assert pcr_fx.clear_plans() == 2 and list(plan_cache.iterdir()) == []

@@ -302,24 +302,6 @@ def test_what_comes_on_top_of_a_way_counts() -> None:
     assert chosen(stacking_operands=2.0, handing_out_gradients=4.0).leaves_alone(True)
 
 
-def test_two_that_are_close_are_timed_again_in_turn() -> None:
-    model, x = Net(40, 3), torch.randn(4, 3)
-    fast = pcr_fx.transform(model, options=in_ops(planning="estimated"))
-    fast(x)
-    made = fast.report.chains[0].plan
-    assert made is not None
-    operands = [torch.randn(40, 3, 3), torch.randn(40, 3)]
-    call = made.program.call_with(x, operands, [])
-    match = measure._Measurement(made._case(4), made.settings, call, False, are_stacked=False, with_eager=True)
-    calls: list[str] = []
-    for way, seconds in (("eager", 1.0), ("sequential", 1.1), ("newton", 3.0)):
-        match.timings.append(plan.Timing(way, "forward", seconds))
-        match.runs[way, "forward"] = measure._Run(lambda way=way: calls.append(way), 1.0, 0.0)
-    match._rematch()
-    assert calls == ["eager", "eager", "sequential", "sequential"] * (len(calls) // 4) and calls
-    assert [t.seconds for t in match.timings][2] == 3.0 and all(t.seconds < 0.5 for t in match.timings[:2])
-
-
 def test_a_checkpoint_keeps_its_way_where_a_chain_drifts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "measure", rigged(forward_eager=2.0, forward_newton=1.0, backward_newton=1.0)[0])
     fast, x = pcr_fx.transform(Net(30, 3), options=in_ops()), torch.randn(4, 3)

@@ -3,12 +3,14 @@
 from pcr_fx.planner.cache import cached_plans, clear_plans
 from pcr_fx.planner.choice import BESIDE, Choice, Timing
 from pcr_fx.planner.plan import Plan, make_plan, plan_by_key
+from pcr_fx.planner.watch import Watch
 
 __all__ = [
     "BESIDE",
     "Choice",
     "Plan",
     "Timing",
+    "Watch",
     "cached_plans",
     "clear_plans",
     "make_plan",

@@ -12,6 +12,8 @@ import hashlib
 import json
 import logging
 import math
+import os
+import time
 from collections.abc import Hashable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +22,8 @@ from typing import Any
 import torch
 
 from pcr_fx import disk
-from pcr_fx.planner.choice import Timing
+from pcr_fx.planner.choice import NODE_SECONDS, Timing
+from pcr_fx.planner.rounds import along
 from pcr_fx.targets.cpp.build import processor
 
 log = logging.getLogger(__name__)
@@ -31,6 +34,11 @@ _PACKAGES = ("body", "codegen", "linear", "planner", "solvers", "targets", "ways
 _WORDS = ("modules", "source", "dtype", "device", "torch")
 _COUNTS = ("length", "dimension", "samples")
 _LARGEST_FILE = 2**20  # bytes
+# Machines change: what is older than this is measured anew.
+_LONGEST_SECONDS = 30 * 24 * 3600.0
+# How far a way's seconds may be from what its own points say.
+_ROUNDED = 1e-3
+_PARTS = {"chain", "timings", "made", "load"}
 
 
 def plan_directory() -> Path:
@@ -66,12 +74,15 @@ def load_timings(key: str) -> tuple[Timing, ...] | None:
         content = _read(plan_directory() / f"{key}.json")
     except OSError:  # no folder, and what that means is said where something is written
         return None
-    return None if content is None else tuple(map(_timing, content["timings"]))
+    if content is None or not 0 <= time.time() - content["made"] <= _LONGEST_SECONDS:
+        return None
+    return tuple(map(_timing, content["timings"]))
 
 
 def store_timings(key: str, chain: dict[str, Any], timings: Iterable[Timing]) -> None:
-    """Keep a measurement; `chain` says for people what it is of."""
-    content = {"chain": chain, "timings": [asdict(timing) for timing in timings]}
+    """Keep a measurement; `chain` says for people what it is of. How busy the machine was is kept with it."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    content = {"chain": chain, "timings": [asdict(each) for each in timings], "made": time.time(), "load": load}
     folder = None
     try:
         folder = disk.cache_directory()
@@ -117,22 +128,39 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _check(content: Any) -> None:
     """Raise what `_read` catches unless `content` is what `store_timings` writes."""
     chain, timings = content["chain"], content["timings"]
-    if set(content) != {"chain", "timings"} or not isinstance(timings, list) or not timings:
-        raise ValueError("it must have a chain and timings")
+    if set(content) != _PARTS or not isinstance(timings, list) or not timings:
+        raise ValueError("it must have a chain, timings, a time and a load")
+    if not all(_is_number(content[name]) for name in ("made", "load")):
+        raise ValueError("its time or its load is no number")
     if not all(isinstance(chain[name], str) for name in _WORDS) or not all(_is_count(chain[name]) for name in _COUNTS):
         raise ValueError("its chain is not described by words and counts")
-    for timing in timings:
-        _timing(timing)
+    for timing in map(_timing, timings):
+        if timing.points and timing.seconds is not None:
+            own = along(timing.points, max(chain["length"], timing.points[-1][0]))
+            if not own * (1 - _ROUNDED) <= timing.seconds <= own * (1 + _ROUNDED) + max(NODE_SECONDS.values()):
+                raise ValueError(f"{timing.way} took {timing.seconds:g} seconds, and by its own points {own:g}")
 
 
 def _timing(content: Any) -> Timing:
-    timing = Timing(**content)
+    points = content["points"]
+    if type(points) is not list or not all(type(point) is list and len(point) == 2 for point in points):
+        raise ValueError(f"its points {points!r:.200} are no pairs")
+    timing = Timing(**{**content, "points": tuple(map(tuple, points))})
     words = isinstance(timing.way, str) and isinstance(timing.note, str) and timing.direction in ("forward", "backward")
     if not words or type(timing.skipped) is not bool or not _is_count(timing.iterations):
         raise ValueError(f"its timing {timing!r:.200} has a part of another type")
-    if timing.seconds is not None and not (type(timing.seconds) is float and 0 <= timing.seconds < math.inf):
-        raise ValueError(f"a way took {timing.seconds!r:.50} seconds")
+    if not all(_is_count(size) and size and _is_number(seconds) for size, seconds in timing.points):
+        raise ValueError(f"its points {points!r:.200} are no blocks and seconds")
+    if type(timing.disturbed) is not bool or not _is_number(timing.spread):
+        raise ValueError(f"its timing {timing!r:.200} was disturbed in no known manner")
+    for seconds in (timing.seconds, timing.adding):
+        if seconds is not None and not _is_number(seconds):
+            raise ValueError(f"a way took {seconds!r:.50} seconds")
     return timing
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float and 0 <= value < math.inf
 
 
 def _is_count(value: Any) -> bool:

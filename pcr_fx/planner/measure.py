@@ -6,11 +6,10 @@ import contextlib
 import gc
 import logging
 import math
-import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,46 +17,28 @@ import torch
 from torch import Tensor
 
 from pcr_fx.call import Call
-from pcr_fx.planner.choice import BESIDE, HANDING, STACKING, Timing
+from pcr_fx.planner.choice import BESIDE, HANDING, NODE_SECONDS, STACKING, Timing
+from pcr_fx.planner.rounds import HOPELESS, Entrant, Series, along, compete, drop_hopeless, once
+from pcr_fx.planner.watch import OFF
 from pcr_fx.solvers import Outcome, Settings, SolveStats, blocks
+from pcr_fx.targets.cpp.threads import insisting
 from pcr_fx.ways import EAGER, Backward, Case, Forward, Solution, candidates
 
 log = logging.getLogger(__name__)
 
-# What a solve node costs beside its solver, in seconds a call, more than a model's modules cost beside their ops. On a
-# CPU, chains of 4 to 16 blocks: 4 us forward, 30 to 80 us in a training step.
-NODE_SECONDS = {"forward": 5e-6, "backward": 5e-5}
-# Calls are timed until they took as long as this, or so many were made.
-_ENOUGH_SECONDS = 0.1
-_MOST_REPEATS = 7
-# A share of the budget that one call may take; what goes block by block is timed on fewer blocks otherwise.
-_CALL_SHARE = 0.1
-_FEWEST_BLOCKS = 16
-# Iterations that no solver does without, and numbers in all states of a chain that one is tried on unseen.
+# A share of the budget that one call may take while it is not known yet who can win, and of what is left then all calls of one
+# round.
+_CALL_SHARE, _ROUND_SHARE = 0.04, 0.15
+# A share of what is left to find out who cannot win, and one that a first solve by what iterates may take.
+_SIFT_SHARE, _SOLVE_SHARE = 0.25, 0.1
+# Iterations that no solver does without.
 _FEWEST_ITERATIONS = 2
-_NUMBERS_TRIED = 2**20
-# How many times slower than the best a solver may turn out before it is given up.
-_HOPELESS = 3.0
-# How much slower than the best what is timed a second time may be; rounds of that, and the share of the budget they may
-# take: enough that another program's burst of work does not last through them all.
-_CLOSE = 1.25
-_REMATCH_ROUNDS = 25
-_REMATCH_SHARE = 0.25
-# Calls shorter than this are made twice in a rematch, and the second counts: the first finds the caches full of others'.
-_SHORT_SECONDS = 0.02
-
-
-@dataclass(frozen=True)
-class _Run:
-    """How something was timed: the call, how many times more blocks there are, and what a node costs beside it."""
-
-    call: Callable[[], Any]
-    scale: float
-    fixed: float
-
-    def seconds(self, measured: float) -> float:
-        """Of all blocks."""
-        return self.scale * measured + self.fixed
+# Bytes of gradients from which on it matters whether they are added to those that there are: caches hold no more.
+_LARGE_GRADIENTS = 2**23
+# In place of a direction: the way back where gradients are added.
+_ADDING = "backward, adding"
+# A share of the budget in which measurements kept on disk are looked into, and calls for that.
+_CHECK_SHARE, _CHECKS = 0.15, 3
 
 
 def measure(
@@ -76,8 +57,19 @@ def measure(
         are_stacked: whether operands came from the blocks' own tensors, which each call has to stack again.
         with_eager: whether the model's own ops are among the ways.
     """
-    with _uncollected:
+    with _uncollected, insisting():
         return _Measurement(case, settings, call, needs_gradient, are_stacked, with_eager).run()
+
+
+def is_plausible(
+    case: Case, settings: Settings, call: Call, needs_gradient: bool, are_stacked: bool, timings: Sequence[Timing]
+) -> bool:
+    """Whether a few calls agree with what was measured before: none takes half of that, or twice.
+
+    Of the model's own ops and all that goes block by block, on few blocks: that takes a small part of what measuring does.
+    """
+    with _uncollected, insisting():
+        return _Measurement(case, settings, call, needs_gradient, are_stacked, True).agrees(timings)
 
 
 class _Uncollected(contextlib.AbstractContextManager[None]):
@@ -122,87 +114,214 @@ class _Measurement:
         self.needs_gradient, self.with_eager = needs_gradient, with_eager
         self.budget = case.options.planning_budget
         self.ends = time.perf_counter() + self.budget
+        self.directions = ("forward", "backward") if needs_gradient else ("forward",)
+        # Ways that were not timed, and what could be.
         self.timings: list[Timing] = []
-        self.runs: dict[tuple[str, str], _Run] = {}
+        self.entrants: list[Entrant] = []
+        self.iterations: dict[str, int] = {}
+        self.most: dict[tuple[str, str], float] = {}
 
     def run(self) -> tuple[Timing, ...]:
-        # Where gradients are needed the model's own forward records them.
+        ways = {direction: self._candidates(direction) for direction in self.directions}
         if self.with_eager:
-            self._beside(EAGER, self._eager)
-        directions = ("forward", "backward") if self.needs_gradient else ("forward",)
-        ways = {direction: self._candidates(direction) for direction in directions}
+            self._enter(EAGER, "forward", self._eager)
         # Block by block first: those are sure to end, and rule out others.
-        self._measure_all(ways, lambda way: not way.iterates)
+        self._enter_all(ways, lambda way: not way.iterates)
         if self.are_stacked:
-            self._beside(STACKING, self._stacking)
-        self._measure_all(ways, lambda way: way.iterates)
-        self._rematch()
-        for timing in self.timings:
+            self._enter(STACKING, "forward", self._stacking)
+        self._enter_all(ways, lambda way: way.iterates)
+        self._sift()
+        self._grow()
+        compete(self.entrants, _prize, self.ends)
+        timings = (*self._results(), *self.timings)
+        for timing in timings:
             log.info("chain of %d blocks, %s: %s", self.case.program.length, timing.direction, timing)
-        return tuple(self.timings)
+        return timings
+
+    def agrees(self, timings: Sequence[Timing]) -> bool:
+        """`is_plausible`."""
+        self.ends = time.perf_counter() + _CHECK_SHARE * self.budget
+        kept = {(t.way, t.direction): t for t in timings if t.points}
+        makers: dict[tuple[str, str], Callable[[], Entrant | None]] = {}
+        shared: set[tuple[str, str]] = set()
+        if (EAGER, "forward") in kept:
+            makers[EAGER, "forward"] = self._eager
+        for direction in self.directions:
+            for way in self._candidates(direction):
+                if way.iterates:
+                    continue
+                if (way.name, direction) in kept:
+                    makers[way.name, direction] = partial(self._block_by_block, way, direction)
+                    if way.is_shared(self.case, direction):
+                        shared.add((way.name, direction))
+                elif not any((t.way, t.direction) == (way.name, direction) for t in timings):
+                    return False  # it was not there to be timed
+        for (name, direction), make in makers.items():
+            size, _ = kept[name, direction].points[0]
+            entrant = make()
+            if entrant is None or time.perf_counter() + 2 * along(kept[name, direction].points, size) > self.ends:
+                continue
+            for _ in range(_CHECKS):
+                entrant.take(size)
+            for thing, series in entrant.series.items():
+                before = dict(kept[thing].points).get(size) if thing in kept else None
+                now = min(series.times[size])
+                # A busy machine slows threads down that share their work, and says nothing of what they take in peace.
+                if before is not None and (now < before / OFF or (now > before * OFF and thing not in shared)):
+                    log.info("%s took %.3g ms and now %.3g: measured anew", thing, 1e3 * before, 1e3 * now)
+                    return False
+        return True
 
     def _candidates(self, direction: str) -> list[Forward | Backward]:
         ways, refused = candidates(self.case, direction)
         self.timings += [Timing(none.name, direction, None, note=none.reason) for none in refused]
         return ways
 
-    def _measure_all(
+    # --- who is timed ---------------------------------------------------------------------------------------
+
+    def _enter_all(
         self, ways: dict[str, list[Forward | Backward]], which: Callable[[Forward | Backward], bool]
     ) -> None:
         for direction, all_of in ways.items():
-            self._measure([way for way in all_of if which(way)], direction)
+            those = [way for way in all_of if which(way)]
+            estimates = {way: way.bounds(self.case, direction) for way in those}
+            # What is likely to be fast comes first.
+            for way in sorted(those, key=lambda way: estimates[way][1]):
+                least, most = estimates[way]
+                best = min([self._best(direction), *(upper for _, upper in estimates.values())])
+                self.most[way.name, direction] = most
+                if least > best:
+                    self._note(way.name, direction, f"at least {1e3 * least:.2g} ms by estimate")
+                elif way.iterates:
+                    self._enter(way.name, direction, partial(self._iterating, way, direction, least))
+                else:
+                    self._enter(way.name, direction, partial(self._block_by_block, way, direction))
 
-    def _measure(self, ways: Sequence[Forward | Backward], direction: str) -> None:
-        estimates = {way: way.bounds(self.case, direction) for way in ways}
-        measured = [s for (way, of), s in self._seconds().items() if of == direction and way not in BESIDE]
-        best = min([*measured, *(most for _, most in estimates.values())], default=math.inf)
-        # What is likely to be fast comes first.
-        for way in sorted(ways, key=lambda way: estimates[way][1]):
-            timing = self._way(way, direction, best, estimates[way][0])
-            best = best if timing.seconds is None else min(best, timing.seconds)
-            self.timings.append(timing)
-
-    def _seconds(self) -> dict[tuple[str, str], float]:
-        return {(t.way, t.direction): t.seconds for t in self.timings if t.seconds is not None}
-
-    def _way(self, way: Forward | Backward, direction: str, best: float, least: float) -> Timing:
-        if least > best:
-            return Timing(way.name, direction, None, note=f"at least {1e3 * least:.2g} ms by estimate")
+    def _enter(self, name: str, direction: str, make: Callable[[], Entrant | None]) -> None:
+        """Take something in and time it on few blocks, or say why it cannot be timed."""
         if time.perf_counter() > self.ends:
-            return Timing(way.name, direction, None, note=f"the budget of {self.budget:g} s was spent", skipped=True)
+            self._note(name, direction, f"the budget of {self.budget:g} s was spent", skipped=True)
+            return
         try:
-            if fault := way.fault(self.case.program):
-                return Timing(way.name, direction, None, note=fault)
-            if not way.iterates:
-                return self._sequential(way, direction)
-            if direction == "backward":
-                run = self._by(way, direction, self.case.program.length)
-                return self._timing(way.name, direction, run, best=best)
-            assert isinstance(way, Forward)
-            return self._queued(way, best) if way.queues else self._iterative(way, best)
+            entrant = make()
+            if entrant is not None:
+                share = _CALL_SHARE * self.budget * (0.25 if name in BESIDE else 1.0)
+                entrant.grow(1, share, self.ends)
+                self.entrants.append(entrant)
         except Exception as error:
-            return Timing(way.name, direction, None, note=_in_words(error))
+            self._note(name, direction, _in_words(error))
 
-    def _beside(self, name: str, take: Callable[[], None]) -> None:
-        """Time what is no way of a solve node, if it can be called."""
-        try:
-            take()
-        except Exception as error:
-            self.timings.append(Timing(name, "forward", None, note=_in_words(error)))
+    def _note(self, name: str, direction: str, note: str, skipped: bool = False) -> None:
+        self.timings.append(Timing(name, direction, None, note=note, skipped=skipped))
 
-    # --- block by block: the time of fewer blocks, in proportion ------------------------------------------
+    def _best(self, direction: str) -> float:
+        found = (
+            series.seconds for e in self.entrants for name, series in e.series.items() if _prize(name) == direction
+        )
+        return min(found, default=math.inf)
 
-    def _eager(self) -> None:
-        count = self._count(self._eager_forward, 2 if not self.needs_gradient else 8)
+    def _sift(self) -> None:
+        """Call all a few times more, and take out who is far behind."""
+        ends = time.perf_counter() + _SIFT_SHARE * (self.ends - time.perf_counter())
+        for _ in range(2):
+            for entrant in self.entrants:
+                for size in entrant.sizes:
+                    if not entrant.is_out and time.perf_counter() + entrant.expected(size) <= ends:
+                        entrant.take(size)
+        drop_hopeless(self.entrants, _prize)
+
+    def _grow(self) -> None:
+        """Time those that can still win on as many blocks as several rounds of all have the time for."""
+        alive = [entrant for entrant in self.entrants if not entrant.is_out]
+        share = _ROUND_SHARE * max(self.ends - time.perf_counter(), 0.0) / max(len(alive), 1)
+        for entrant in alive:
+            try:
+                entrant.grow(1, share, self.ends)
+            except Exception as error:
+                log.debug("it could not be timed on more blocks", exc_info=error)
+
+    def _results(self) -> list[Timing]:
+        found: dict[tuple[str, str], Timing] = {}
+        adding: dict[str, float] = {}
+        for entrant in self.entrants:
+            for (name, direction), series in entrant.series.items():
+                if direction == _ADDING:
+                    adding[name] = series.seconds
+                    continue
+                most = self.most.get((name, direction), math.inf)
+                size = series.points[-1][0]
+                found[name, direction] = Timing(
+                    name,
+                    direction,
+                    series.seconds,
+                    self.iterations.get(name, 0) if direction == "forward" else 0,
+                    f"from {size} blocks" if size < series.length else "",
+                    points=series.points,
+                    spread=round(series.spread, 2),
+                    disturbed=self._is_disturbed(entrant, series, name, most),
+                )
+        return [
+            replace(timing, adding=adding[name]) if direction == "backward" and name in adding else timing
+            for (name, direction), timing in found.items()
+        ]
+
+    @staticmethod
+    def _is_disturbed(entrant: Entrant, series: Series, name: str, most: float) -> bool:
+        """Whether it may be faster than that in peace. Who is far behind would not win by it; of the rest little hangs on it."""
+        return name not in BESIDE and ((series.is_disturbed and not entrant.is_out) or series.seconds > most)
+
+    def _series(self, fixed: float = 0.0) -> Series:
+        return Series(self.case.program.length, fixed)
+
+    # --- the model's own ops, and what other ways need beside them ------------------------------------------
+
+    def _eager(self) -> Entrant:
+        series = {(EAGER, direction): self._series() for direction in self.directions}
+        if self._adds:
+            series[EAGER, _ADDING] = self._series()
+        return Entrant(self._eager_call, series)
+
+    @property
+    def _adds(self) -> bool:
+        """Whether there are so many gradients that it costs something to add them to others."""
+        tensors = [*(self.call.operands if self.are_stacked else ()), *self.call.shared]
+        return self.needs_gradient and sum(t.nbytes for t in tensors if t.is_floating_point()) > _LARGE_GRADIENTS
+
+    def _eager_call(self, count: int) -> Callable[[], dict[Any, float]]:
         forward = self._eager_forward(count)
-        self.timings.append(self._timing(EAGER, "forward", forward, count))
-        if self.needs_gradient:
-            out, inputs = forward()
+
+        def call() -> dict[Any, float]:
+            began = self._clock()
+            out, leaves = forward()
+            taken = {(EAGER, "forward"): self._clock() - began}
             moved = [one for one in out if one.requires_grad]
-            if moved:
-                ones = [torch.ones_like(one) for one in moved]
-                backward = partial(torch.autograd.grad, moved, inputs, ones, retain_graph=True, allow_unused=True)
-                self.timings.append(self._timing(EAGER, "backward", backward, count))
+            if self.needs_gradient:
+                taken |= {(EAGER, way): seconds for way, seconds in self._backwards(moved, leaves).items()}
+            return taken
+
+        return call
+
+    def _backwards(self, outputs: list[Tensor], leaves: list[Tensor], gradients: Any = None) -> dict[str, float]:
+        """The seconds of a backward as training has it: of gradients that there were none of, or that are added to others."""
+        gradients = [torch.ones_like(one) for one in outputs] if gradients is None else gradients
+        taken = {}
+        for mode in ("backward", *((_ADDING,) if self._adds else ())):
+            if mode == _ADDING:
+                for leaf in leaves:
+                    leaf.grad = torch.zeros_like(leaf)
+            began = self._clock()
+            if mode == "backward":
+                for leaf in leaves:
+                    leaf.grad = None
+            if outputs:
+                torch.autograd.backward(outputs, gradients, retain_graph=self._adds)
+            taken[mode] = self._clock() - began
+        return taken
+
+    def _clock(self) -> float:
+        if self.call.initial.device.type == "cuda":
+            torch.cuda.synchronize(self.call.initial.device)
+        return time.perf_counter()
 
     def _eager_forward(self, count: int) -> Callable[[], tuple[Any, list[Tensor]]]:
         program, call = self.case.program, self.call.first(count)
@@ -220,51 +339,65 @@ class _Measurement:
 
         return run
 
-    def _stacking(self) -> None:
-        """What it costs that operands are the blocks' own tensors, beside any solver.
+    def _stacking(self) -> Entrant:
+        """What it costs that operands are the blocks' own tensors, beside any solver."""
+        series = {(STACKING, "forward"): self._series()}
+        if self.needs_gradient:
+            series[HANDING, "backward"] = self._series()
+        if self._adds:
+            series[HANDING, _ADDING] = self._series()
+        return Entrant(self._stacking_call, series)
 
-        In proportion, but to enough of them that their memory is new at every call, as that of all would be.
-        """
-        count = self._count(lambda count: self._stacked(count)[0], 2)
-        run, parts = self._stacked(count)
-        self.timings.append(self._timing(STACKING, "forward", run, count))
-        outputs = [operand for operand in run() if operand.requires_grad]
-        if outputs:
-            leaves = [part for operand in parts for part in operand if part.requires_grad]
-            gradients = [torch.ones_like(operand) for operand in outputs]
-            handing = partial(torch.autograd.grad, outputs, leaves, gradients, retain_graph=True)
-            self.timings.append(self._timing(HANDING, "backward", handing, count))
-
-    def _stacked(self, count: int) -> tuple[Callable[[], list[Tensor]], list[list[Tensor]]]:
-        """What stacks the operands of so many blocks, and these."""
+    def _stacking_call(self, count: int) -> Callable[[], dict[Any, float]]:
         parts = [[self._leaf(part) for part in operand.unbind(0)] for operand in self.call.first(count).operands]
+        leaves = [part for operand in parts for part in operand if part.requires_grad]
+        gradients: list[Tensor] = []
 
-        def run() -> list[Tensor]:
+        def call() -> dict[Any, float]:
+            began = self._clock()
             with torch.set_grad_enabled(self.needs_gradient):
-                return [torch.stack(part) for part in parts]
+                stacked = [torch.stack(part) for part in parts]
+            taken = {(STACKING, "forward"): self._clock() - began}
+            if self.needs_gradient:
+                outputs = [operand for operand in stacked if operand.requires_grad]
+                gradients[:] = gradients or [torch.ones_like(operand) for operand in outputs]
+                taken |= {(HANDING, way): s for way, s in self._backwards(outputs, leaves, gradients).items()}
+            return taken
 
-        return run, parts
+        return call
 
     def _leaf(self, tensor: Tensor) -> Tensor:
         # An inference tensor's copy is none.
         plain = tensor.clone() if tensor.is_inference() else tensor.detach()
         return plain.requires_grad_(self.needs_gradient and tensor.is_floating_point())
 
-    def _sequential(self, way: Forward | Backward, direction: str) -> Timing:
-        if not self._is_ready(way, direction):
-            return Timing(way.name, direction, None, note=way.failure or "it cannot be called")
-        length = self.case.program.length
-        make = partial(self._by, way, direction)
-        self._compile(partial(make, min(2, length) if way.scales else length))
-        # Several calls have to fit: the first with memory that the machine had not used yet take ten times as long.
-        count = self._count(make, 4) if way.scales else length
-        return self._timing(way.name, direction, make(count), count)
+    # --- block by block ----------------------------------------------------------------------------------------
 
-    def _compile(self, make: Callable[[], Callable[[], Any]]) -> None:
-        """A first call, which may compile a kernel: what that takes is no part of the budget."""
-        began = time.perf_counter()
-        make()()
-        self.ends += time.perf_counter() - began
+    def _block_by_block(self, way: Forward | Backward, direction: str) -> Entrant | None:
+        if not self._is_ready(way, direction):
+            self._note(way.name, direction, way.failure or "it cannot be called")
+            return None
+        if way.kind:  # a first call may compile a kernel: what that takes is no part of the budget
+            began = time.perf_counter()
+            self._by(way, direction, 1 if way.scales else self.case.program.length)()
+            self.ends += time.perf_counter() - began
+        return self._simple(way, direction, partial(self._by, way, direction), way.scales)
+
+    def _simple(
+        self, way: Forward | Backward, direction: str, make: Callable[[int], Callable[[], Any]], scales: bool = False
+    ) -> Entrant:
+        """An entrant that does one thing; to be timed on some of the blocks, or else on all of them."""
+        device, length = self.call.initial.device, self.case.program.length
+
+        def timed(count: int) -> Callable[[], dict[Any, float]]:
+            run = make(count)
+            return lambda: {(way.name, direction): once(run, device)}
+
+        series = {(way.name, direction): self._series(NODE_SECONDS[direction])}
+        entrant = Entrant(timed, series, way.is_shared(self.case, direction))
+        if not scales:
+            entrant.take(length)
+        return entrant
 
     def _is_ready(self, way: Forward | Backward, direction: str) -> bool:
         began = time.perf_counter()
@@ -283,132 +416,79 @@ class _Measurement:
         ones = torch.ones_like(trajectory)
         return partial(way.solve_adjoint, self.case.program, call, trajectory, ones, self.settings)
 
-    def _count(self, make: Callable[[int], Callable[[], Any]], times: int) -> int:
-        """Blocks to time: all, or as many as take less than a share of the budget, of which there are so many `times`."""
-        length = self.case.program.length
-        count = min(length, _FEWEST_BLOCKS)
-        while count < length:
-            run, more = make(count), min(length, 4 * count)
-            run()
-            expected = more / count * _once(run, self.call.initial.device)
-            if times * expected > _CALL_SHARE * self.budget:
-                break
-            count = more
-        return count
-
     # --- all blocks at once ---------------------------------------------------------------------------------
 
-    def _iterative(self, way: Forward, best: float) -> Timing:
-        least = self._least_seconds(way)
-        if least > _HOPELESS * best:
-            return Timing(way.name, "forward", None, note=f"at least {1e3 * least:.2g} ms, from a part of the blocks")
+    def _iterating(self, way: Forward | Backward, direction: str, least: float) -> Entrant | None:
+        best = self._best(direction)
+        expected = self._expected(least, direction)
+        if time.perf_counter() + 2 * expected > self.ends:
+            self._note(
+                way.name, direction, f"some {expected:.2g} s by estimate, which the budget has not", skipped=True
+            )
+            return None
+        if fault := way.fault(self.case.program):
+            self._note(way.name, direction, fault)
+            return None
+        if direction == "backward":
+            return self._tried(self._simple(way, direction, partial(self._by, way, direction)), best)
+        assert isinstance(way, Forward)
+        return self._queued(way, best) if way.queues else self._iterative(way, best)
+
+    def _expected(self, least: float, direction: str) -> float:
+        """What a way takes that takes `least` at the least, as far off as others are that were timed."""
+        bounds = {way.name: way.bounds(self.case, direction)[0] for way in candidates(self.case, direction)[0]}
+        found = {name: one.seconds for e in self.entrants for (name, of), one in e.series.items() if of == direction}
+        return least * max((found[name] / bounds[name] for name in found if bounds.get(name)), default=1.0)
+
+    def _iterative(self, way: Forward, best: float) -> Entrant | None:
         program, settings = self.case.program, self.settings
         solve = partial(way.solve, program, self.call)
-        each = self._seconds_an_iteration(solve)
-        # No more than a way could take that is not much slower than the best.
+        each = once(partial(solve, replace(settings, max_iterations=2)), self.call.initial.device) / 2
+        # No more than a way could take that is not much slower than the best, nor than there is time for.
         window = way.window or program.length
         limit = replace(settings, window=window).limit(way.solver, program.length)
-        affordable = math.ceil(_HOPELESS * best / each)
+        affordable = math.floor(min(HOPELESS * best, (self.ends - time.perf_counter()) / 2) / each)
+        if affordable < _FEWEST_ITERATIONS:
+            self._note(way.name, "forward", f"at least {1e3 * _FEWEST_ITERATIONS * each:.2g} ms, from two iterations")
+            return None
         if affordable < limit:
             windows = math.ceil(program.length / window)
             settings = replace(settings, max_iterations=max(1, affordable // windows))
         stats = solve(settings).stats
         if stats.outcome is Outcome.ITERATION_LIMIT and affordable < limit:
             note = f"not solved after {stats.iterations} iterations and {1e3 * each * stats.iterations:.2g} ms"
-            return Timing(way.name, "forward", None, note=note)
-        return self._converging(way, partial(solve, settings), stats, best)
+            self._note(way.name, "forward", note)
+            return None
+        return self._converging(way, partial(solve, settings), stats)
 
-    def _queued(self, way: Forward, best: float) -> Timing:
+    def _queued(self, way: Forward, best: float) -> Entrant | None:
         run: Callable[[], Solution] = partial(way.solve, self.case.program, self.call, self.settings)
-        self._compile(lambda: run)
+        began = time.perf_counter()
+        run()  # which may compile kernels
+        self.ends += time.perf_counter() - began
         queued = run().queued
         assert queued is not None, "what iterates in a queue says there how it went"
         outcome, iterations = (int(value) for value in queued[:, :2].amax(0).tolist())
-        return self._converging(way, run, SolveStats(list(Outcome)[outcome], iterations), best)
+        return self._converging(way, run, SolveStats(list(Outcome)[outcome], iterations))
 
-    def _converging(self, way: Forward, run: Callable[[], Any], stats: SolveStats, best: float) -> Timing:
-        """The time of an iteration that ended so, if it is any use."""
+    def _converging(self, way: Forward, run: Callable[[], Any], stats: SolveStats) -> Entrant | None:
+        """An iteration that ended so, if it is any use."""
         if not stats.outcome.success:
-            return Timing(way.name, "forward", None, note=f"{stats.outcome} ({stats.iterations} iterations)")
-        return self._timing(way.name, "forward", run, best=best, iterations=stats.iterations)
+            self._note(way.name, "forward", f"{stats.outcome} ({stats.iterations} iterations)")
+            return None
+        self.iterations[way.name] = stats.iterations
+        return self._tried(self._simple(way, "forward", lambda _: run), self._best("forward"))
 
-    def _least_seconds(self, way: Forward) -> float:
-        """What a few iterations of a chain take that is too large to try one of: from so many blocks as can be tried."""
-        program, samples = self.case.program, max(self.case.samples, 1)
-        count = _NUMBERS_TRIED // (samples * program.dimension)
-        if not _FEWEST_BLOCKS <= count < (way.window or program.length):
-            return 0.0
-        solve = partial(way.solve, program.of_length(count), self.call.first(count))
-        return _FEWEST_ITERATIONS * self._seconds_an_iteration(solve) * program.length / count
+    def _tried(self, entrant: Entrant, best: float) -> Entrant:
+        """What was called once on all blocks, which may be long: it is out where it is far behind."""
+        entrant.is_out = all(one.seconds > HOPELESS * best for one in entrant.series.values())
+        return entrant
 
-    def _seconds_an_iteration(self, solve: Callable[[Settings], Any]) -> float:
-        run = partial(solve, replace(self.settings, max_iterations=2))
-        self._compile(lambda: run)
-        return _once(run, self.call.initial.device) / 2
 
-    # --- the clock --------------------------------------------------------------------------------------------
-
-    def _timing(
-        self,
-        way: str,
-        direction: str,
-        run: Callable[[], Any],
-        count: int | None = None,
-        best: float = math.inf,
-        iterations: int = 0,
-    ) -> Timing:
-        """The time of all blocks, in proportion to `run`, which goes through `count` of them."""
-        length = self.case.program.length
-        count = count or length
-        fixed = 0.0 if way in (EAGER, *BESIDE) else NODE_SECONDS[direction]
-        self.runs[way, direction] = call = _Run(run, length / count, fixed)
-        note = f"from {count} blocks" if count < length else ""
-        return Timing(way, direction, call.seconds(self._timed(run, best)), iterations, note)
-
-    def _rematch(self) -> None:
-        """Time in turn what came out close: measured one after another, two differ by what else the machine did."""
-        close = self._close()
-        times: dict[tuple[str, str], list[float]] = {key: [] for key in close}
-        until = time.perf_counter() + _REMATCH_SHARE * self.budget
-        for _ in range(_REMATCH_ROUNDS if len(close) > 1 else 0):
-            for key in close:
-                times[key].append(self._again(self.runs[key].call))
-            if time.perf_counter() > until:
-                break
-        for index, timing in enumerate(self.timings):
-            if again := times.get((timing.way, timing.direction)):
-                seconds = self.runs[timing.way, timing.direction].seconds(statistics.median(again))
-                self.timings[index] = replace(timing, seconds=seconds)
-
-    def _again(self, run: Callable[[], Any]) -> float:
-        seconds = _once(run, self.call.initial.device)
-        return seconds if seconds > _SHORT_SECONDS else _once(run, self.call.initial.device)
-
-    def _close(self) -> list[tuple[str, str]]:
-        """What the choice hangs on: the ways near the best of a direction, and eager where the sums are near."""
-        seconds = self._seconds()
-        stacking = seconds.pop((STACKING, "forward"), 0.0)
-        handing = seconds.pop((HANDING, "backward"), 0.0)
-        eager = {key: seconds.pop(key) for key in list(seconds) if key[0] == EAGER}
-        best: dict[str, float] = {}
-        for (_, direction), each in seconds.items():
-            best[direction] = min(each, best.get(direction, math.inf))
-        close = [key for key, each in seconds.items() if each <= _CLOSE * best[key[1]]]
-        least, sums = sum(best.values()) + handing, sum(eager.values())
-        if eager and least <= _CLOSE * sums and sums <= _CLOSE * (least + stacking):
-            return [*eager, *close]
-        return close if len(close) > len(best) else []
-
-    def _timed(self, run: Callable[[], Any], best: float = float("inf")) -> float:
-        """The median time of a call, after one to warm up; one that is far from the best is not made again.
-
-        The first is slower than others, unless something disturbed those.
-        """
-        device = self.call.initial.device
-        first, times = _once(run, device), [_once(run, device)]
-        while len(times) < _MOST_REPEATS and sum(times) < _ENOUGH_SECONDS and times[0] < _HOPELESS * best:
-            times.append(_once(run, device))
-        return min(first, statistics.median(times))
+def _prize(thing: tuple[str, str]) -> str | None:
+    """What something competes for."""
+    name, direction = thing
+    return None if name in (STACKING, HANDING) or direction == _ADDING else direction
 
 
 def _in_words(error: Exception) -> str:
@@ -418,13 +498,3 @@ def _in_words(error: Exception) -> str:
     log.debug("it could not be timed", exc_info=error)
     lines = str(error).strip().splitlines()
     return f"it raised {type(error).__name__}" + (f": {lines[0]}" if lines else "")
-
-
-def _once(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start

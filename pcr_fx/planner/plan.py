@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,14 +24,20 @@ from pcr_fx.locks import fork_safe_lock
 from pcr_fx.options import Options
 from pcr_fx.planner.cache import load_timings, measurement_key, store_timings
 from pcr_fx.planner.choice import HANDING, STACKING, Choice, Timing
-from pcr_fx.planner.measure import measure
+from pcr_fx.planner.measure import is_plausible, measure
+from pcr_fx.planner.rounds import along
 from pcr_fx.planner.rule import estimated_choice
+from pcr_fx.planner.watch import Watch
 from pcr_fx.registry import Registry
 from pcr_fx.solvers import Settings, SolveStats, default_tolerance
 from pcr_fx.targets import KERNELS, Kernel
-from pcr_fx.ways import EAGER, Backward, Case, Forward, Native, Sequential, candidates, fallback
+from pcr_fx.ways import EAGER, Backward, Case, Forward, Native, Sequential, Way, candidates, fallback
 
 log = logging.getLogger(__name__)
+
+# What took another time than was measured is looked at again after so long, then after twice that, and so on.
+_SOONEST_SECONDS = 5.0
+_WATCHES = 64
 
 # What a choice is for: bits of the number of samples, and which of the kernel's code serves them.
 Size = tuple[int, tuple[bool, ...]]
@@ -43,11 +50,15 @@ class Learnt:
     Attributes:
         choices: by size.
         drifted: sizes whose solves go otherwise than when their ways were chosen.
+        looks: by size, how often it was looked at again because of what its calls took, and when that may be next.
+        watches: of operators, by samples and direction, each for a choice.
         lock: held where the way of a first call is found, which other threads' first calls then take too.
     """
 
     choices: dict[Size, Choice] = field(default_factory=dict)
     drifted: set[Size] = field(default_factory=set)
+    looks: dict[Size, tuple[int, float]] = field(default_factory=dict)
+    watches: dict[tuple[int, str], tuple[Choice, Watch | None]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=fork_safe_lock, repr=False)
 
 
@@ -140,18 +151,32 @@ class Plan:
                 return self.choice(samples)
             case = self._case(samples)
             key = measurement_key(self.key, size, device) + ("_gradient" if needs_gradient else "")
-            kept = load_timings(key) if self.options.plan_cache and size not in self.learnt.drifted else None
+            is_first = size not in self.learnt.looks and size not in self.learnt.drifted
+            kept = self._kept(key, case, call, needs_gradient, are_stacked) if is_first else None
             timings = kept or self._measured(case, call, needs_gradient, are_stacked, with_eager)
-            if kept is None and with_eager and self.options.plan_cache:
+            disturbed = any(timing.disturbed for timing in timings)
+            if kept is None and with_eager and self.options.plan_cache and not disturbed:
                 store_timings(key, self._description(samples), timings)
-            found = _fastest(case, timings, needs_gradient)
+            found = replace(_fastest(case, timings, needs_gradient), samples=samples, is_disturbed=disturbed)
             if kept is not None:
                 found = replace(found, reason=f"{found.reason} (by measurements kept on disk)")
+            elif disturbed:
+                found = replace(found, reason=f"{found.reason} (measured on a busy machine; to be measured again)")
             self.learnt.choices[size] = _joined(
                 self.learnt.choices.get(size), found, needs_gradient, size in self.learnt.drifted
             )
             self.learnt.drifted.discard(size)
             return self.learnt.choices[size]
+
+    def _kept(
+        self, key: str, case: Case, call: Call, needs_gradient: bool, are_stacked: bool
+    ) -> tuple[Timing, ...] | None:
+        """What is kept on disk, if a few calls bear it out: it may have been measured on a busy machine, or by another."""
+        kept = load_timings(key) if self.options.plan_cache else None
+        if kept is None:
+            return None
+        check = is_plausible if is_undisturbed() else apart(is_plausible)
+        return kept if check(case, self.settings, call, needs_gradient, are_stacked, kept) else None
 
     def _measured(
         self, case: Case, call: Call, needs_gradient: bool, are_stacked: bool, with_eager: bool
@@ -179,6 +204,41 @@ class Plan:
             log.info("%d iterations where %d were measured: measured anew at the next call", stats.iterations, expected)
             self.learnt.drifted.add(self._size(samples))
 
+    def doubt(self, samples: int) -> bool:
+        """Have the ways of so many samples measured anew, where that was not done a short while ago; whether it will be."""
+        size, now = self._size(samples), time.monotonic()
+        count, earliest = self.learnt.looks.get(size, (0, 0.0))
+        if now < earliest or self.options.planning != "measured" or self.options.solver != "auto":
+            return False
+        self.learnt.looks[size] = count + 1, now + _SOONEST_SECONDS * 2**count
+        self.learnt.drifted.add(size)
+        log.info("calls of %d samples take another time than was measured: measured anew", samples)
+        return True
+
+    def watch(self, samples: int, direction: str, alone: bool = False) -> Watch | None:
+        """What compares calls of so many samples with what was measured of them; `None` where nothing was."""
+        choice = self.choice(samples)
+        name = EAGER if alone else getattr(choice, direction).name
+        found = next((t for t in choice.timings if (t.way, t.direction) == (name, direction) and t.points), None)
+        if found is None:
+            return None
+        expected = along(found.points, max(self.program.length, found.points[-1][0]))
+        # What was measured on a busy machine is out in any case, once that may have passed.
+        return Watch(0.0 if choice.is_disturbed else expected, samples / max(choice.samples, 1))
+
+    def watch_of(self, samples: int, direction: str, way: Way) -> Watch | None:
+        """The same for calls of operators, which have no place of their own to keep it; ways that queue return at once."""
+        choice = self.choice(samples)
+        if not choice.timings or way.queues or way != getattr(choice, direction):
+            return None
+        key = samples, direction
+        known = self.learnt.watches.get(key)
+        if known is None or known[0] is not choice:
+            known = self.learnt.watches[key] = choice, self.watch(samples, direction)
+            if len(self.learnt.watches) > _WATCHES:
+                self.learnt.watches.pop(next(iter(list(self.learnt.watches))), None)  # other threads may be at it, too
+        return known[1]
+
     def _size(self, samples: int) -> Size:
         """What numbers of samples share a choice: those up to the next power of two that the same code serves."""
         variant = () if isinstance(self.kernel, str) else self.kernel.variant(samples)
@@ -203,6 +263,8 @@ class Plan:
 
 # What is rewritten has to gain 5 %: what is closer to eager is decided by noise.
 _WORTHWHILE = 0.95
+# And what threads share has to gain this much on one thread: they may not always find a core each.
+_SHARED = 1.1
 
 
 def _fastest(case: Case, timings: Sequence[Timing], needs_gradient: bool) -> Choice:
@@ -213,18 +275,25 @@ def _fastest(case: Case, timings: Sequence[Timing], needs_gradient: bool) -> Cho
     directions = ("forward", "backward") if needs_gradient else ("forward",)
 
     def cost(direction: str, way: Forward | Backward | None) -> float:
-        return math.inf if way is None else seconds.get((direction, way.name), math.inf)
+        found = math.inf if way is None else seconds.get((direction, way.name), math.inf)
+        return found if way is None or not way.is_shared(case, direction) else _SHARED * found
 
     def beside(direction: str, name: str) -> float:
         found = [t.seconds for t in timings if (t.direction, t.way) == (direction, name)]
         return 0.0 if not found else math.inf if found[0] is None else found[0]
+
+    def more(name: str) -> float:
+        """What it costs to add gradients to others."""
+        return sum((t.adding or 0.0) - (t.seconds or 0.0) for t in timings if t.way == name and t.adding is not None)
 
     chosen: dict[str, Any] = {}
     in_place: dict[str, Any] = {}
     for direction in directions:
         ways = [way for way in candidates(case, direction)[0] if (direction, way.name) in seconds]
         chosen[direction] = min(ways, key=lambda way: cost(direction, way), default=guesses[direction])
-        in_place[direction] = next((way for way in ways if way.in_place), None)
+        in_place[direction] = min(
+            (way for way in ways if way.in_place), key=lambda way: cost(direction, way), default=None
+        )
     # Only where both ways read the blocks' tensors where they lie need these not be stacked.
     total = sum(cost(d, way) for d, way in chosen.items()) + beside("forward", STACKING)
     unstacked = sum(cost(d, way) for d, way in in_place.items())
@@ -235,7 +304,9 @@ def _fastest(case: Case, timings: Sequence[Timing], needs_gradient: bool) -> Cho
         alone = rule.leaves_alone(needs_gradient)
         reason = f"the budget ended before ways had been timed; {rule.reason}"
         return replace(rule, reason=reason, timings=tuple(timings), alone=((needs_gradient, alone),))
-    alone = _WORTHWHILE * sum(seconds.get((direction, EAGER), math.inf) for direction in directions) <= total
+    eager = sum(seconds.get((direction, EAGER), math.inf) for direction in directions)
+    # Who trains may add gradients to those that there are, or have none: neither may be slower than before.
+    alone = any(_WORTHWHILE * (eager + e) <= total + ours for e, ours in ((0.0, 0.0), (more(EAGER), more(HANDING))))
     reason = "the model's own ops are fastest of what was measured" if alone else "fastest of what was measured"
     backward = chosen.get("backward", rule.backward)
     return Choice(chosen["forward"], backward, reason, timings=tuple(timings), alone=((needs_gradient, alone),))

@@ -6,10 +6,14 @@ could; everything between is measured.
 
 from __future__ import annotations
 
+import functools
 import math
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
+
+import torch
 
 from pcr_fx.solvers import linearisation
 from pcr_fx.ways.case import Case
@@ -81,8 +85,30 @@ def iteration(case: Case, solver: str, fused: bool, window: int | None) -> Bound
 
 
 def _both(case: Case, seconds: Callable[[Rates], float]) -> Bounds:
-    least, most = RATES.get(case.program.signature.states[0].device.type, RATES["cpu"])
+    kind = case.program.signature.states[0].device.type
+    least, most = RATES.get(kind, RATES["cpu"])
+    if kind == "cpu":
+        fastest = _PEAK_SHARE * _arithmetic_seconds(torch.get_num_threads())
+        least = replace(least, arithmetic=max(least.arithmetic, fastest), kernel=max(least.kernel, fastest))
     return seconds(least), seconds(most)
+
+
+# What nothing beats: a part of what an operation takes in a product of matrices that fit into the caches.
+_PEAK_SHARE = 0.5
+_PEAK_SIZE, _PEAK_CALLS = 256, 5
+
+
+@functools.cache
+def _arithmetic_seconds(threads: int) -> float:
+    """Seconds of an arithmetic operation here at its fastest, in float32: a millisecond's work, once."""
+    a = torch.ones(_PEAK_SIZE, _PEAK_SIZE)
+    times = []
+    with torch.inference_mode():
+        for _ in range(_PEAK_CALLS):
+            began = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - began)
+    return min(times) / (2 * _PEAK_SIZE**3)
 
 
 def _work(case: Case) -> int:

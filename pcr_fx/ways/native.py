@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -34,10 +34,15 @@ KERNEL_OPERATIONS_MEASURED = 8_000_000
 
 @dataclass(frozen=True)
 class Native(Forward, Backward):
-    """Block by block, both ways; in PyTorch's ops where the code for some size cannot be compiled."""
+    """Block by block, both ways; in PyTorch's ops where the code for some size cannot be compiled.
+
+    Attributes:
+        threads: as many as it may use; `None` for as many as the work feeds.
+    """
 
     kernel: CppKernel = field(repr=False)
     solver: str = "sequential"
+    threads: int | None = None
     kind: ClassVar[str] = CppKernel.kind
     in_place: ClassVar[bool] = True
     scales: ClassVar[bool] = True
@@ -48,6 +53,18 @@ class Native(Forward, Backward):
         if isinstance(kernel, CppKernel):
             return cls(kernel)
         return Refused(f"sequential ({cls.kind} kernel)", case.why_no_kernel)
+
+    @property
+    def name(self) -> str:
+        return super().name if self.threads is None else f"{self.solver} ({self.kind} kernel, one thread)"
+
+    def alternatives(self, case: Case, direction: str) -> list[Native]:
+        """Itself, and where threads would share the work one that does it alone."""
+        several = self.kernel.feeds(_KERNELS_WORD[direction], case.samples) > 1
+        return [self, replace(self, threads=1)] if several else [self]
+
+    def is_shared(self, case: Case, direction: str) -> bool:
+        return self.threads is None and self.kernel.feeds(_KERNELS_WORD[direction], case.samples) > 1
 
     @property
     def failure(self) -> str | None:
@@ -78,14 +95,14 @@ class Native(Forward, Backward):
         self, program: Program, call: Call, settings: Settings, start: Tensor | None = None, fall_back: bool = True
     ) -> Solution:
         if self.is_ready("forward", call.initial):
-            return Solution(self.kernel.solve(call))
+            return Solution(self.kernel.solve(call, self.threads))
         return Sequential().solve(program, call, settings)
 
     def solve_adjoint(
         self, program: Program, call: Call, trajectory: Tensor, cotangents: Tensor, settings: Settings
     ) -> tuple[Sequence[Tensor], bool]:
         if self.is_ready("backward", call.initial):
-            return self.kernel.solve_adjoint(call, trajectory, cotangents), True
+            return self.kernel.solve_adjoint(call, trajectory, cotangents, self.threads), True
         return Sequential().solve_adjoint(program, call, trajectory, cotangents, settings)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pcr_fx.solvers import ITERATIVE_SOLVERS
 from pcr_fx.targets import TritonKernel
@@ -17,7 +17,7 @@ from pcr_fx.ways.way import Backward, Forward, Refused
 
 def forward_ways(case: Case) -> Iterator[Forward | Refused]:
     """Every way forward, block by block first, and by name why others are none."""
-    yield block_by_block(case)
+    yield from _block_by_block(case, "forward")
     yield Sequential()
     for solver in ITERATIVE_SOLVERS:
         yield by_iteration(case, solver)
@@ -25,9 +25,14 @@ def forward_ways(case: Case) -> Iterator[Forward | Refused]:
 
 def backward_ways(case: Case) -> Iterator[Backward | Refused]:
     """Likewise backward."""
-    yield block_by_block(case)
+    yield from _block_by_block(case, "backward")
     yield Sequential()
     yield by_reduction(case)
+
+
+def _block_by_block(case: Case, direction: str) -> Iterable[Native | Fused | Refused]:
+    way = block_by_block(case)
+    return way.alternatives(case, direction) if isinstance(way, Native) else (way,)
 
 
 def block_by_block(case: Case) -> Native | Fused | Refused:

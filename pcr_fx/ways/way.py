@@ -92,6 +92,10 @@ class Way(ABC):
         """Why it would not compute what the model does, or nothing; found out when it is first asked of a program."""
         return ""
 
+    def is_shared(self, case: Case, direction: str) -> bool:
+        """Whether it needs several threads to find a core each at the same time."""
+        return False
+
     def hopeless(self, case: Case, direction: str) -> str:
         """Why it is not worth timing in this direction, or nothing."""
         return ""

@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -25,7 +26,7 @@ from pcr_fx.targets.cpp.build import CompilerError, check_compiler, load
 from pcr_fx.targets.cpp.memory import empty
 from pcr_fx.targets.cpp.pointers import address_in
 from pcr_fx.targets.cpp.source import REALS, chain_source, summed_numbers
-from pcr_fx.targets.cpp.threads import available_threads
+from pcr_fx.targets.cpp.threads import Team, available_threads, may_share
 from pcr_fx.targets.kernel import LoweredBody, as_real, check_tensors
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class CppKernel:
     _shapes: dict[tuple[int, torch.Size], list[tuple[int, ...] | None]] = field(default_factory=dict)
     _runs: dict[tuple[str, bool], Run | None] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=fork_safe_lock)
+    _team: Team = field(default_factory=Team)
 
     @classmethod
     def of(cls, program: Program) -> CppKernel:
@@ -135,11 +137,25 @@ class CppKernel:
             return False  # it puts a row of a Jacobian in each lane
         return self._run(direction, self._samples(initial)) is not None
 
-    def solve(self, call: Call) -> Tensor:
-        """The trajectory `[L, *batch, d]`, block by block."""
+    def feeds(self, direction: str, samples: int) -> int:
+        """How many threads the work of all blocks feeds, and PyTorch may use; where lanes are samples, each has a vector.
+
+        Args:
+            direction: "forward" or "adjoint".
+        """
+        operations = self.operations[direction == "adjoint"] * self.program.length * samples
+        tiles = samples if self.why_features(direction, samples) else -(-samples // self._lanes)
+        return max(1, min(available_threads(), tiles, operations // _OPERATIONS_A_THREAD))
+
+    def solve(self, call: Call, threads: int | None = None) -> Tensor:
+        """The trajectory `[L, *batch, d]`, block by block.
+
+        Args:
+            threads: as many as may be used; `None` for as many as the work feeds.
+        """
         initial = call.initial.contiguous()
         trajectory = empty(initial, (call.length, *initial.shape))
-        self._call("forward", call, initial, self.operations[0], trajectory, (0, 0, 0, 0, 0))
+        self._call("forward", call, initial, self.operations[0], trajectory, (0, 0, 0, 0, 0), threads=threads)
         return trajectory
 
     def solve_newton(self, call: Call, tolerance: float, max_iterations: int) -> tuple[Tensor, str, int, float]:
@@ -161,13 +177,20 @@ class CppKernel:
         _, _, iterations, residual, outcome = iteration
         return trajectory, list(Outcome)[int(outcome)].name, int(iterations), residual
 
-    def solve_adjoint(self, call: Call, trajectory: Tensor, cotangents: Tensor | Mapping[int, Tensor]) -> list[Tensor]:
+    def solve_adjoint(
+        self,
+        call: Call,
+        trajectory: Tensor,
+        cotangents: Tensor | Mapping[int, Tensor],
+        threads: int | None = None,
+    ) -> list[Tensor]:
         """Cotangents `[d_initial, *d_operands, *d_shared]` of what is differentiable, in this order.
 
         Args:
             call: as for `solve`.
             trajectory: what `solve` returned.
             cotangents: of every state, `[L, *batch, d]`; or of some, `[*batch, d]` by block.
+            threads: as for `solve`.
         """
         initial, trajectory = call.initial.contiguous(), trajectory.contiguous()
         given = self._cotangents(cotangents, call.length)
@@ -182,6 +205,7 @@ class CppKernel:
             trajectory,
             (*given.words, d_initial.data_ptr(), 0),
             addresses,
+            threads,
         )
         return [d_initial, *(gradient for gradient in gradients if gradient is not None)]
 
@@ -276,16 +300,23 @@ class CppKernel:
         trajectory: Tensor,
         words: tuple[int, ...],
         gradients: Sequence[int] = (),
+        threads: int | None = None,
     ) -> None:
         """Call native code, in the order of the fields of `Call` in call.h."""
         samples = self._samples(initial)
         run = self._run(direction, samples)
         assert run is not None, "a kernel that is not ready is not called"
         places, _kept = self._places(samples, call)
-        threads = self._threads(call.length * samples, operations)
+        fed = min(threads or available_threads(), self._threads(call.length * samples, operations))
+        if fed > 1 and not may_share():
+            fed = 1
         addresses = initial.data_ptr(), trajectory.data_ptr()
-        every = (call.length, samples, threads, *addresses, *words, *places, *gradients)
-        run(struct.pack(f"{len(every)}q", *every))
+        every = (call.length, samples, fed, *addresses, *words, *places, *gradients)
+        packed = struct.pack(f"{len(every)}q", *every)
+        if fed == 1:
+            run(packed)
+        else:
+            self._team.call(partial(run, packed), (direction, call.length, samples))
 
     def _run(self, direction: str, samples: int) -> Run | None:
         """The compiled function for this many samples; `None` where it cannot be had."""
