@@ -136,7 +136,8 @@ class SolveNode(nn.Module):
         if route is None or not route.is_final:
             route = self._route(key, route, is_plain, states, operands, shared)
         if is_plain and self.record.is_differentiated_twice and torch.is_grad_enabled() and is_undisturbed():
-            return self._block_by_block(route, states, operands, shared)
+            found = self._block_by_block(route, states, operands, shared)
+            return found if self.taps is not None else tuple(map(torch.stack, found))
         solved = self._solved(route, seen, states, operands, shared)
         if self._may_raise and is_plain and not all(bool(part.isfinite().all()) for part in solved):
             return self._block_by_block(route, states, operands, shared)  # there is an error to raise, if it is one
@@ -251,8 +252,13 @@ class SolveNode(nn.Module):
             back = Back(route.way_back or way, route.watch_back, partial(self._doubt, route, states))
             solved = KernelSolve.apply(plan, way, back, self.record, self.taps, given, shared, initial, *parts, *shared)
             return solved if self.taps is not None else layout.unflatten(solved, leading=1)
-        trajectory = way.kernel.solve(plan.program.call_with(initial, given, shared), way.threads)
-        return layout.unflatten(trajectory, leading=1) if self.taps is None else tapped(layout, trajectory, self.taps)
+        call = plan.program.call_with(initial, given, shared)
+        if self.taps is None:
+            return layout.unflatten(way.kernel.solve(call, way.threads), leading=1)
+        # Nothing looks at the other states: no memory is taken for them.
+        wanted = sorted({block for _, block in self.taps})
+        kept = way.kernel.solve(call, way.threads, wanted)
+        return tapped(layout, kept, [(index, wanted.index(block)) for index, block in self.taps])
 
     def _by_operators(
         self, route: Route, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]

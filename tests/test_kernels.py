@@ -308,3 +308,19 @@ def test_torch_jit_trace_records_the_chain(calls_before: int) -> None:
     traced = torch.jit.trace(fast, x)
     for other in (x, 2 * x):
         torch.testing.assert_close(traced(other), model(other))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_only_the_states_that_are_wanted_are_kept(batch: int, threads: int) -> None:
+    model, x = Deep("residual", 12), states("residual", batch, torch.float64)
+    made = pcr_fx.transform(model.double(), x, {"solver": "sequential"}).report.chains[0].plan
+    assert made is not None and isinstance(made.kernel, CppKernel)
+    draw = torch.Generator().manual_seed(0)
+    operands = [
+        0.3 * torch.randn(12, *spec.shape, generator=draw, dtype=spec.dtype) for spec in made.program.signature.operands
+    ]
+    call = made.program.call_with(x, operands, [])
+    whole = made.kernel.solve(call)
+    for wanted in ([11], [0], [0, 5, 11], list(range(12))):
+        for used in (None, 1):
+            assert torch.equal(made.kernel.solve(call, used, wanted), whole[wanted])

@@ -336,3 +336,20 @@ def test_a_record_outlives_its_node_no_longer_than_needed() -> None:
     got = torch.autograd.grad(final, inputs.every)
     for a, b in zip(got, torch.autograd.grad(expected, inputs.every), strict=True):
         assert_close(a, b)
+
+
+def test_what_is_differentiated_twice_is_left_to_the_model() -> None:
+    """Second derivatives have no kernel: the first is found by what there is, and later calls are not solved as a whole."""
+    case = CASES["operand"]
+    node, inputs = case.node(6, solver="sequential"), case.inputs(6, 2)
+    for call in range(3):
+        (trajectory,) = solve(node, inputs)
+        (gradient,) = torch.autograd.grad(trajectory.square().sum(), inputs.every[0], create_graph=True)
+        ours = torch.autograd.grad(gradient.sum(), inputs.every)
+        (expected,) = torch.autograd.grad(reference(node, inputs)[0].square().sum(), inputs.every[0], create_graph=True)
+        for one, other in zip(ours, torch.autograd.grad(expected.sum(), inputs.every), strict=True):
+            torch.testing.assert_close(one, other)
+        assert node.record.is_differentiated_twice
+        assert node.record.backward_calls <= 2, call
+    with torch.no_grad():
+        torch.testing.assert_close(solve(node, inputs)[0], trajectory.detach())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pcr_fx.call import Call
 from pcr_fx.planner.choice import BESIDE, HANDING, NODE_SECONDS, STACKING, Timing
-from pcr_fx.planner.rounds import HOPELESS, Entrant, Series, along, compete, drop_hopeless, once
+from pcr_fx.planner.rounds import HOPELESS, Entrant, Series, compete, drop_hopeless, once
 from pcr_fx.planner.watch import OFF
 from pcr_fx.solvers import Outcome, Settings, SolveStats, blocks
 from pcr_fx.targets.cpp.threads import insisting
@@ -37,6 +37,8 @@ _FEWEST_ITERATIONS = 2
 _LARGE_GRADIENTS = 2**23
 # In place of a direction: the way back where gradients are added.
 _ADDING = "backward, adding"
+# What threads that share may take at the most, by what one takes, and for calling them.
+_NO_SLOWER, _TEAM_SECONDS = 1.5, 1e-4
 # A share of the budget in which measurements kept on disk are looked into, and calls for that.
 _CHECK_SHARE, _CHECKS = 0.15, 3
 
@@ -156,18 +158,24 @@ class _Measurement:
                         shared.add((way.name, direction))
                 elif not any((t.way, t.direction) == (way.name, direction) for t in timings):
                     return False  # it was not there to be timed
-        for (name, direction), make in makers.items():
-            size, _ = kept[name, direction].points[0]
-            entrant = make()
-            if entrant is None or time.perf_counter() + 2 * along(kept[name, direction].points, size) > self.ends:
-                continue
+        return all(
+            self._agrees(entrant, kept, name in shared)
+            for name, make in makers.items()
+            if (entrant := make()) is not None
+        )
+
+    def _agrees(self, entrant: Entrant, kept: dict[tuple[str, str], Timing], is_shared: bool) -> bool:
+        known = next(kept[thing] for thing in entrant.series if thing in kept)
+        for size, _ in known.points:
+            if entrant.is_timed and time.perf_counter() + _CHECKS * entrant.expected(size) > self.ends:
+                return True
             for _ in range(_CHECKS):
                 entrant.take(size)
             for thing, series in entrant.series.items():
                 before = dict(kept[thing].points).get(size) if thing in kept else None
                 now = min(series.times[size])
                 # A busy machine slows threads down that share their work, and says nothing of what they take in peace.
-                if before is not None and (now < before / OFF or (now > before * OFF and thing not in shared)):
+                if before is not None and (now < before / OFF or (now > before * OFF and not is_shared)):
                     log.info("%s took %.3g ms and now %.3g: measured anew", thing, 1e3 * before, 1e3 * now)
                     return False
         return True
@@ -248,7 +256,6 @@ class _Measurement:
                 if direction == _ADDING:
                     adding[name] = series.seconds
                     continue
-                most = self.most.get((name, direction), math.inf)
                 size = series.points[-1][0]
                 found[name, direction] = Timing(
                     name,
@@ -258,16 +265,21 @@ class _Measurement:
                     f"from {size} blocks" if size < series.length else "",
                     points=series.points,
                     spread=round(series.spread, 2),
-                    disturbed=self._is_disturbed(entrant, series, name, most),
+                    disturbed=self._is_disturbed(entrant, series, name, direction),
                 )
         return [
             replace(timing, adding=adding[name]) if direction == "backward" and name in adding else timing
             for (name, direction), timing in found.items()
         ]
 
-    @staticmethod
-    def _is_disturbed(entrant: Entrant, series: Series, name: str, most: float) -> bool:
-        """Whether it may be faster than that in peace. Who is far behind would not win by it; of the rest little hangs on it."""
+    def _is_disturbed(self, entrant: Entrant, series: Series, name: str, direction: str) -> bool:
+        """Whether it may be faster than that in peace. Who is far behind would not win by it."""
+        most = self.most.get((name, direction), math.inf)
+        if entrant.is_shared:  # threads that find a core each are no slower than one
+            alone = (
+                s.seconds for e in self.entrants for (_, of), s in e.series.items() if e.is_alone and of == direction
+            )
+            most = min(most, *(_NO_SLOWER * seconds + _TEAM_SECONDS for seconds in alone), math.inf)
         return name not in BESIDE and ((series.is_disturbed and not entrant.is_out) or series.seconds > most)
 
     def _series(self, fixed: float = 0.0) -> Series:
@@ -394,7 +406,8 @@ class _Measurement:
             return lambda: {(way.name, direction): once(run, device)}
 
         series = {(way.name, direction): self._series(NODE_SECONDS[direction])}
-        entrant = Entrant(timed, series, way.is_shared(self.case, direction))
+        is_shared = way.is_shared(self.case, direction)
+        entrant = Entrant(timed, series, is_shared, is_alone=bool(way.kind) and not way.iterates and not is_shared)
         if not scales:
             entrant.take(length)
         return entrant

@@ -7,6 +7,7 @@ says what the whole takes.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -17,16 +18,17 @@ import torch
 
 # Rounds that are made at the least and at the most.
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 25
-# How many times slower than the best a steady time is that need not be taken again; and one that is not steady, but for what
-# threads share.
+# How many times slower than the best a steady time is that need not be taken again, and one that is not steady.
 HOPELESS, FAR = 3.0, 10.0
 # A time is steady where the third least is within this of the least. One that never is, or whose median is so many times the
 # least, was disturbed.
 _STEADY, _SPREAD = 1.15, 3.0
+# How far behind the best threads are that share their work only where they found no core.
+_STALLED = 1.5
 # Calls shorter than this are made twice, and the second counts: the first finds the caches full of others'.
 _SHORT_SECONDS = 0.02
-# Sizes grow by this.
-_STEP = 4
+# Sizes grow by this. Of less than so many blocks much is no block.
+_STEP, _SMALLEST = 4, 4
 
 
 @dataclass(eq=False)
@@ -50,7 +52,9 @@ class Series:
 
     @property
     def points(self) -> tuple[tuple[int, float], ...]:
-        return tuple((size, min(self.times[size])) for size in self.sizes)
+        """The least of these, and of the smallest part worth calling on its own."""
+        small = [size for size in sorted(self.times) if size >= _SMALLEST or size == self.length][:1]
+        return tuple((size, min(self.times[size])) for size in sorted({*small, *self.sizes}))
 
     @property
     def seconds(self) -> float:
@@ -73,13 +77,13 @@ class Series:
 
 
 def along(points: Sequence[tuple[int, float]], length: int) -> float:
-    """What `length` blocks take, on the line through one or two points."""
-    (most, seconds), *_ = points[::-1]
+    """What `length` blocks take, on the line through the last two points."""
+    most, seconds = points[-1]
     if most == length:
         return seconds
     each = seconds / most
     if len(points) > 1:
-        fewer, less = points[0]
+        fewer, less = points[-2]
         rise = (seconds - less) / (most - fewer)
         each = rise if rise > 0 else each
     return seconds + each * (length - most)
@@ -93,12 +97,14 @@ class Entrant:
         make: for so many blocks, a call that returns the seconds of each thing.
         series: of each thing, by its name.
         is_shared: whether threads share the work, so that a busy machine may slow it down a hundredfold.
+        is_alone: whether it does by one thread what threads might share.
         is_out: whether it cannot win.
     """
 
     make: Callable[[int], Callable[[], dict[Any, float]]]
     series: dict[Any, Series]
     is_shared: bool = False
+    is_alone: bool = False
     is_out: bool = False
     _calls: dict[int, Callable[[], dict[Any, float]]] = field(default_factory=dict)
 
@@ -109,6 +115,10 @@ class Entrant:
     @property
     def sizes(self) -> list[int]:
         return next(iter(self.series.values())).sizes
+
+    @property
+    def is_timed(self) -> bool:
+        return any(one.times for one in self.series.values())
 
     def take(self, size: int) -> float:
         """Time a call; what it took with all that belongs to it."""
@@ -129,7 +139,7 @@ class Entrant:
 
     def grow(self, first: int, share: float, ends: float) -> None:
         """Time more and more blocks, from `first` on, as long as a call takes less than a share of the time there is."""
-        if not any(one.times for one in self.series.values()):
+        if not self.is_timed:
             self.take(min(first, self.length))
         while (size := self.sizes[-1]) < self.length:
             more = min(_STEP * size, self.length)
@@ -153,15 +163,24 @@ def compete(entrants: Sequence[Entrant], rivals: Callable[[Any], Hashable | None
             for size in entrant.sizes:
                 if time.perf_counter() + entrant.expected(size) <= ends:
                     entrant.take(size)
-        drop_hopeless(entrants, rivals)
+        best = drop_hopeless(entrants, rivals)
         if time.perf_counter() > ends:
             return
-        if round_ + 1 >= FEWEST_ROUNDS and all(o.is_steady for e in alive if not e.is_out for o in e.series.values()):
+        left = [entrant for entrant in alive if not entrant.is_out]
+        if round_ + 1 >= FEWEST_ROUNDS and all(_is_settled(entrant, rivals, best) for entrant in left):
             return
 
 
-def drop_hopeless(entrants: Sequence[Entrant], rivals: Callable[[Any], Hashable | None]) -> None:
-    """Take out who is far from the best in all that it does, unless it may have been disturbed."""
+def _is_settled(entrant: Entrant, rivals: Callable[[Any], Hashable | None], best: dict[Hashable, float]) -> bool:
+    """Whether more calls would say nothing new. A team that is far behind was stalled, perhaps in all of them."""
+    return all(
+        one.is_steady and not (entrant.is_shared and one.seconds > _STALLED * best.get(rivals(name), math.inf))
+        for name, one in entrant.series.items()
+    )
+
+
+def drop_hopeless(entrants: Sequence[Entrant], rivals: Callable[[Any], Hashable | None]) -> dict[Hashable, float]:
+    """Take out who is far from the best in all that it does, unless it may have been disturbed; the best by prize."""
     best: dict[Hashable, float] = {}
     for entrant in entrants:
         for name, one in entrant.series.items():
@@ -172,12 +191,14 @@ def drop_hopeless(entrants: Sequence[Entrant], rivals: Callable[[Any], Hashable 
             rivals(name) is not None and _is_hopeless(one, best[rivals(name)], entrant.is_shared)
             for name, one in entrant.series.items()
         )
+    return best
 
 
 def _is_hopeless(one: Series, best: float, is_shared: bool) -> bool:
     known = min(len(one.times[size]) for size in one.sizes)
-    far = known > 1 and not is_shared and one.seconds > FAR * best
-    return far or (one.is_steady and one.seconds > HOPELESS * best)
+    if is_shared or known < 2:  # a team may be stalled time and again
+        return False
+    return one.seconds > FAR * best or (one.is_steady and one.seconds > HOPELESS * best)
 
 
 def once(run: Callable[[], Any], device: torch.device) -> float:

@@ -147,15 +147,17 @@ class CppKernel:
         tiles = samples if self.why_features(direction, samples) else -(-samples // self._lanes)
         return max(1, min(available_threads(), tiles, operations // _OPERATIONS_A_THREAD))
 
-    def solve(self, call: Call, threads: int | None = None) -> Tensor:
-        """The trajectory `[L, *batch, d]`, block by block.
+    def solve(self, call: Call, threads: int | None = None, wanted: Sequence[int] | None = None) -> Tensor:
+        """The trajectory `[L, *batch, d]`, block by block; or the states that are wanted of it, `[len(wanted), *batch, d]`.
 
         Args:
             threads: as many as may be used; `None` for as many as the work feeds.
+            wanted: numbers of blocks, in order. No memory is taken for the states of others.
         """
         initial = call.initial.contiguous()
-        trajectory = empty(initial, (call.length, *initial.shape))
-        self._call("forward", call, initial, self.operations[0], trajectory, (0, 0, 0, 0, 0), threads=threads)
+        trajectory = empty(initial, (call.length if wanted is None else len(wanted), *initial.shape))
+        rows = None if wanted is None else _rows(tuple(wanted), call.length)
+        self._call("forward", call, initial, self.operations[0], trajectory, (0, 0, 0, 0, 0), (), threads, rows)
         return trajectory
 
     def solve_newton(self, call: Call, tolerance: float, max_iterations: int) -> tuple[Tensor, str, int, float]:
@@ -301,6 +303,7 @@ class CppKernel:
         words: tuple[int, ...],
         gradients: Sequence[int] = (),
         threads: int | None = None,
+        rows: Any = None,
     ) -> None:
         """Call native code, in the order of the fields of `Call` in call.h."""
         samples = self._samples(initial)
@@ -310,7 +313,8 @@ class CppKernel:
         fed = min(threads or available_threads(), self._threads(call.length * samples, operations))
         if fed > 1 and not may_share():
             fed = 1
-        addresses = initial.data_ptr(), trajectory.data_ptr()
+        where = 0 if rows is None else ctypes.addressof(rows)
+        addresses = initial.data_ptr(), trajectory.data_ptr(), where
         every = (call.length, samples, fed, *addresses, *words, *places, *gradients)
         packed = struct.pack(f"{len(every)}q", *every)
         if fed == 1:
@@ -368,6 +372,15 @@ class _Given:
 
     words: tuple[int, int, int]
     kept: list[Any]
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(wanted: tuple[int, ...], length: int) -> Any:
+    """For native code: the place of each block's state among those that are wanted, or -1."""
+    rows = (ctypes.c_int64 * length)(*(-1 for _ in range(length)))
+    for row, block in enumerate(wanted):
+        rows[block] = row
+    return rows
 
 
 def _words_of(tensor: Tensor) -> tuple[int, int, int]:

@@ -15,7 +15,8 @@ struct Column {
 struct Call {
   int64_t length, samples, threads;
   const real* initial;    // [N, d]
-  real* trajectory;       // [L, N, d]
+  real* trajectory;       // [L, N, d], or a row [N, d] for each state that is wanted
+  const int64_t* rows;    // which row each block's state goes to, none where it is negative; null: each its own
   Column cotangents;      // [N, d] each; adjoint only
   real* d_initial;        // [N, d]; adjoint only
   double* iteration;      // tolerance, most iterations; gets iterations, residual, outcome; Newton only

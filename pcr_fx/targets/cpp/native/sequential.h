@@ -10,13 +10,14 @@ template <class V> static void k_forward(const Call& call, Samples<V> samples) {
   Inputs<V> in;
   for (int64_t l = 0; l < call.length; ++l) {
     k_locate<V>(call, l, in);
+    const int64_t row = call.rows ? call.rows[l] : l;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = samples.begin(t), count = samples.count(t);
       k_fetch<V>(call, l, begin, count, in);
       V next[d];
       Body::step<V>(&states[t * d], in.pointers, next);
       for (int i = 0; i < d; ++i) states[t * d + i] = next[i];
-      k_write<V>(next, call.trajectory + (l * call.samples + begin) * d, d, count);
+      if (row >= 0) k_write<V>(next, call.trajectory + (row * call.samples + begin) * d, d, count);
     }
   }
 }
