@@ -74,10 +74,24 @@ def test_what_is_too_long_is_timed_at_two_sizes_and_a_line_goes_through_them(clo
 
 
 def test_who_is_far_behind_is_called_no_more(clock: Clock) -> None:
-    best, far = clock.entrant("best", lambda *_: 1.0), clock.entrant("far", lambda *_: 9.0)
-    race(best, far)
-    assert far.is_out and not best.is_out
+    best, near, far = (clock.entrant(str(seconds), lambda *_, s=seconds: s) for seconds in (1.0, 1.2, 9.0))
+    race(best, near, far)
+    assert far.is_out and not best.is_out and not near.is_out
     assert len(series_of(far).times[LENGTH]) < len(series_of(best).times[LENGTH])
+
+
+def test_who_has_no_rival_left_is_called_no_more(clock: Clock) -> None:
+    best, far = clock.entrant("best", lambda *_: 1.0), clock.entrant("far", lambda *_: 90.0)
+    race(best, far)
+    assert far.is_out and len(series_of(best).times[LENGTH]) < rounds.FEWEST_ROUNDS
+
+
+def test_what_is_beyond_the_bar_is_out_though_it_was_not_steady(clock: Clock) -> None:
+    entrants = [clock.entrant("best", lambda *_: 1.0), clock.entrant("loose", lambda _, n: 2.5 + (n % 2))]
+    for entrant in entrants:
+        entrant.grow(1, 1e6, 1e6)
+    compete(entrants, lambda name: "first", 1e6, lambda: 2.0)
+    assert entrants[1].is_out
 
 
 def test_who_may_have_been_disturbed_is_called_on(clock: Clock) -> None:

@@ -37,6 +37,7 @@ _FEWEST_ITERATIONS = 2
 _LARGE_GRADIENTS = 2**23
 # In place of a direction: the way back where gradients are added.
 _ADDING = "backward, adding"
+_BEYOND_EAGER = 2.0
 # What threads that share may take at the most, by what one takes, and for calling them.
 _NO_SLOWER, _TEAM_SECONDS = 1.5, 1e-4
 # A share of the budget in which measurements kept on disk are looked into, and calls for that.
@@ -121,6 +122,7 @@ class _Measurement:
         self.timings: list[Timing] = []
         self.entrants: list[Entrant] = []
         self.iterations: dict[str, int] = {}
+        self._eagers = {(EAGER, direction) for direction in self.directions}
         self.most: dict[tuple[str, str], float] = {}
 
     def run(self) -> tuple[Timing, ...]:
@@ -134,7 +136,7 @@ class _Measurement:
         self._enter_all(ways, lambda way: way.iterates)
         self._sift()
         self._grow()
-        compete(self.entrants, _prize, self.ends)
+        compete(self.entrants, _prize, self.ends, self._bar)
         timings = (*self._results(), *self.timings)
         for timing in timings:
             log.info("chain of %d blocks, %s: %s", self.case.program.length, timing.direction, timing)
@@ -236,7 +238,14 @@ class _Measurement:
                 for size in entrant.sizes:
                     if not entrant.is_out and time.perf_counter() + entrant.expected(size) <= ends:
                         entrant.take(size)
-        drop_hopeless(self.entrants, _prize)
+        drop_hopeless(self.entrants, _prize, self._bar())
+
+    def _bar(self) -> float:
+        """Seconds beyond which no way of one direction can win, whatever disturbed it: twice what eager takes in all."""
+        eager = [
+            one.seconds for e in self.entrants for (name, of), one in e.series.items() if (name, of) in self._eagers
+        ]
+        return _BEYOND_EAGER * sum(eager) if eager else math.inf
 
     def _grow(self) -> None:
         """Time those that can still win on as many blocks as several rounds of all have the time for."""
@@ -280,6 +289,9 @@ class _Measurement:
                 s.seconds for e in self.entrants for (_, of), s in e.series.items() if e.is_alone and of == direction
             )
             most = min(most, *(_NO_SLOWER * seconds + _TEAM_SECONDS for seconds in alone), math.inf)
+        alive = [each for each in self.entrants if not each.is_out and (_any_of(each, direction) or each is entrant)]
+        if len(alive) < 2 and not entrant.is_out:  # nothing else could be taken
+            return False
         return name not in BESIDE and ((series.is_disturbed and not entrant.is_out) or series.seconds > most)
 
     def _series(self, fixed: float = 0.0) -> Series:
@@ -496,6 +508,10 @@ class _Measurement:
         """What was called once on all blocks, which may be long: it is out where it is far behind."""
         entrant.is_out = all(one.seconds > HOPELESS * best for one in entrant.series.values())
         return entrant
+
+
+def _any_of(entrant: Entrant, direction: str) -> bool:
+    return any(_prize(thing) == direction for thing in entrant.series)
 
 
 def _prize(thing: tuple[str, str]) -> str | None:

@@ -150,20 +150,28 @@ class Entrant:
                 del self._calls[known]  # with the tensors that it holds
 
 
-def compete(entrants: Sequence[Entrant], rivals: Callable[[Any], Hashable | None], ends: float) -> None:
-    """Call all in turn until the least of each is steady, or the time is over.
+def compete(
+    entrants: Sequence[Entrant],
+    rivals: Callable[[Any], Hashable | None],
+    ends: float,
+    bar: Callable[[], float] = lambda: math.inf,
+) -> None:
+    """Call all in turn until the least of each is steady, nobody has a rival any more, or the time is over.
 
     Args:
         rivals: by the name of a thing what it competes for; `None` for what has no rivals.
         ends: when the time is over. Nothing begins that would not end before.
+        bar: seconds beyond which nothing can win.
     """
     for round_ in range(MOST_ROUNDS):
         alive = [entrant for entrant in entrants if not entrant.is_out]
+        if not has_rivals(alive, rivals):
+            return
         for entrant in alive[round_ % max(len(alive), 1) :] + alive[: round_ % max(len(alive), 1)]:
             for size in entrant.sizes:
                 if time.perf_counter() + entrant.expected(size) <= ends:
                     entrant.take(size)
-        best = drop_hopeless(entrants, rivals)
+        best = drop_hopeless(entrants, rivals, bar())
         if time.perf_counter() > ends:
             return
         left = [entrant for entrant in alive if not entrant.is_out]
@@ -179,7 +187,15 @@ def _is_settled(entrant: Entrant, rivals: Callable[[Any], Hashable | None], best
     )
 
 
-def drop_hopeless(entrants: Sequence[Entrant], rivals: Callable[[Any], Hashable | None]) -> dict[Hashable, float]:
+def has_rivals(alive: Sequence[Entrant], rivals: Callable[[Any], Hashable | None]) -> bool:
+    """Whether two compete for one thing."""
+    prizes = [prize for entrant in alive for name in entrant.series if (prize := rivals(name)) is not None]
+    return len(set(prizes)) < len(prizes)
+
+
+def drop_hopeless(
+    entrants: Sequence[Entrant], rivals: Callable[[Any], Hashable | None], bar: float = math.inf
+) -> dict[Hashable, float]:
     """Take out who is far from the best in all that it does, unless it may have been disturbed; the best by prize."""
     best: dict[Hashable, float] = {}
     for entrant in entrants:
@@ -188,17 +204,17 @@ def drop_hopeless(entrants: Sequence[Entrant], rivals: Callable[[Any], Hashable 
                 best[prize] = min(one.seconds, best.get(prize, one.seconds))
     for entrant in entrants:
         entrant.is_out |= all(
-            rivals(name) is not None and _is_hopeless(one, best[rivals(name)], entrant.is_shared)
+            rivals(name) is not None and _is_hopeless(one, best[rivals(name)], bar, entrant.is_shared)
             for name, one in entrant.series.items()
         )
     return best
 
 
-def _is_hopeless(one: Series, best: float, is_shared: bool) -> bool:
+def _is_hopeless(one: Series, best: float, bar: float, is_shared: bool) -> bool:
     known = min(len(one.times[size]) for size in one.sizes)
     if is_shared or known < 2:  # a team may be stalled time and again
         return False
-    return one.seconds > FAR * best or (one.is_steady and one.seconds > HOPELESS * best)
+    return one.seconds > min(FAR * best, bar) or (one.is_steady and one.seconds > HOPELESS * best)
 
 
 def once(run: Callable[[], Any], device: torch.device) -> float:
