@@ -204,6 +204,18 @@ def test_fresh_results_share_no_memory() -> None:
     assert not is_fresh(call(F.relu, "x", inplace=True))
 
 
+def test_what_is_taken_by_a_tensor_is_a_copy() -> None:
+    graph = fx.Graph()
+    x, index, number, unknown = map(graph.placeholder, ("x", "index", "number", "unknown"))
+    index.meta["example_value"] = torch.ones(2, dtype=torch.int64)
+    number.meta["example_value"] = torch.ones((), dtype=torch.int64)
+    taken = {
+        place: graph.call_function(operator.getitem, (x, key))
+        for place, key in enumerate([index, (slice(None), index), [0, 1], number, unknown, 0, (0, slice(None))])
+    }
+    assert [is_fresh(node) for node in taken.values()] == [True, True, True, False, False, False, False]
+
+
 def test_a_write_to_a_view_writes_to_what_it_is_a_view_of() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")

@@ -160,9 +160,21 @@ def is_idle_dropout(node: fx.Node) -> bool:
 
 def is_fresh(node: fx.Node) -> bool:
     """Whether the result surely shares no memory with any input."""
+    if node.op == "call_function" and node.target is operator.getitem:
+        return _names_places(node.args[1])
     if op_name(node) not in _FRESH_NAMES or not (node.op == "call_method" or is_pytorchs(node.target)):
         return False
     return updates_statistics(node) or not writes(node)
+
+
+def _names_places(index: Any) -> bool:
+    """Whether an index copies what it takes: a list, a mask, or a tensor of dimensions; one number of a tensor is a view's."""
+    if isinstance(index, tuple):
+        return any(map(_names_places, index))
+    value = index.meta.get("example_value") if isinstance(index, fx.Node) else None
+    if isinstance(value, torch.Tensor):
+        return value.dim() > 0 or value.dtype in (torch.bool, torch.uint8)
+    return isinstance(index, list)
 
 
 def written_nodes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
