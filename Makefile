@@ -25,7 +25,7 @@ BASE    = $(firstword $(foreach name,$(PYTHON),$(shell $(name) -c '$(USABLE)' 2>
 override CXX := $(firstword $(foreach name,$(CXX) g++ clang++,$(shell command -v $(name) 2>/dev/null)))
 export CXX
 
-.PHONY: help environment demo test lint types wheel examples zoo clean compiler
+.PHONY: help environment demo test lint types wheel examples zoo stress clean compiler
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
@@ -55,6 +55,9 @@ examples: compiler $(READY)  ## run every example in its short form
 
 zoo: $(READY)  ## print which chains are found in other people's models
 	@PYTHONPATH=tests $(BIN)/python -m zoo
+
+stress: compiler $(READY)  ## interrupt, kill and fork, and call from many threads, for half an hour: make stress ARGS=calls
+	@PYTHONPATH=.:tests $(BIN)/python -m stress $(ARGS)
 
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/out

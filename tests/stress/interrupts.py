@@ -1,9 +1,9 @@
 """Ctrl-C at random moments of five stages: the next call is right, and has its chain.
 
 PyTorch does not survive every interrupt: one that arrives while its C++ calls Python for what a fake tensor does ends the
-process (`terminate called after throwing an instance of 'pybind11::error_already_set'`). While Dynamo reads a model that is
-nearly always so, whatever the backend. So interrupts come once this package is at work; they are made in processes that are
-started again where one is ended so, and such moments are counted apart if nothing of this package was on the stack.
+process (`terminate called after throwing an instance of 'pybind11::error_already_set'`). So it goes with about one in ten that
+arrive while Dynamo reads a model, whatever the backend. Here interrupts come once this package is at work, in processes that
+are started again where one is ended so; such moments are counted apart if nothing of this package was on the stack.
 """
 
 from __future__ import annotations
