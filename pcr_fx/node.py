@@ -221,7 +221,8 @@ class SolveNode(nn.Module):
         if self.plan is None:
             choice = self.choice = self._choose(plan, states, operands, shared)
         elif is_plain and as_it_is:
-            choice = plan.choice(plan.samples_of(states))
+            doubted = plan.wants_another_look(plan.samples_of(states))
+            choice = self._choose(plan, states, operands, shared) if doubted else plan.choice(plan.samples_of(states))
         else:
             return Route(signature, plan, Where.OPERATORS, dtypes=self._output_dtypes(states, operands, shared))
         samples = plan.samples_of(states)
@@ -306,7 +307,8 @@ class SolveNode(nn.Module):
             every = [_raised(stacked(operand)) for operand in operands]
             are_stacked = not all(isinstance(operand, Tensor) for operand in operands)
             call = plan.program.call_with(initial, every, [_raised(tensor) for tensor in shared])
-            return plan.measure(call, needs_gradient, are_stacked)
+            # Around a plan made beforehand the model was compiled without the blocks.
+            return plan.measure(call, needs_gradient, are_stacked, with_eager=self.plan is None)
 
     def learn(self, plan: Plan) -> None:
         """Take a plan made before the first call."""

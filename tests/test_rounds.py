@@ -197,19 +197,23 @@ def test_a_team_that_was_stalled_rests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads.time, "perf_counter", lambda: now[0])
     team, pauses = threads.Team(), []
 
-    def call(seconds: float) -> None:
-        team.call(lambda: now.__setitem__(0, now[0] + seconds), "adjoint")
+    def call(seconds: float) -> bool:
+        is_shared = team.may_share("adjoint")
+        team.call(lambda: now.__setitem__(0, now[0] + seconds), "adjoint", is_shared)
+        return is_shared
 
     now[0] = 1.0
-    for seconds in (0.001, 0.0011, 0.001):
-        call(seconds)
-        assert threads.may_share()
+    assert not call(0.002)  # what one thread takes is found first
+    assert call(0.001) and call(0.0011) and call(0.001)
     for _ in range(8):
-        call(0.05)
-        assert not threads.may_share()
+        assert call(0.05)
+        assert not call(0.002)
         with threads.insisting():
-            assert threads.may_share()
+            assert team.may_share("adjoint")
         pauses.append(machine.until - now[0])
         now[0] = machine.until + 1e-6
-        assert threads.may_share()
-    assert pauses[0] < pauses[1] < pauses[2] and pauses[-1] == pytest.approx(threads._LONGEST_PAUSE)
+    assert pauses[0] < pauses[1] < pauses[2] and pauses[-1] == pytest.approx(threads._LONGEST_PAUSE, rel=0.01)
+    for _ in range(8):
+        assert call(0.001)
+    call(0.05)
+    assert machine.until - now[0] < 2 * threads._SHORTEST_PAUSE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 # Calls of which the least is compared with what was measured, and those between one look and the next: to read the clock twice
@@ -17,27 +18,21 @@ class Watch:
     Args:
         seconds: what was measured.
         share: samples of these calls by those measured.
-        calls: before the first look.
     """
 
-    __slots__ = ("_least", "_left", "least_expected", "most_expected")
-
-    def __init__(self, seconds: float, share: float = 1.0, calls: int = CALLS) -> None:
+    def __init__(self, seconds: float, share: float = 1.0) -> None:
         self.least_expected = seconds / OFF * min(share, 1.0)
         self.most_expected = seconds * OFF * max(share, 1.0)
-        self._least, self._left = math.inf, calls
-
-    def begins(self) -> bool:
-        """Whether the call that begins is to be timed."""
-        self._left -= 1
-        return self._left < CALLS
+        self._least, self._left = math.inf, CALLS
+        # Whether the call that begins is to be timed; called as it is, since all calls ask.
+        self.begins = itertools.cycle((*(True for _ in range(CALLS)), *(False for _ in range(BETWEEN)))).__next__
 
     def ended(self, seconds: float) -> bool:
         """Take in a call that was timed; whether it is time to measure anew."""
-        if seconds < self._least:
-            self._least = seconds
+        self._least = min(self._least, seconds)
+        self._left -= 1
         if self._left > 0:
             return False
         is_off = not self.least_expected <= self._least <= self.most_expected
-        self._least, self._left = math.inf, CALLS + BETWEEN
+        self._least, self._left = math.inf, CALLS
         return is_off

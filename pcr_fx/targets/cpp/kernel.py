@@ -26,7 +26,7 @@ from pcr_fx.targets.cpp.build import CompilerError, check_compiler, load
 from pcr_fx.targets.cpp.memory import empty
 from pcr_fx.targets.cpp.pointers import address_in
 from pcr_fx.targets.cpp.source import REALS, chain_source, summed_numbers
-from pcr_fx.targets.cpp.threads import Team, available_threads, may_share
+from pcr_fx.targets.cpp.threads import Team, available_threads
 from pcr_fx.targets.kernel import LoweredBody, as_real, check_tensors
 
 log = logging.getLogger(__name__)
@@ -311,16 +311,16 @@ class CppKernel:
         assert run is not None, "a kernel that is not ready is not called"
         places, _kept = self._places(samples, call)
         fed = min(threads or available_threads(), self._threads(call.length * samples, operations))
-        if fed > 1 and not may_share():
-            fed = 1
+        kind = direction, call.length, samples
+        is_shared = fed > 1 and self._team.may_share(kind)
         where = 0 if rows is None else ctypes.addressof(rows)
         addresses = initial.data_ptr(), trajectory.data_ptr(), where
-        every = (call.length, samples, fed, *addresses, *words, *places, *gradients)
+        every = (call.length, samples, fed if is_shared else 1, *addresses, *words, *places, *gradients)
         packed = struct.pack(f"{len(every)}q", *every)
         if fed == 1:
             run(packed)
         else:
-            self._team.call(partial(run, packed), (direction, call.length, samples))
+            self._team.call(partial(run, packed), kind, is_shared)
 
     def _run(self, direction: str, samples: int) -> Run | None:
         """The compiled function for this many samples; `None` where it cannot be had."""

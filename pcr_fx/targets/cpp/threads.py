@@ -49,11 +49,11 @@ def available_threads() -> int:
     return 1 if _threads.is_left_behind else torch.get_num_threads()
 
 
-# A call of a team was stalled that took so many times the least that one like it took, and so many seconds more.
-_STALL, _STALL_SECONDS = 4.0, 1e-3
+# A call of a team was stalled that took so many times what one thread takes at the least, and so many seconds more.
+_STALL, _STALL_SECONDS = 1.5, 1e-3
 # One thread does all for so long then; twice as long each time that the team is stalled again.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 3.0
-# Calls of which the least is known.
+# Kinds of calls of which it is known what one thread takes.
 _CALLS_KNOWN = 64
 
 
@@ -95,28 +95,26 @@ def insisting() -> Iterator[None]:
         _here.insists = before
 
 
-def may_share() -> bool:
-    """Whether more than one thread may be expected to find a core."""
-    return _here.insists or time.perf_counter() > _machine.until
-
-
 class Team:
-    """The calls of one kernel that threads share."""
+    """The calls of one kernel that threads may share: what one of them takes is known before others are asked to help."""
 
     def __init__(self) -> None:
-        self._least: dict[Hashable, float] = {}
+        self._alone: dict[Hashable, float] = {}
 
-    def call(self, run: Callable[[], None], kind: Hashable) -> None:
-        """Call native code, and take note of whether its threads found a core each: `kind` tells what takes as long."""
+    def may_share(self, kind: Hashable) -> bool:
+        """Whether threads may be expected to find a core each; `kind` tells what takes as long."""
+        return _here.insists or (kind in self._alone and time.perf_counter() > _machine.until)
+
+    def call(self, run: Callable[[], None], kind: Hashable, is_shared: bool) -> None:
+        """Call native code, and take note of what that took."""
         began = time.perf_counter()
         run()
-        taken = time.perf_counter() - began
-        least = self._least.get(kind)
-        if least is None or taken < least:
-            self._least[kind] = taken
-            if len(self._least) > _CALLS_KNOWN:
-                self._least.pop(next(iter(list(self._least))), None)  # other threads may be at it, too
-        elif taken > _STALL * least and taken > least + _STALL_SECONDS:
+        taken, alone = time.perf_counter() - began, self._alone.get(kind)
+        if not is_shared:
+            self._alone[kind] = taken if alone is None else min(alone, taken)
+            if len(self._alone) > _CALLS_KNOWN:
+                self._alone.pop(next(iter(list(self._alone))), None)  # other threads may be at it, too
+        elif alone is not None and taken > _STALL * alone + _STALL_SECONDS:
             _machine.was_busy()
-        else:
+        elif alone is not None:
             _machine.was_free()
