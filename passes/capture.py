@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +12,10 @@ from torch import Tensor, fx, nn
 
 from pcr_fx.body.isolation import tracing
 from pcr_fx.errors import CaptureError, UnsupportedError
+from pcr_fx.passes.facts import Facts
 from pcr_fx.passes.shapes import Answers
 from pcr_fx.passes.tracer import ADVICE, ModelTracer
+from pcr_fx.watched import Changes
 
 # An argument of these types compares by value; any other must be the same object.
 _COMPARED_BY_VALUE = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -30,14 +31,16 @@ class Captured:
             placeholders are the arguments that hold tensors, under their names; all others are constants in it.
         facts: what it takes for granted of its arguments, but for sizes.
         answers: what it takes for granted of their sizes; `None` where the forward asked for no shape, dtype or device.
-        modes: the modules, by name, whose mode (training or evaluation) the forward asked for, and the mode they were in.
+        model_facts: what it takes for granted of the model.
+        found_elsewhere: parameters and buffers, by path, that the forward came by otherwise than as attributes of modules.
         names: the arguments that the graph takes, in order.
     """
 
     graph: fx.Graph
     facts: Mapping[str, Any]
     answers: Answers | None
-    modes: Mapping[str, bool]
+    model_facts: Facts
+    found_elsewhere: Set[str]
     names: Sequence[str]
 
     def holds_for(self, arguments: Mapping[str, Any]) -> bool:
@@ -55,22 +58,23 @@ class Captured:
         return [arguments[name] for name in self.names]
 
 
-def capture_model(model: nn.Module, example_inputs: Any = None) -> Captured:
+def capture_model(model: nn.Module, example_inputs: Any = None, changes: Changes | None = None) -> Captured:
     """The graph of `model`'s forward.
 
     Args:
         model: the module to read. Tensors that are no attribute of any module become its `_tensor_constant...`.
         example_inputs: its arguments: a tuple or list of positional ones, a dict of named ones, one tensor, or bound ones.
+        changes: what counts the changes of its modules, if they are watched.
 
     Raises:
         CaptureError: the forward branches on the value of a tensor, or otherwise cannot be traced.
         UnsupportedError: `example_inputs` do not fit the forward.
     """
     arguments, known = _arguments(model, example_inputs), example_inputs is not None
-    tracer = ModelTracer(model, arguments, known)
     try:
-        # What watches for modes patches a class, as FX does.
-        with tracing(), _modes_read(model) as modes:
+        # What records reads patches a class, as FX does.
+        with tracing():
+            tracer = ModelTracer(model, arguments, known)
             graph = tracer.trace(model)
     except CaptureError:
         raise
@@ -79,32 +83,9 @@ def capture_model(model: nn.Module, example_inputs: Any = None) -> Captured:
         what = str(error).strip().rstrip(".;")
         raise CaptureError(f"{type(model).__name__} cannot be traced{hint}: {what}. If it runs, {ADVICE}") from error
     answers = tracer.answers(graph)
+    model_facts = Facts(tracer.read, answers is not None, changes or Changes())
     names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
-    return Captured(graph, _facts(arguments, answers is not None), answers, modes, names)
-
-
-@contextlib.contextmanager
-def _modes_read(model: nn.Module) -> Iterator[dict[str, bool]]:
-    """Fills the dict it gives with the modules of `model` whose `training` is read, by name."""
-    names = {id(module): name for name, module in model.named_modules()}
-    read: dict[str, bool] = {}
-
-    def get(module: nn.Module) -> bool:
-        if "training" not in module.__dict__:
-            raise AttributeError(f"{type(module).__name__!r} object has no attribute 'training'")
-        if id(module) in names:
-            read[names[id(module)]] = module.__dict__["training"]
-        return module.__dict__["training"]
-
-    def put(module: nn.Module, value: bool) -> None:
-        module.__dict__["training"] = value
-
-    # A property takes precedence over what instances hold, where the attribute lives otherwise.
-    nn.Module.training = property(get, put)  # type: ignore[assignment]
-    try:
-        yield read
-    finally:
-        del nn.Module.training
+    return Captured(graph, _facts(arguments, answers is not None), answers, model_facts, tracer.found_elsewhere, names)
 
 
 def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:

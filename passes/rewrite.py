@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from pcr_fx.graphs.effects import hides_ops, is_random, written_memory
+from pcr_fx.graphs.hooks import HookOp
 from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
 from pcr_fx.operands import stack_parts
 from pcr_fx.passes.describe import describe_node
@@ -219,8 +220,11 @@ def _around(nodes: Sequence[fx.Node], fences: set[fx.Node]) -> Iterator[tuple[fx
 
 
 def is_barrier(node: fx.Node) -> bool:
-    """Whether the op changes how all later ops run."""
-    return node.op == "call_function" and (op_name(node) in _BARRIERS or op_name(node).endswith("crement_nesting"))
+    """Whether the op changes how all later ops run, or may do anything, as a hook may."""
+    if node.op != "call_function":
+        return False
+    name = op_name(node)
+    return isinstance(node.target, HookOp) or name in _BARRIERS or name.endswith("crement_nesting")
 
 
 def depth(graph: fx.Graph, chains: Sequence[FoundChain]) -> tuple[int, int]:

@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 
 from pcr_fx.body.isolation import tracing
 from pcr_fx.graphs.effects import RESHAPING_METHODS
+from pcr_fx.graphs.hooks import HookOp
 
 # What only a real tensor would know.
-_UNKNOWN = frozenset("requires_grad is_leaf grad grad_fn _version".split())
+UNKNOWN = frozenset("requires_grad is_leaf grad grad_fn _version".split())
 # Sizes of inputs of which a graph remembers whether it holds for them.
 _VERDICTS = 256
 
@@ -55,9 +56,11 @@ class FakeValues:
         return node.meta["example_value"]
 
     def _result(self, node: fx.Node) -> Any:
-        if node.target is getattr and node.args[1] in _UNKNOWN:
+        if node.target is getattr and node.args[1] in UNKNOWN:
             return None
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.of)
+        if isinstance(node.target, HookOp):
+            return node.target.assumed(args)
         try:
             key = (node.op, node.target, _frozen(args), _frozen(kwargs))
             if key in self.values:

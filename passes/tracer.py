@@ -15,14 +15,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import (
+    Tensor,
+    fx,
+    get_autocast_dtype,
+    is_autocast_enabled,
+    is_grad_enabled,
+    is_inference_mode_enabled,
+    nn,
+)
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.attributes import attribute
-from pcr_fx.graphs.effects import is_noise_like
-from pcr_fx.passes.shapes import Answers, FakeValues, Questions, Sizes
+from pcr_fx.graphs.effects import is_noise_like, is_random_name
+from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
+from pcr_fx.passes.facts import CONSTANT, Reading
+from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, Sizes
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +65,12 @@ _FACTORIES = frozenset(
 )
 # What a fake tensor knows.
 _KNOWN = frozenset("shape dtype device ndim is_cuda layout itemsize nbytes".split())
-_CONSTANT = "_tensor_constant"
+_TENSOR_PROPERTIES = frozenset("T mT H mH real imag data".split())
+# Methods that answer from shape and dtype alone.
+_SHAPE_METHODS = frozenset(
+    """__len__ dim element_size get_device is_complex is_contiguous is_floating_point is_signed ndimension nelement numel size
+    storage_offset stride""".split()
+)
 
 
 class ModelTracer(fx.Tracer):
@@ -73,16 +88,20 @@ class ModelTracer(fx.Tracer):
         self.questions = Questions()
         # The base class searches all parameters for each one that it meets.
         self.names = {id(value): name for name, value in [*model.named_buffers(), *model.named_parameters()]}
+        # Parameters and buffers that the forward came by otherwise than as attributes, by path.
+        self.found_elsewhere: set[str] = set()
         # Tensors that modules keep as neither parameters nor buffers, by path.
         self.stored: dict[str, Tensor] = {}
         self.values = FakeValues(arguments, self._attribute) if known else None
         self.settings = _settings()
+        self.read = Reading(model)
         self.module_stack = _ModuleStack()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with _undisturbed(root), _Factories(self):
+        with _undisturbed(root), self.read.recording(), _RawTensors(self):
             graph = super().trace(root, concrete_args)
             self._check_stored(graph)
+            self.read.refuse_changes(ADVICE)
         return graph
 
     def answers(self, graph: fx.Graph) -> Answers | None:
@@ -108,7 +127,38 @@ class ModelTracer(fx.Tracer):
                     module.__dict__[name] = self.create_proxy("get_attr", place, (), {})
         return lambda: forward(*args, **kwargs), []
 
+    def path_of_module(self, mod: nn.Module) -> str:
+        known = self.submodule_paths.get(mod) if self.submodule_paths else None
+        return type(mod).__name__ if known is None else known  # not every module that is called is a submodule
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hooks are ops of the graph, since what they do beside computing is to be done at each call."""
+        if not self.read.calls(m):
+            return super().call_module(m, forward, args, kwargs)
+        path = self.path_of_module(m)
+        args, kwargs = pytree.tree_map_only(Sizes, Sizes.whole, (args, kwargs), is_leaf=_is_shape)
+        for hook in m._forward_pre_hooks.values():
+            if is_part_of_forward(hook):
+                hook(m, args)
+        before = BeforeForward(m, path, (args, kwargs))
+        *tensors, state = self._run_hooks(before, tensors_in((args, kwargs)), len(before.places) + 1)
+        args, kwargs = before.values(tensors)
+        result = super().call_module(m, m.forward, args, kwargs)
+        after = AfterForward(m, path, result)
+        return after.values(self._run_hooks(after, [state, *tensors_in(result)], len(after.places)))
+
+    def _run_hooks(self, op: HookOp, given: list[Any], count: int) -> list[Any]:
+        unknown = [leaf for leaf in op.leaves if not _may_be_constant(leaf)]
+        if unknown:
+            raise CaptureError(f"{op.path} has hooks, and is given or returns a {type(unknown[0]).__name__}; {ADVICE}")
+        results = self.create_proxy("call_function", op, tuple(given), {})
+        return [results[index] for index in range(count)]
+
     def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if isinstance(a, nn.Parameter):
+            return self.constant(a).node
         if isinstance(a, dict):
             a = {_key(key): value for key, value in a.items()}
         return super().create_arg(_literal(a))
@@ -121,6 +171,18 @@ class ModelTracer(fx.Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
+    def constant(self, tensor: Tensor) -> fx.Proxy:
+        """A stand-in for a tensor that the forward came by otherwise than as an attribute of a module."""
+        name = self.names.get(id(tensor)) or self.tensor_attrs.get(tensor)
+        if name is None:
+            name = self.tensor_attrs[tensor] = self.get_fresh_qualname(CONSTANT)
+            self.root.__dict__[name] = tensor
+        elif not name.startswith(CONSTANT):
+            self.found_elsewhere.add(name)
+            path, _, own = name.rpartition(".")
+            self.read.is_at(self.root.get_submodule(path), own, tensor)
+        return self.create_proxy("get_attr", name, (), {})
+
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         line = _user_line(sys._getframe(1))
         if _settings() != self.settings:
@@ -131,8 +193,9 @@ class ModelTracer(fx.Tracer):
         proxy.node.meta["stack_trace"] = line
         if self.values is None:
             return proxy
-        value = proxy.node.meta["example_value"] = self.values.evaluate(proxy.node)
-        return proxy if target is getattr else self._handed_out(proxy, value)
+        with self.read.unasked():
+            value = proxy.node.meta["example_value"] = self.values.evaluate(proxy.node)
+        return proxy if target is getattr or isinstance(target, HookOp) else self._handed_out(proxy, value)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _KnownProxy(node, self) if self.values is not None else _Proxy(node, self)
@@ -197,18 +260,46 @@ class _ModuleStack(OrderedDict[str, Any]):
         return dict(self)
 
 
-class _Factories(TorchFunctionMode):
-    """Has the tracer record tensors that are made out of nothing, which it would not see otherwise."""
+class _RawTensors(TorchFunctionMode):
+    """Has the tracer record what it would not see otherwise: ops of tensors that it has handed out no stand-in for."""
 
     def __init__(self, tracer: ModelTracer) -> None:
         super().__init__()
         self.tracer = tracer
+        # Results of ops that were run, by their ids.
+        self.computed: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _asks_for_shape(func):
+            self.tracer.read.asks_for_shape()
+            return func(*args, **(kwargs or {}))
         args, kwargs = pytree.tree_map_only(Sizes, Sizes.whole, (args, kwargs or {}), is_leaf=_is_shape)
         if func in _FACTORIES:
             return self.tracer.create_proxy("call_function", func, args, kwargs)
-        return func(*args, **kwargs)
+        raw = [] if any(issubclass(kind, fx.Proxy) for kind in types) else _tensors((args, kwargs))
+        if not raw:
+            return func(*args, **kwargs)
+        if self._is_live(func, raw):
+            args, kwargs = pytree.tree_map_only(Tensor, self.tracer.constant, (args, kwargs))
+            return fx.Proxy.__torch_function__(func, (), args, kwargs)
+        return self._compute(func, raw, args, kwargs)
+
+    def _is_live(self, func: Any, raw: list[Tensor]) -> bool:
+        """Whether what an op computes may be another at each call, or whether it writes into what is not of this trace."""
+        name = func.__name__
+        if any(id(tensor) in self.tracer.names or tensor.requires_grad for tensor in raw) or is_random_name(name):
+            return True
+        is_write = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+        return is_write and id(raw[0]) not in self.computed
+
+    def _compute(self, func: Any, raw: list[Tensor], args: Any, kwargs: Any) -> Any:
+        """Run an op, whose result is part of the graph as long as nobody writes into these tensors."""
+        for tensor in raw:
+            if id(tensor) not in self.computed:
+                self.tracer.read.computes_with(tensor)
+        result = func(*args, **kwargs)
+        self.computed |= {id(tensor): tensor for tensor in _tensors(result)}
+        return result
 
 
 def _is_shape(value: Any) -> bool:
@@ -216,7 +307,28 @@ def _is_shape(value: Any) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that records writes as what they are."""
+    """A proxy that is taken for a tensor by who asks, and records writes as what they are."""
+
+    _is_param = _is_buffer = False
+
+    @property
+    def __class__(self) -> Any:
+        node = self.node
+        value = node.meta.get("example_value", Tensor)
+        is_tensor = isinstance(value, Tensor) or (
+            value is Tensor and (node.target is not getattr or node.args[1] in _TENSOR_PROPERTIES)
+        )
+        return Tensor if is_tensor else type(self)
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        raise TypeError(f"a stand-in for a tensor cannot become a {kind.__name__}")
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = super().__getattr__(name)
+        if name in _TENSOR_PROPERTIES:
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return attribute
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -229,7 +341,9 @@ def _record_inplace(name: str) -> None:
     setattr(_Proxy, f"__{name}__", method)
 
 
-for _name in ["iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"]:
+_IN_PLACE_NAMES = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor".split()
+_IN_PLACE = frozenset(f"__{name}__" for name in _IN_PLACE_NAMES)
+for _name in _IN_PLACE_NAMES:
     _record_inplace(_name)
 
 
@@ -256,6 +370,23 @@ class _KnownProxy(_Proxy):
 
     def __len__(self) -> int:
         return self.tracer.questions.length(self.node, self.node.meta["example_value"])  # type: ignore[attr-defined]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _asks_for_shape(func: Any) -> bool:
+    """Whether a method or property of tensors reads no values."""
+    name = func.__name__
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+        return name in _KNOWN or name in UNKNOWN
+    return name in _SHAPE_METHODS
+
+
+def _may_be_constant(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size, slice))
 
 
 def _inputs(proxy: fx.Proxy) -> str:
@@ -327,9 +458,9 @@ def _as_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> tupl
 def _settings() -> tuple[Any, ...]:
     """What decides how all ops run, and is no part of the graph."""
     return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")),
+        is_grad_enabled(),
+        is_inference_mode_enabled(),
+        *((is_autocast_enabled(device), get_autocast_dtype(device)) for device in ("cpu", "cuda")),
     )
 
 
@@ -345,7 +476,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for module, state in before:
             for name in [name for name in module.__dict__ if name not in state]:
                 # The graph's own constants stay.
-                if not name.startswith(_CONSTANT):
+                if not name.startswith(CONSTANT):
                     del module.__dict__[name]
             module.__dict__.update(state)
         for value, content in contents:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,14 +17,16 @@ from torch import fx, nn
 
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.graphs.attributes import holder_of
+from pcr_fx.graphs.hooks import HookOp
 from pcr_fx.node import SolveNode
-from pcr_fx.operands import Attributes, Source, StackedAttributes, Watched, stack_operands
+from pcr_fx.operands import Attributes, Source, StackedAttributes, stack_operands
 from pcr_fx.options import Options
-from pcr_fx.packing import CONTAINER, Pack, pack_operands
+from pcr_fx.packing import CONTAINER, Pack, copy_model, pack_operands
 from pcr_fx.passes.capture import Captured, bind_to, capture_model
 from pcr_fx.passes.pipeline import run_passes
 from pcr_fx.passes.plan import PlannedChain
 from pcr_fx.reports import RewriteReport
+from pcr_fx.watched import Changes, copied, watch
 
 # How many graphs a module keeps, of those used last: one for each mode, and for each of what the forward asked of its
 # arguments. Whoever needs more in turn pays for tracing each anew.
@@ -65,9 +68,9 @@ class TransformedModule(nn.Module):
     def __init__(self, model: nn.Module, example_inputs: Any, options: Options, pack_parameters: bool = False) -> None:
         super().__init__()
         if pack_parameters:
-            model = copy.deepcopy(model)
-        self._pcr_changes = [0]
-        self.__dict__.update(_copy_structure(model, {}, self._pcr_changes).__dict__)
+            model = copy_model(model)
+        self.__dict__.update(_copy_structure(model).__dict__)
+        self._pcr_changes = Changes()
         self._pcr_class = type(model)
         self._pcr_example_inputs = example_inputs
         self._pcr_options = options
@@ -77,16 +80,17 @@ class TransformedModule(nn.Module):
         self._pcr_places = tuple(p.name for p in parameters) if by_place else ()
         self._pcr_variants: list[_Variant] = []
         self._pcr_packs: list[Pack] = []
+        self._pcr_notes: list[str] = []
         variant = self._latest()
         if pack_parameters:
-            self._pack(variant.run)
+            self._pack(variant)
 
     # A compiler has nothing left to do here; to compile what is around the chains, compile the model itself.
     @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self._bind(args, kwargs)
         for variant in self._pcr_variants:
-            if variant.holds() and variant.captured.holds_for(arguments):
+            if variant.holds_for(arguments):
                 break
         else:
             variant = self._rewrite(inspect.BoundArguments(self._pcr_signature, OrderedDict(arguments)))
@@ -122,41 +126,47 @@ class TransformedModule(nn.Module):
             others = [known for known in self._pcr_variants if known is not variant]
             self._pcr_variants = [variant, *others[: _GRAPHS_KEPT - 1]]
 
-    def _pack(self, run: fx.GraphModule) -> None:
-        sources = getattr(run, "attributes", Attributes([])).sources
+    def _pack(self, variant: _Variant) -> None:
+        sources = getattr(variant.run, "attributes", Attributes([])).sources
         operands = [source for source in sources if isinstance(source, StackedAttributes)]
         others = [source.path for source in sources if isinstance(source, Source)]
-        self._pcr_packs = pack_operands(self, operands, others)
+        others += variant.captured.found_elsewhere
+        self._pcr_packs, self._pcr_notes = pack_operands(self, operands, others)
         for pack in self._pcr_packs:
             pack.take_out()
-        self._use_packs(run)
+        self._use_packs(variant)
 
-    def _use_packs(self, run: fx.GraphModule) -> None:
+    def _use_packs(self, variant: _Variant) -> None:
         """Have a graph read packed parameters where it would read those that they stand for."""
+        variant.report.notes += self._pcr_notes
         if not self._pcr_packs:
             return
-        whole = {pack.paths: pack for pack in self._pcr_packs}
-        parts = {path: (pack, index) for pack in self._pcr_packs for index, path in enumerate(pack.paths)}
-        attributes: Any = run.get_submodule("attributes")
+
+        def place(source: Source) -> tuple[int, str]:
+            return id(source.holder), source.name
+
+        whole = {tuple(map(place, pack.homes)): pack for pack in self._pcr_packs}
+        parts = {place(home): (pack, index) for pack in self._pcr_packs for index, home in enumerate(pack.homes)}
+        attributes: Any = variant.run.get_submodule("attributes")
 
         def packed(source: Source) -> Source:
-            return Source(source.path, *parts[source.path]) if source.path in parts else source
+            return Source(source.path, *parts[place(source)]) if place(source) in parts else source
 
         for index, source in enumerate(attributes.sources):
             if isinstance(source, Source):
                 attributes.sources[index] = packed(source)
-            elif source.paths in whole:
-                pack = whole[source.paths]
+            elif (pack := whole.get(tuple(map(place, source.sources)))) is not None:
                 attributes.sources[index] = Source(pack.name, pack.holder, pack.name)
             else:
                 source.sources = list(map(packed, source.sources))
 
     def _rewrite(self, example_inputs: Any) -> _Variant:
+        watch(self, self._pcr_changes)
         with self._unpacked():
             captured, run, report = rewrite_model(self._model(), example_inputs, self._pcr_options, self._pcr_changes)
-        self._use_packs(run)
-        modes = [(self.get_submodule(name), mode) for name, mode in captured.modes.items()]
-        return _Variant(captured.without_graph(), run, report, modes)
+        variant = _Variant(captured.without_graph(), run, report)
+        self._use_packs(variant)
+        return variant
 
     @contextlib.contextmanager
     def _unpacked(self) -> Iterator[None]:
@@ -172,10 +182,6 @@ class TransformedModule(nn.Module):
             if container is not None:
                 self._modules[CONTAINER] = container
 
-    def __repr__(self) -> str:
-        with self._unpacked():  # modules look at their parameters to say what they are
-            return super().__repr__()
-
     def _model(self) -> nn.Module:
         """The model again, in this module's state."""
         model = self._pcr_class.__new__(self._pcr_class)
@@ -188,26 +194,33 @@ class TransformedModule(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Variant:
-    """One traced and rewritten graph. `modes`: the modules whose mode it depends on, each with the mode it is for."""
+    """One traced and rewritten graph."""
 
     captured: Captured
     run: fx.GraphModule
     report: RewriteReport
-    modes: list[tuple[nn.Module, bool]]
 
     def holds(self) -> bool:
-        """Whether the modules are in the modes that the graph was traced in."""
-        return all([module.training is mode for module, mode in self.modes])
+        """Whether the model is still what was traced."""
+        return self.captured.model_facts.hold()
+
+    def holds_for(self, arguments: dict[str, Any]) -> bool:
+        """Whether that is so, and it was traced for such arguments."""
+        return self.captured.model_facts.hold() and self.captured.holds_for(arguments)
 
 
 def rewrite_model(
-    model: nn.Module, example_inputs: Any, options: Options, changes: list[int]
+    model: nn.Module, example_inputs: Any, options: Options, changes: Changes
 ) -> tuple[Captured, fx.GraphModule, RewriteReport]:
     """`model` as it was captured, rewritten, and what is to be said of that; its attributes are read at each call."""
     way_in = _TracedModel(model, example_inputs, options, changes)
     rewritten = run_passes(way_in, options)
     attributes = _fetch_attributes(rewritten.graph, model, way_in.stacked)
     run = fx.GraphModule({**rewritten.nodes, "attributes": attributes}, rewritten.graph)
+    hooked = list(dict.fromkeys(node.target.path for node in rewritten.graph.nodes if isinstance(node.target, HookOp)))
+    if hooked:
+        names = ", ".join(hooked[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
+        rewritten.report.notes.append(f"hooks run at each call of {names}; no chain reaches across them")
     return way_in.captured, run, rewritten.report
 
 
@@ -222,12 +235,12 @@ class _TracedModel:
 
     captured: Captured
 
-    def __init__(self, model: nn.Module, example_inputs: Any, options: Options, changes: list[int]) -> None:
+    def __init__(self, model: nn.Module, example_inputs: Any, options: Options, changes: Changes) -> None:
         self.root, self.example_inputs, self.options, self.changes = model, example_inputs, options, changes
         self.stacked: dict[str, StackedAttributes] = {}
 
     def capture(self) -> fx.Graph:
-        self.captured = capture_model(self.root, self.example_inputs)
+        self.captured = capture_model(self.root, self.example_inputs, self.changes)
         return self.captured.graph
 
     def place(self, graph: fx.Graph, planned: Sequence[PlannedChain]) -> list[PlannedChain]:
@@ -272,21 +285,39 @@ def _source(model: nn.Module, path: str) -> Source:
     return Source(path, holder, name)
 
 
-def _copy_structure(module: nn.Module, copies: dict[int, nn.Module], changes: list[int]) -> nn.Module:
-    """The module tree anew, with the same parameters, buffers and other attributes in it.
+def _copy_structure(model: nn.Module) -> nn.Module:
+    """The module tree anew, with the same parameters, buffers and other attributes in it, and with hooks of the copies' own."""
+    copies: dict[int, nn.Module] = {}
+    for module in model.modules():
+        copies[id(module)] = module.__class__.__new__(module.__class__)
+    for module in model.modules():
+        copies[id(module)].__dict__ = {
+            name: copied(name, _of_copies(value, copies, name)) for name, value in module.__dict__.items()
+        }
+    return copies[id(model)]
 
-    `changes` counts from now on how often a parameter or buffer is exchanged for another.
-    """
-    if id(module) in copies:
-        return copies[id(module)]
-    copied = module.__class__.__new__(module.__class__)
-    copies[id(module)] = copied
-    copied.__dict__ = {
-        name: value.copy() if isinstance(value, (dict, set)) and name.startswith("_") else value
-        for name, value in module.__dict__.items()
-    }
-    for name in ("_parameters", "_buffers"):
-        copied.__dict__[name] = Watched(copied.__dict__[name], changes)
-    for name, child in module._modules.items():
-        copied._modules[name] = None if child is None else _copy_structure(child, copies, changes)
-    return copied
+
+def _of_copies(value: Any, copies: Mapping[int, nn.Module], name: str = "") -> Any:
+    """An attribute of a module as it is in a copy: about the copies where it was about the modules."""
+    if isinstance(value, nn.Module):
+        return copies.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, _of_copies(value.__self__, copies))
+    if type(value) is functools.partial:
+        args, keywords = _of_copies(value.args, copies), _of_copies(value.keywords, copies)
+        other = functools.partial(_of_copies(value.func, copies), *args, **keywords)
+        other.__dict__.update(value.__dict__)
+        return other
+    is_own = name.startswith("_") and isinstance(value, (dict, set))
+    if not is_own and type(value) not in (list, tuple, dict, OrderedDict):
+        return value
+    items = value.values() if isinstance(value, dict) else value
+    renewed_items = [_of_copies(item, copies) for item in items]
+    if not is_own and all(map(operator.is_, items, renewed_items)):
+        return value
+    if isinstance(value, dict):
+        renewed = value.copy()
+        for key, item in zip(value, renewed_items, strict=True):
+            renewed[key] = item
+        return renewed
+    return type(value)(renewed_items)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pcr_fx import ops
 from pcr_fx.body.isolation import is_plain_call
 from pcr_fx.targets import PointerTable
+from pcr_fx.watched import Changes
 
 Operand: TypeAlias = "Tensor | StackedAttributes | PointerTable"
 
@@ -121,52 +122,6 @@ class Attributes(nn.Module):
         ]
 
 
-class Watched(dict[str, Any]):
-    """The parameters or buffers of a module; counts how often one has been exchanged for another.
-
-    So a chain with thousands of them need not look each up to know that they are the same objects still.
-    """
-
-    def __init__(self, values: Mapping[str, Any], changes: list[int]) -> None:
-        super().__init__(values)
-        self.changes = changes
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.changes[0] += 1
-        super().__setitem__(name, value)
-
-    def __delitem__(self, name: str) -> None:
-        self.changes[0] += 1
-        super().__delitem__(name)
-
-    def pop(self, *arguments: Any) -> Any:
-        self.changes[0] += 1
-        return super().pop(*arguments)
-
-    def update(self, *arguments: Any, **values: Any) -> None:
-        self.changes[0] += 1
-        super().update(*arguments, **values)
-
-    def clear(self) -> None:
-        self.changes[0] += 1
-        super().clear()
-
-    def setdefault(self, name: str, default: Any = None) -> Any:
-        self.changes[0] += 1
-        return super().setdefault(name, default)
-
-    def popitem(self) -> tuple[str, Any]:
-        self.changes[0] += 1
-        return super().popitem()
-
-    def __ior__(self, values: Any) -> Watched:  # type: ignore[override,misc]
-        self.update(values)
-        return self
-
-    def __reduce__(self) -> Any:
-        return Watched, (dict(self), self.changes)
-
-
 class StackedAttributes:
     """One per-block operand, of the parameters or buffers of the blocks.
 
@@ -174,10 +129,10 @@ class StackedAttributes:
 
     Args:
         sources: the attributes of the blocks.
-        changes: how often, so far, any attribute of the model was exchanged for another.
+        changes: what counts when any attribute of the model is exchanged for another.
     """
 
-    def __init__(self, sources: Sequence[Source], changes: list[int]) -> None:
+    def __init__(self, sources: Sequence[Source], changes: Changes) -> None:
         self.sources = list(sources)
         self.changes = changes
         self.table: PointerTable | None = None
@@ -206,7 +161,7 @@ class StackedAttributes:
         return next((value for value in values if not is_plain(value)), values[0])
 
     def _present_table(self) -> PointerTable | None:
-        changes = self.changes[0]
+        changes = self.changes.count
         if self._seen != changes or (self.table is not None and not self.table.holds()):
             # Parts of a packed parameter are views, made anew each time.
             in_place = all(isinstance(source.holder, dict) for source in self.sources)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from pcr_fx.graphs.hooks import HookOp
 from pcr_fx.graphs.nodes import argument, arguments_of, declared_writes, is_pytorchs, nodes_in, op_name
 
 _INPLACE_OPERATORS = {
@@ -47,6 +48,8 @@ def writes(node: fx.Node) -> list[fx.Node]:
     """The nodes that an op writes to."""
     if not node.op.startswith("call_") or node.op == "call_module":
         return []
+    if isinstance(node.target, HookOp):
+        return list(node.all_input_nodes)  # nobody knows what a hook does
     if updates_statistics(node):
         return list(nodes_in(_running_statistics(node)))
     if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
@@ -144,6 +147,11 @@ def is_random(node: fx.Node) -> bool:
     if name in _FUSED_RNN_NAMES:
         return any(isinstance(value, float) and value > 0 for value in node.args)
     return name.rstrip("_") in _RANDOM_NAMES
+
+
+def is_random_name(name: str) -> bool:
+    """Whether an op of this name may draw random numbers."""
+    return name.rstrip("_") in _RANDOM_NAMES or "dropout" in name or name == "rrelu"
 
 
 def hides_ops(node: fx.Node) -> bool:

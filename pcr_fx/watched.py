@@ -1,0 +1,199 @@
+"""The dicts that modules keep things in, made to count: so that a call need not look through thousands of modules.
+
+A module's parameters, buffers, submodules and hooks are in dicts of its own. What it keeps otherwise is in `__dict__`, which
+counts nothing; but `nn.Module` asks the dict of submodules whether a name is there before it sets or deletes such an
+attribute, and that is counted as well.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcr_fx.errors import UnsupportedError
+
+
+class Changes:
+    """How often, so far, anything that is watched may have changed."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter that is one index of another, which a module keeps elsewhere.
+
+    Attributes:
+        holder, name: where that one is kept.
+    """
+
+    holder: Mapping[str, Tensor]
+    name: str
+    index: int
+
+    def __call__(self) -> Tensor:
+        return self.holder[self.name][self.index]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.holder[self.name].shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.holder[self.name].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.holder[self.name].device
+
+
+class Watched(dict[Any, Any]):
+    """Parameters, buffers or submodules, each by its name.
+
+    Attributes:
+        watchers: who counts the changes.
+    """
+
+    watchers: tuple[weakref.ref[Changes], ...] = ()
+
+    def __reduce__(self) -> Any:
+        return type(self), (dict(dict.items(self)),), {**self.__dict__, "watchers": ()}
+
+
+class Parameters(Watched):
+    """Parameters. Whoever goes through them may put other data into each, as `Module._apply` does.
+
+    Attributes:
+        parts: parameters that are kept elsewhere. They are found here when they are asked for by name, and are not among the
+            items.
+    """
+
+    parts: Mapping[str, Part] = {}
+
+    def items(self) -> Any:
+        _count(self)
+        return super().items()
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self.parts
+
+    def __missing__(self, name: str) -> Tensor:
+        if name not in self.parts:
+            raise KeyError(name)
+        return self.parts[name]()
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._refuse(name)
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self._refuse(name)
+        super().__delitem__(name)
+
+    def _refuse(self, name: str) -> None:
+        if name in self.parts:
+            raise UnsupportedError(
+                f"{name} is part of the packed parameter {self.parts[name].name}, and cannot be exchanged or removed by itself; "
+                "write into it (copy_), load a state_dict, or change the model and transform it anew"
+            )
+
+
+class Children(Watched):
+    """Submodules. Whoever asks for one that is not there may be about to set another attribute of that name.
+
+    Attributes:
+        aside: the names of those that are none of the model's own.
+    """
+
+    aside: tuple[str, ...] = ()
+
+    def __contains__(self, name: object) -> bool:
+        found = super().__contains__(name)
+        if not found:
+            _count(self)
+        return found
+
+
+class Hooks(OrderedDict[int, Any]):
+    """Hooks of a module, by number."""
+
+    watchers: tuple[weakref.ref[Changes], ...] = ()
+
+    def __reduce__(self) -> Any:
+        return type(self), (list(self.items()),)
+
+
+def _count(values: Watched | Hooks) -> None:
+    for watcher in values.watchers:
+        changes = watcher()
+        if changes is not None:
+            changes.count += 1
+
+
+def _make_counting(kind: type[Watched] | type[Hooks], name: str) -> None:
+    method = getattr(kind, name)
+
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            _count(self)  # afterwards: another thread may look in between
+
+    counting.__name__ = name
+    setattr(kind, name, counting)
+
+
+for _name in ["__setitem__", "__delitem__", "__ior__", "clear", "pop", "popitem", "setdefault", "update"]:
+    _make_counting(Watched, _name)
+    _make_counting(Hooks, _name)
+_make_counting(Hooks, "move_to_end")
+
+_HOOKS = tuple(
+    f"_{name}"
+    for name in """forward_hooks forward_hooks_with_kwargs forward_hooks_always_called forward_pre_hooks
+    forward_pre_hooks_with_kwargs backward_hooks backward_pre_hooks""".split()
+)
+_KINDS: dict[str, type[Watched] | type[Hooks]] = {
+    "_parameters": Parameters,
+    "_buffers": Watched,
+    "_modules": Children,
+    **dict.fromkeys(_HOOKS, Hooks),
+}
+
+
+def copied(name: str, values: Any) -> Any:
+    """A copy of a module's attribute if it is one of those dicts, made to count; anything else as it is."""
+    kind = _KINDS.get(name)
+    return values if kind is None or not isinstance(values, dict) else kind(values)
+
+
+def watch(root: nn.Module, changes: Changes) -> None:
+    """Have everything that the modules of `root` keep count in `changes`.
+
+    Hooks of a module that came with some stay where they are, since whoever may remove them knows that place: see `is_watched`.
+    """
+    for module in root.modules():
+        held = module.__dict__
+        for name in _KINDS:
+            values = held.get(name)
+            if type(values) in (dict, OrderedDict) and not (name in _HOOKS and values):
+                held[name] = values = copied(name, values)
+            if isinstance(values, (Watched, Hooks)) and all(watcher() is not changes for watcher in values.watchers):
+                present = tuple(watcher for watcher in values.watchers if watcher() is not None)
+                values.watchers = (*present, weakref.ref(changes))
+
+
+def is_watched(module: nn.Module, changes: Changes) -> bool:
+    """Whether everything that a module keeps counts in `changes`."""
+    kept = (module.__dict__.get(name) for name in _KINDS)
+    return all(
+        isinstance(values, (Watched, Hooks)) and any(watcher() is changes for watcher in values.watchers)
+        for values in kept
+    )
