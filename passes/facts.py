@@ -69,9 +69,9 @@ class Facts:
         self.with_shapes, self.changes = with_shapes or read.asked_for_shapes, changes
         facts = [(module, name, read.kept(value)) for module, name, value in read.attributes.values()]
         # Where changes are not counted, there is no knowing without looking.
-        self._outside = [(module, name, value) for module, name, value in facts if not is_watched(module, changes)]
-        uncounted = {id(module) for module, _, _ in self._outside}
-        self._inside = [(module, name, value) for module, name, value in facts if id(module) not in uncounted]
+        uncounted = {key for key, module in read.modules.items() if not is_watched(module, changes)}
+        self._outside = [fact for fact in facts if id(fact[0]) in uncounted]
+        self._inside = [fact for fact in facts if id(fact[0]) not in uncounted]
         self._contents = list(read.contents.values())
         self._types = [(module, type(module)) for module in read.modules.values()]
         self._hooked = [(module, hooked) for module, hooked in read.hooked.values()]
@@ -267,7 +267,8 @@ class Reading:
             return
         self.modules[id(module)] = module
         if name in _CONTENTS:
-            self.contents.setdefault(key, (module, name, _contents(module, name)))
+            if key not in self.contents:
+                self.contents[key] = module, name, _contents(module, name)
             return
         before = self.before.get(id(module)) or self._keep(module)
         value, now = before.get(name, _ABSENT), _attribute(module, name)

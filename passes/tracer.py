@@ -276,7 +276,9 @@ class _RawTensors(TorchFunctionMode):
         args, kwargs = pytree.tree_map_only(Sizes, Sizes.whole, (args, kwargs or {}), is_leaf=_is_shape)
         if func in _FACTORIES:
             return self.tracer.create_proxy("call_function", func, args, kwargs)
-        raw = [] if any(issubclass(kind, fx.Proxy) for kind in types) else _tensors((args, kwargs))
+        if any(issubclass(kind, fx.Proxy) for kind in types):
+            return func(*args, **kwargs)
+        raw = _tensors((args, kwargs))
         if not raw:
             return func(*args, **kwargs)
         if self._is_live(func, raw):
