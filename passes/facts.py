@@ -15,10 +15,9 @@ import itertools
 import operator
 import sys
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CellType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,30 +26,15 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.hooks import has_hooks
+from pcr_fx.passes.contents import LASTING, describe, describe_lasting
 from pcr_fx.watched import Changes, Part, is_watched
 
 # What every module has, beside the modes, is read by PyTorch itself. The first three are facts as a whole where they are read.
 _CONTENTS = ("_modules", "_parameters", "_buffers")
-_OWN = frozenset(vars(nn.Module())) - {"training", *_CONTENTS}
+_OWN = (frozenset(vars(nn.Module())) | frozenset(vars(nn.Module))) - {"training", "forward", *_CONTENTS}
 _ABSENT = object()
 # Tensors that a trace finds in no module are kept by the root under such names.
 CONSTANT = "_tensor_constant"
-# Values that never change. Any other may be another one although it is the same object.
-_LASTING = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
-# An object with more in it than this is a world of its own, such as a trainer, of which a forward reads next to nothing.
-_MOST_ITEMS = 2000
 _SETTINGS = """are_deterministic_algorithms_enabled get_autocast_cpu_dtype get_autocast_dtype get_autocast_gpu_dtype
 get_default_dtype get_default_device is_autocast_cache_enabled is_autocast_cpu_enabled is_autocast_enabled is_grad_enabled
 is_inference_mode_enabled""".split()
@@ -67,11 +51,12 @@ class Facts:
 
     def __init__(self, read: Reading, with_shapes: bool, changes: Changes) -> None:
         self.with_shapes, self.changes = with_shapes or read.asked_for_shapes, changes
-        facts = [(module, name, read.kept(value)) for module, name, value in read.attributes.values()]
         # Where changes are not counted, there is no knowing without looking.
         uncounted = {key for key, module in read.modules.items() if not is_watched(module, changes)}
-        self._outside = [fact for fact in facts if id(fact[0]) in uncounted]
-        self._inside = [fact for fact in facts if id(fact[0]) not in uncounted]
+        self._inside, self._outside = list[_Fact](), list[_Fact]()
+        for module, name, value in read.attributes.values():
+            facts = self._outside if id(module) in uncounted else self._inside
+            facts.append((module.__dict__, _place(module, name, value), name, read.kept(value)))
         self._contents = list(read.contents.values())
         self._types = [(module, type(module)) for module in read.modules.values()]
         self._hooked = [(module, hooked) for module, hooked in read.hooked.values()]
@@ -99,8 +84,11 @@ class Facts:
         self._values = [holder.get(name, _ABSENT) for holder, name, _ in self._elsewhere]
         views: list[Any] = []
         self._arrays: list[tuple[Any, Any]] = []
-        facts = [*self._inside, *self._outside]
-        present = [_attribute(module, name) for module, name, value in facts if id(value) in self._described]
+        present = [
+            _find(held, place, name)
+            for held, place, name, value in [*self._inside, *self._outside]
+            if id(value) in self._described
+        ]
         present += [
             now
             for now, (_, _, value) in zip(self._values, self._elsewhere, strict=True)
@@ -129,9 +117,7 @@ class Facts:
             return False
         if self._unwatched_hooks and any(has_hooks(module) != hooked for module, hooked in self._unwatched_hooks):
             return False
-        if self._outside and not all(
-            self._holds(_attribute(module, name), value) for module, name, value in self._outside
-        ):
+        if self._outside and not self._hold(self._outside):
             return False
         return self._is_unchanged() or self._look_again()
 
@@ -150,21 +136,37 @@ class Facts:
 
     def _look_again(self) -> bool:
         """Whether other objects that stand there are equal to those that stood there; then they are the ones from now on."""
-        facts = [*self._inside, *self._outside]
-        held = all(self._holds(_attribute(module, name), value) for module, name, value in facts) and all(
-            self._holds(holder.get(name, _ABSENT), value) for holder, name, value in self._elsewhere
+        held = (
+            self._hold(self._inside)
+            and self._hold(self._outside)
+            and all(self._holds(holder.get(name, _ABSENT), value) for holder, name, value in self._elsewhere)
         )
         if held:
             self._look()
         return held
 
+    def _hold(self, facts: Sequence[_Fact]) -> bool:
+        for held, place, name, value in facts:
+            if place is None and value is _ABSENT:
+                if name in held:
+                    return False
+            elif not self._holds(_find(held, place, name), value):
+                return False
+        return True
+
     def _holds(self, now: Any, value: Any) -> bool:
         if isinstance(value, _Kept):
             return value.holds(now, self.with_shapes)
-        if isinstance(value, _LASTING):
-            return now is value or _describe_lasting(now) == _describe_lasting(value)
+        if now is value and id(value) not in self._described:
+            return True
+        if isinstance(value, LASTING):
+            return describe_lasting(now) == describe_lasting(value)
         described = self._described.get(id(value))
-        return now is value if described is None else describe(now) == described
+        return described is not None and describe(now) == described
+
+
+# What a module holds, the place there, the name, and the value.
+_Fact: TypeAlias = tuple[dict[str, Any], str | None, str, Any]
 
 
 class _Kept:
@@ -212,7 +214,7 @@ class Reading:
         self.versions: dict[int, tuple[Tensor, int]] = {}
         self.described: dict[int, Any] = {}
         self.tied = _tied(model)
-        self._asks = True
+        self._listens = False
         self.asked_for_shapes = False
         for module in model.modules():
             self._keep(module)
@@ -228,7 +230,7 @@ class Reading:
         """For the time of a trace, which must be the only one."""
 
         def get(module: nn.Module, name: str) -> Any:
-            if name not in _OWN and not name.startswith(("__", CONSTANT)):
+            if self._listens and name not in _OWN and not name.startswith(("__", CONSTANT)):
                 self._read(module, name)
             return object.__getattribute__(module, name)
 
@@ -246,20 +248,20 @@ class Reading:
         @functools.wraps(function)
         def ask(*given: Any) -> Any:
             value = function(*given)
-            if self._asks:
+            if self._listens:
                 self.settings[function, given] = value
             return value
 
         return ask
 
     @contextlib.contextmanager
-    def unasked(self) -> Iterator[None]:
-        """Where PyTorch's settings are asked for by others than the model."""
-        before, self._asks = self._asks, False
+    def listening(self, listens: bool) -> Iterator[None]:
+        """Whether it is the forward that reads and asks from now on, or another."""
+        before, self._listens = self._listens, listens
         try:
             yield
         finally:
-            self._asks = before
+            self._listens = before
 
     def _read(self, module: nn.Module, name: str) -> None:
         key = id(module), name
@@ -305,7 +307,7 @@ class Reading:
                     # `settings.rate`: the names in a function's code do not tell which belongs to which.
                     within = vars(value) if _is_of_model(getattr(value, "__module__", value.__name__)) else {}
                     for inner in set(code.co_names) & set(within):
-                        if isinstance(within[inner], (*_LASTING, FunctionType)):
+                        if isinstance(within[inner], (*LASTING, FunctionType)):
                             self._note(within, inner, value)
                 elif not isinstance(value, Tensor):
                     self._note(known, name, known)
@@ -315,7 +317,7 @@ class Reading:
                     self._note(_Cell(cell), name, cell)
 
     def _describe(self, value: Any) -> None:
-        if value is not _ABSENT and not isinstance(value, (*_LASTING, Tensor)) and id(value) not in self.described:
+        if value is not _ABSENT and not isinstance(value, (*LASTING, Tensor)) and id(value) not in self.described:
             described = describe(value)
             if described[0] != "is":
                 self.described[id(value)] = described
@@ -326,11 +328,11 @@ class Reading:
 
     def asks_for_shape(self) -> None:
         """That the shape or dtype of a tensor is asked for that no stand-in was handed out for."""
-        self.asked_for_shapes |= self._asks
+        self.asked_for_shapes |= self._listens
 
     def calls(self, module: nn.Module) -> bool:
         """That a module is called; whether it has hooks."""
-        forward = module.__dict__.get("forward")
+        forward = vars(module).get("forward")
         if isinstance(forward, FunctionType):
             self._read_code(forward)
         hooked = has_hooks(module)
@@ -363,7 +365,7 @@ class Reading:
             if isinstance(now, fx.Proxy):
                 evolves = any(node.op == "placeholder" for node in _sources(now.node))
             else:
-                evolves = (value is _ABSENT or isinstance(value, _LASTING)) and describe(now) != describe(value)
+                evolves = (value is _ABSENT or isinstance(value, LASTING)) and describe(now) != describe(value)
             if evolves:
                 raise CaptureError(
                     f"the model keeps {type(module).__name__}.{name} from call to call: it reads it and then sets it; {advice}"
@@ -398,16 +400,29 @@ def _is_of_model(module: str | None) -> bool:
     )
 
 
+def _place(module: nn.Module, name: str, value: Any) -> str | None:
+    """Where a module keeps what it has under a name: in which dict of its own, `__dict__` itself, or "" for anywhere."""
+    if value is _ABSENT and not hasattr(type(module), name):
+        return ""
+    held = module.__dict__
+    return next((place for place in _CONTENTS if name in (held.get(place) or ()) and name not in held), None)
+
+
+def _find(held: dict[str, Any], place: str | None, name: str) -> Any:
+    """What a module, which holds that in its `__dict__`, keeps at a place under a name."""
+    if place is None:
+        return held.get(name, _ABSENT)
+    if place:
+        kept = held[place]
+        value = kept.get(name, _ABSENT)
+        return getattr(kept, "parts", {}).get(name, _ABSENT) if value is _ABSENT else value
+    places = (place for place in (None, *_CONTENTS) if place is None or held.get(place))
+    return next((value for place in places if (value := _find(held, place, name)) is not _ABSENT), _ABSENT)
+
+
 def _attribute(module: nn.Module, name: str) -> Any:
     """What a module keeps under a name."""
-    held = object.__getattribute__(module, "__dict__")
-    if name in held:
-        return held[name]
-    for kept in _CONTENTS[::-1]:
-        value = (held.get(kept) or {}).get(name, _ABSENT)
-        if value is not _ABSENT:
-            return value
-    return getattr(held.get("_parameters"), "parts", {}).get(name, _ABSENT)
+    return _find(object.__getattribute__(module, "__dict__"), "", name)
 
 
 def _contents(module: nn.Module, name: str) -> Any:
@@ -444,89 +459,3 @@ def _sources(node: fx.Node) -> set[fx.Node]:
         found |= new
         pending += new
     return found
-
-
-# --- values that may change -----------------------------------------------------------------------------------------
-
-
-def _describe_lasting(value: Any) -> Any:
-    return (float, value.hex()) if type(value) is float else (type(value), value)  # 0.0 is not -0.0, and NaN is NaN
-
-
-def describe(value: Any, views: list[Any] | None = None, arrays: list[tuple[Any, Any]] | None = None) -> Any:
-    """A value in a form that is equal for values that a forward cannot tell apart.
-
-    Args:
-        views: gets the containers met on the way, each as something that runs through its present items.
-        arrays: gets NumPy's arrays, each with a copy.
-    """
-    described = _Description()
-    result = described.of(value)
-    if described.count > _MOST_ITEMS:
-        return "is", id(value)
-    if views is not None:
-        views += described.views
-    if arrays is not None:
-        arrays += described.arrays
-    return result
-
-
-class _Description:
-    def __init__(self) -> None:
-        self.views: list[Any] = []
-        self.arrays: list[tuple[Any, Any]] = []
-        self.seen: dict[int, Any] = {}
-        self.count = 0
-
-    def of(self, value: Any) -> Any:
-        if isinstance(value, _LASTING) and type(value) in _LASTING:
-            return _describe_lasting(value)
-        if id(value) in self.seen:
-            return "again", self.seen[id(value)]
-        self.count += 1
-        if self.count > _MOST_ITEMS:
-            return None
-        self.seen[id(value)] = len(self.seen)
-        if isinstance(value, np.ndarray) and value.dtype != object:
-            self.arrays.append((value, value.copy()))
-            return np.ndarray, value.shape, value.dtype, value.tobytes()
-        if isinstance(value, functools.partial):
-            return functools.partial, self.of(value.func), self.of(value.args), self.of(value.keywords)
-        if isinstance(value, Mapping) and isinstance(value, dict):
-            return type(value), self._items(value), self._inner(value)
-        if isinstance(value, (list, tuple, deque, set, frozenset)):
-            self.views.append(value)
-            items = (
-                sorted(map(repr, map(self.of, value)))
-                if isinstance(value, (set, frozenset))
-                else list(map(self.of, value))
-            )
-            return type(value), items, self._inner(value)
-        if _is_plain_object(value):
-            return type(value), self._inner(value)
-        return "is", id(value)
-
-    def _items(self, value: dict[Any, Any]) -> list[Any]:
-        self.views += [value.keys(), value.values()]
-        return [(self.of(key), self.of(item)) for key, item in list(value.items())]
-
-    def _inner(self, value: Any) -> Any:
-        """What an object keeps in attributes."""
-        held = getattr(value, "__dict__", None)
-        names = [name for kind in type(value).__mro__ for name in _slots(kind)]
-        slots = [(name, self.of(getattr(value, name, None))) for name in names]
-        return (self._items(held) if isinstance(held, dict) else None), slots
-
-
-def _slots(kind: type) -> list[str]:
-    slots = kind.__dict__.get("__slots__", ())
-    return [slots] if isinstance(slots, str) else [name for name in slots if not name.startswith("__")]
-
-
-def _is_plain_object(value: Any) -> bool:
-    """Whether it is an object of a class written in Python, such as a configuration, and no module, function or tensor."""
-    if isinstance(value, (Tensor, nn.Module, type, fx.Proxy)) or callable(getattr(value, "__get__", None)):
-        return False
-    package = type(value).__module__.partition(".")[0]
-    has_attributes = hasattr(value, "__dict__") or any(_slots(kind) for kind in type(value).__mro__)
-    return has_attributes and package not in ("torch", "logging", "threading", "builtins", "weakref", "pcr_fx")

@@ -117,7 +117,8 @@ class ModelTracer(fx.Tracer):
         for name, value in self.arguments.items():
             stands_in = value is Tensor or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
             arguments[name] = self.create_proxy("placeholder", name, (), {}) if stands_in else value
-        forward = self.root.forward
+        with self.read.listening(True):
+            forward = self.root.forward
         args, kwargs = _as_call(inspect.signature(forward), arguments)
         for path, module in self.root.named_modules():
             for name, value in list(module.__dict__.items()):
@@ -125,7 +126,12 @@ class ModelTracer(fx.Tracer):
                     place = f"{path}.{name}".lstrip(".")
                     self.stored[place] = value
                     module.__dict__[name] = self.create_proxy("get_attr", place, (), {})
-        return lambda: forward(*args, **kwargs), []
+
+        def run() -> Any:
+            with self.read.listening(True):
+                return forward(*args, **kwargs)
+
+        return run, []
 
     def path_of_module(self, mod: nn.Module) -> str:
         known = self.submodule_paths.get(mod) if self.submodule_paths else None
@@ -193,7 +199,7 @@ class ModelTracer(fx.Tracer):
         proxy.node.meta["stack_trace"] = line
         if self.values is None:
             return proxy
-        with self.read.unasked():
+        with self.read.listening(False):
             value = proxy.node.meta["example_value"] = self.values.evaluate(proxy.node)
         return proxy if target is getattr or isinstance(target, HookOp) else self._handed_out(proxy, value)
 

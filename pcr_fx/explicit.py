@@ -124,7 +124,8 @@ class TransformedModule(nn.Module):
         if not self._pcr_variants or self._pcr_variants[0] is not variant:
             # A new list: another thread may be going through the old one.
             others = [known for known in self._pcr_variants if known is not variant]
-            self._pcr_variants = [variant, *others[: _GRAPHS_KEPT - 1]]
+            kept = [variant, *others[: _GRAPHS_KEPT - 1]]
+            object.__setattr__(self, "_pcr_variants", kept)  # past what counts changes of the model
 
     def _pack(self, variant: _Variant) -> None:
         sources = getattr(variant.run, "attributes", Attributes([])).sources
