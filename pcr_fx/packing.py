@@ -169,16 +169,22 @@ def _all_parts(root: nn.Module) -> Iterator[tuple[str, Part]]:
             yield f"{path}.{name}".lstrip("."), part
 
 
+def _alone(row: Tensor) -> Tensor:
+    """The same memory as a tensor that is not part of a larger one, which those who write files refuse."""
+    return row if row.is_meta else torch.from_dlpack(row)
+
+
 def _unpack_own(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     for name, part in _parts_of(module).items():
-        state[prefix + name] = part().detach()
+        state[prefix + name] = _alone(part().detach())
 
 
 def _unpack_state(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     """The state by the blocks' own names, in the model's own order; with gradients where these were asked for."""
     packed = {name: state.pop(f"{prefix}{CONTAINER}.{name}") for name in module._modules[CONTAINER]._parameters}
     for path, part in _all_parts(module):
-        state[prefix + path] = packed[part.name][part.index]
+        row = packed[part.name][part.index]
+        state[prefix + path] = row if row.requires_grad else _alone(row)
     own = {key: state.pop(key) for key in list(state) if key.startswith(prefix)}
     for key in [key for name in module._pcr_order if (key := prefix + name) in own] + list(own):
         state.setdefault(key, own[key])

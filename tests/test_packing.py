@@ -40,7 +40,7 @@ def assert_follows(fast: nn.Module, model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         path, _, own = name.rpartition(".")
         part = dict.get(fast.get_submodule(path)._parameters, own)
-        if part is not None:
+        if part is not None and parameter.requires_grad:
             assert relative_error(part.grad, parameter.grad) <= 1e-11
 
 
@@ -57,6 +57,10 @@ def mark(model: Any) -> None:
     model.blocks[3].inner.weight = Marked(model.blocks[3].inner.weight.detach())
 
 
+def double_gradient(parameter: Tensor) -> None:
+    parameter.grad.mul_(2)
+
+
 def tie(model: Any) -> None:
     model.blocks[3].inner.weight = model.blocks[4].inner.weight
 
@@ -65,7 +69,7 @@ def tie(model: Any) -> None:
     ("change", "reason"),
     [
         (lambda m: m.blocks[3].inner.weight.register_hook(lambda g: 2 * g), "some have hooks"),
-        (lambda m: m.blocks[3].inner.weight.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(2)), "have hooks"),
+        (lambda m: m.blocks[3].inner.weight.register_post_accumulate_grad_hook(double_gradient), "have hooks"),
         (lambda m: m.blocks[3].inner.weight.requires_grad_(False), "they differ in requires_grad, True and False"),
         (mark, "some are of type Marked"),
         (tie, "some of them are one parameter"),
@@ -95,8 +99,9 @@ def test_weights_that_are_computed_from_packed_ones(change: Callable[[Any], Any]
     assert_follows(fast, model)
     state = fast.state_dict()
     torch.testing.assert_close(state, model.state_dict())
-    fast.load_state_dict({name: value / 3 for name, value in state.items()})
-    model.load_state_dict({name: value / 3 for name, value in state.items()})
+    smaller = {name: value / 3 for name, value in state.items()}
+    fast.load_state_dict(smaller)
+    model.load_state_dict(smaller)
     assert_follows(fast, model)
 
 
