@@ -9,8 +9,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcr_fx.graphs.effects import is_fresh, is_idle_dropout, is_inplace_variant, is_noise_like, is_random, writes
-from pcr_fx.graphs.nodes import is_pytorchs, op_name
+from pcr_fx.graphs.effects import (
+    MULTIPLYING_DROPOUTS,
+    dropout_noise,
+    is_fresh,
+    is_idle_dropout,
+    is_inplace_variant,
+    is_noise_like,
+    is_random,
+    writes,
+)
+from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
 
 _FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -41,6 +50,7 @@ def normalise_graph(graph: fx.Graph) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     _read_tuples_once(graph)
+    _draw_apart(graph)
     _free_from_values(graph)
     for node in list(graph.nodes):
         _take_all_results(node)
@@ -88,6 +98,21 @@ def _reads_tuple(node: fx.Node) -> bool:
     if node.target is getattr:
         return isinstance(value, tuple) and item in getattr(type(value), "_fields", ())
     return isinstance(value, tuple) and type(item) is int
+
+
+def _draw_apart(graph: fx.Graph) -> None:
+    """Write dropout as a product with noise, which is drawn where dropout stood, and does not depend on what it multiplies."""
+    for node in list(graph.nodes):
+        if node.target not in MULTIPLYING_DROPOUTS or not is_random(node) or is_inplace_variant(node):
+            continue
+        dropped, p = argument(node, 0, "input"), argument(node, 1, "p", 0.5)
+        value = dropped.meta.get("example_value") if isinstance(dropped, fx.Node) else None
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            continue
+        with graph.inserting_before(node):
+            noise = graph.call_function(dropout_noise, (dropped, p, node.target.__name__))
+        noise.meta = dict(node.meta)
+        node.target, node.args, node.kwargs = operator.mul, (dropped, noise), {}
 
 
 def _free_from_values(graph: fx.Graph) -> None:

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.attributes import attribute
-from pcr_fx.graphs.effects import is_noise_like, is_random_name
+from pcr_fx.graphs.effects import draws_by_shape, is_random_name
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
 from pcr_fx.passes.facts import CONSTANT, Reading
 from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, Sizes
@@ -194,8 +194,8 @@ class ModelTracer(fx.Tracer):
         if _settings() != self.settings:
             raise CaptureError(f"the model switches gradients or autocast on or off{_at(line)}; {ADVICE}")
         # `normalise.py` lets noise take its shape from anything that has the same in this graph.
-        self.questions.every_size |= is_noise_like(target)
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        self.questions.every_size |= draws_by_shape(proxy.node)
         proxy.node.meta["stack_trace"] = line
         if self.values is None:
             return proxy

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pcr_fx
+from pcr_fx.graphs.effects import dropout_noise
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")
 LENGTH = 12
@@ -117,3 +118,48 @@ def test_what_raises_in_the_model_raises(operation: Callable[[Tensor], Tensor], 
     for either in (model, fast):
         with pytest.raises(torch.linalg.LinAlgError, match=message):
             either(bad)
+
+
+@pytest.mark.parametrize("dropout", [F.dropout, F.dropout1d], ids=["dropout", "dropout1d"])
+@pytest.mark.parametrize("p", [0.3, 1.0])
+@pytest.mark.parametrize("way_in", ["transform", "compile"])
+def test_dropout_draws_what_the_model_draws(dropout: Callable[..., Tensor], p: float, way_in: str) -> None:
+    """Values, gradients and the state of the generator afterwards; noise between and after the blocks too."""
+
+    def block(_: Model, x: Tensor, weight: Tensor, index: int) -> Tensor:
+        return torch.tanh(weight + dropout(x, p, True) * torch.rand_like(x))
+
+    class Ends(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(super().forward(F.dropout(x, 0.5, True)), 0.5, True)
+
+    model, x = Ends(block), torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    if way_in == "transform":
+        fast = pcr_fx.transform(model, x)
+    else:
+        fast = torch.compile(model, backend="deeppcr", options={"inner_backend": "eager"})
+    for seed in range(3):
+        results, states = [], []
+        for either in (fast, model):
+            torch.manual_seed(seed)
+            y = either(x)
+            gradients = torch.autograd.grad(y.sum(), list(model.parameters()))
+            results.append([y, *gradients])
+            states.append(torch.get_rng_state())
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(*states)
+    report = pcr_fx.report(fast) if way_in == "transform" else pcr_fx.report()
+    assert [chain["length"] for chain in report.to_dict()["chains"]] == [LENGTH]
+
+
+@pytest.mark.parametrize("name", ["dropout", "dropout1d", "dropout2d", "dropout3d"])
+@pytest.mark.parametrize("p", [0.2, 1.0])
+def test_noise_is_what_dropout_multiplies_by(name: str, p: float) -> None:
+    x = torch.randn(2, 3, 4, 5, 6)[(0,) * (3 - int(name[7:8] or 3))]
+    torch.manual_seed(0)
+    expected = getattr(F, name)(x, p, True)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    torch.testing.assert_close(x * dropout_noise(x, p, name), expected, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -198,7 +198,10 @@ def noisy(block: nn.Module, index: int, x: Tensor) -> Tensor:
 
 
 NEGATIVE: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "dropout": (lambda: sequence(*[[nn.Linear(4, 4), nn.Dropout(0.5)] for _ in range(10)]), "random op dropout"),
+    "dropout": (
+        lambda: sequence(*[[nn.Linear(4, 4), nn.AlphaDropout(0.5)] for _ in range(10)]),
+        "random op alpha_drop",
+    ),
     "noise": (lambda: Loop(linears(10), noisy), "random op bernoulli"),
     "batch norm in training": (
         lambda: sequence(*[[nn.Linear(4, 4), nn.BatchNorm1d(4)] for _ in range(10)]),

@@ -135,7 +135,7 @@ def test_train_and_eval_are_followed() -> None:
     "blocks_and_reason",
     [
         (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "batch_norm"),
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)), "random op dropout"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(0.5)), "random op alpha_dropout"),
     ],
 )
 def test_what_cannot_be_a_chain_runs_as_it_was(blocks_and_reason) -> None:

@@ -120,9 +120,30 @@ def _running_statistics(node: fx.Node) -> list[Any]:
     return [argument(node, first + index, name) for index, name in enumerate(names)]
 
 
+def dropout_noise(like: torch.Tensor, p: float, name: str = "dropout") -> torch.Tensor:
+    """What dropout multiplies a tensor by: of its shape, drawn as dropout draws it, and leaving the generator as that does.
+
+    Args:
+        name: which dropout of `torch.nn.functional`.
+    """
+    if name == "dropout" and p < 1 and like.device.type == "cpu":  # the same in fewer steps
+        return torch.empty_like(like).bernoulli_(1 - p).div_(1 - p)
+    noise: torch.Tensor = getattr(F, name)(torch.ones_like(like), p, True)
+    return noise
+
+
+# Dropouts that multiply their input by noise of their own.
+MULTIPLYING_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+
+
 def is_noise_like(function: Any) -> bool:
     """Whether a random op takes no more from its first argument than shape, strides, dtype and device."""
-    return function in (torch.randn_like, torch.rand_like, torch.randint_like)
+    return function in (torch.randn_like, torch.rand_like, torch.randint_like, dropout_noise)
+
+
+def draws_by_shape(node: fx.Node) -> bool:
+    """Whether an op draws numbers that depend on no more of its first argument than `is_noise_like` says."""
+    return is_noise_like(node.target) or (node.target in MULTIPLYING_DROPOUTS and is_random(node))
 
 
 def is_random(node: fx.Node) -> bool:
