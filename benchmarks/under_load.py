@@ -47,6 +47,9 @@ while True:
 """
 FAR, TOO_FAR, KEPT_FAR = 1.5, 3.0, 1.25
 ROUNDS = 25
+# Calls whose mean is taken, and seconds that they may take together.
+MOST_CALLS, LONGEST_SECONDS = 60, 4.0
+JUDGING_SECONDS = 20.0
 
 
 @contextlib.contextmanager
@@ -134,6 +137,8 @@ class Training:
         times: dict[Pair, list[float]] = {pair: [] for pair in steps}
         with insisting():
             for _ in range(ROUNDS):
+                if sum(map(sum, times.values())) > JUDGING_SECONDS:
+                    break
                 for pair, step in steps.items():
                     step()
                     times[pair].append(seconds_of(step))
@@ -159,9 +164,12 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def slowed(step: Callable[[], Any], count: int) -> Callable[[], float]:
-    """The mean of so many calls: what stalls now and then counts."""
-    return lambda: statistics.fmean(seconds_of(step) for _ in range(count))
+def mean_seconds(step: Callable[[], Any]) -> float:
+    """Of some calls: what stalls now and then counts."""
+    taken: list[float] = []
+    while len(taken) < MOST_CALLS and sum(taken) < LONGEST_SECONDS:
+        taken.append(seconds_of(step))
+    return statistics.fmean(taken)
 
 
 def main() -> None:
@@ -177,9 +185,9 @@ def main() -> None:
         calls = {"eager": training.step(training.model), "auto": training.step(training.fast)}
         for call in calls.values():
             call()
-        peace = {name: slowed(call, 40)() for name, call in calls.items()}
+        peace = {name: mean_seconds(call) for name, call in calls.items()}
         with others_at_work(arguments.others):
-            loaded = {name: slowed(call, 80)() for name, call in calls.items()}
+            loaded = {name: mean_seconds(call) for name, call in calls.items()}
             made = [training.plan() for _ in range(each)]
         times = training.judged()
         best = min(times.values())

@@ -73,6 +73,13 @@ def test_what_is_too_long_is_timed_at_two_sizes_and_a_line_goes_through_them(clo
     assert along([(4, 2.0), (16, 1.0)], 64) == pytest.approx(4.0)  # a line that falls is no line
 
 
+def test_where_long_calls_are_stalled_short_ones_tell(clock: Clock) -> None:
+    entrant = clock.entrant("long", lambda blocks, n: 0.1 * blocks * (1 if blocks < 10 else 5 + n))
+    race(entrant, share=30.0)
+    assert series_of(entrant).seconds == pytest.approx(0.1 * LENGTH) and series_of(entrant).is_disturbed
+    assert along(series_of(entrant).points, LENGTH) == pytest.approx(series_of(entrant).seconds)
+
+
 def test_who_is_far_behind_is_called_no_more(clock: Clock) -> None:
     best, near, far = (clock.entrant(str(seconds), lambda *_, s=seconds: s) for seconds in (1.0, 1.2, 9.0))
     race(best, near, far)

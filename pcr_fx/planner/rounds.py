@@ -52,9 +52,17 @@ class Series:
 
     @property
     def points(self) -> tuple[tuple[int, float], ...]:
-        """The least of these, and of the smallest part worth calling on its own."""
-        small = [size for size in sorted(self.times) if size >= _SMALLEST or size == self.length][:1]
-        return tuple((size, min(self.times[size])) for size in sorted({*small, *self.sizes}))
+        """(blocks, seconds) that tell what all blocks take: the two largest that were timed, and the smallest worth calling.
+
+        Where they are not steady, what a smaller part says may be less, and then is nearer the truth: its calls are shorter, and
+        likelier to have been let alone.
+        """
+        least = {size: min(times) for size, times in sorted(self.times.items())}
+        parts = [size for size in least if size >= _SMALLEST or size == max(least)]
+        line = tuple((size, least[size]) for size in sorted({*parts[:1], *self.sizes}))
+        if self.is_steady:
+            return line
+        return min(line, *(((size, least[size]),) for size in parts), key=lambda points: along(points, self.length))
 
     @property
     def seconds(self) -> float:
