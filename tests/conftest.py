@@ -56,9 +56,12 @@ def plan_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """So many threads, however little there is to do."""
+    """So many threads, however little there is to do, and whatever else the machine does."""
+    from pcr_fx.targets.cpp.threads import insisting
+
     monkeypatch.setattr("pcr_fx.targets.cpp.kernel._OPERATIONS_A_THREAD", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield request.param
+    with insisting():
+        yield request.param
     torch.set_num_threads(before)

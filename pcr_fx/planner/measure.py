@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pcr_fx.call import Call
-from pcr_fx.planner.choice import BESIDE, HANDING, NODE_SECONDS, STACKING, Timing
+from pcr_fx.planner.choice import BESIDE, HANDING, STACKING, Timing
+from pcr_fx.planner.entrants import ADDING, Entrants
 from pcr_fx.planner.rounds import HOPELESS, Entrant, Series, compete, drop_hopeless, once
 from pcr_fx.planner.watch import OFF
-from pcr_fx.solvers import Outcome, Settings, SolveStats, blocks
+from pcr_fx.solvers import Outcome, Settings, SolveStats
 from pcr_fx.targets.cpp.threads import insisting
 from pcr_fx.ways import EAGER, Backward, Case, Forward, Solution, candidates
 
@@ -33,10 +33,7 @@ _CALL_SHARE, _ROUND_SHARE = 0.04, 0.15
 _SIFT_SHARE, _SOLVE_SHARE = 0.25, 0.1
 # Iterations that no solver does without.
 _FEWEST_ITERATIONS = 2
-# Bytes of gradients from which on it matters whether they are added to those that there are: caches hold no more.
-_LARGE_GRADIENTS = 2**23
-# In place of a direction: the way back where gradients are added.
-_ADDING = "backward, adding"
+# What takes as many times longer than the model's own ops in all can win in no direction.
 _BEYOND_EAGER = 2.0
 # What threads that share may take at the most, by what one takes, and for calling them.
 _NO_SLOWER, _TEAM_SECONDS = 1.5, 1e-4
@@ -111,13 +108,11 @@ class _Measurement:
         are_stacked: bool,
         with_eager: bool,
     ) -> None:
-        self.case, self.settings, self.are_stacked = case, settings, are_stacked
-        operands, shared = ([tensor.detach() for tensor in group] for group in (call.operands, call.shared))
-        self.call = call._replace(initial=call.initial.detach(), operands=operands, shared=shared)
-        self.needs_gradient, self.with_eager = needs_gradient, with_eager
+        self.case, self.settings, self.are_stacked, self.with_eager = case, settings, are_stacked, with_eager
+        self.make = Entrants(case, settings, call, needs_gradient, are_stacked)
+        self.call, self.directions = self.make.call, self.make.directions
         self.budget = case.options.planning_budget
         self.ends = time.perf_counter() + self.budget
-        self.directions = ("forward", "backward") if needs_gradient else ("forward",)
         # Ways that were not timed, and what could be.
         self.timings: list[Timing] = []
         self.entrants: list[Entrant] = []
@@ -128,11 +123,11 @@ class _Measurement:
     def run(self) -> tuple[Timing, ...]:
         ways = {direction: self._candidates(direction) for direction in self.directions}
         if self.with_eager:
-            self._enter(EAGER, "forward", self._eager)
+            self._enter(EAGER, "forward", self.make.eager)
         # Block by block first: those are sure to end, and rule out others.
         self._enter_all(ways, lambda way: not way.iterates)
         if self.are_stacked:
-            self._enter(STACKING, "forward", self._stacking)
+            self._enter(STACKING, "forward", self.make.stacking)
         self._enter_all(ways, lambda way: way.iterates)
         self._sift()
         self._grow()
@@ -149,7 +144,7 @@ class _Measurement:
         makers: dict[tuple[str, str], Callable[[], Entrant | None]] = {}
         shared: set[tuple[str, str]] = set()
         if (EAGER, "forward") in kept:
-            makers[EAGER, "forward"] = self._eager
+            makers[EAGER, "forward"] = self.make.eager
         for direction in self.directions:
             for way in self._candidates(direction):
                 if way.iterates:
@@ -262,7 +257,7 @@ class _Measurement:
         adding: dict[str, float] = {}
         for entrant in self.entrants:
             for (name, direction), series in entrant.series.items():
-                if direction == _ADDING:
+                if direction == ADDING:
                     adding[name] = series.seconds
                     continue
                 size = series.points[-1][0]
@@ -294,107 +289,6 @@ class _Measurement:
             return False
         return name not in BESIDE and ((series.is_disturbed and not entrant.is_out) or series.seconds > most)
 
-    def _series(self, fixed: float = 0.0) -> Series:
-        return Series(self.case.program.length, fixed)
-
-    # --- the model's own ops, and what other ways need beside them ------------------------------------------
-
-    def _eager(self) -> Entrant:
-        series = {(EAGER, direction): self._series() for direction in self.directions}
-        if self._adds:
-            series[EAGER, _ADDING] = self._series()
-        return Entrant(self._eager_call, series)
-
-    @property
-    def _adds(self) -> bool:
-        """Whether there are so many gradients that it costs something to add them to others."""
-        tensors = [*(self.call.operands if self.are_stacked else ()), *self.call.shared]
-        return self.needs_gradient and sum(t.nbytes for t in tensors if t.is_floating_point()) > _LARGE_GRADIENTS
-
-    def _eager_call(self, count: int) -> Callable[[], dict[Any, float]]:
-        forward = self._eager_forward(count)
-
-        def call() -> dict[Any, float]:
-            began = self._clock()
-            out, leaves = forward()
-            taken = {(EAGER, "forward"): self._clock() - began}
-            moved = [one for one in out if one.requires_grad]
-            if self.needs_gradient:
-                taken |= {(EAGER, way): seconds for way, seconds in self._backwards(moved, leaves).items()}
-            return taken
-
-        return call
-
-    def _backwards(self, outputs: list[Tensor], leaves: list[Tensor], gradients: Any = None) -> dict[str, float]:
-        """The seconds of a backward as training has it: of gradients that there were none of, or that are added to others."""
-        gradients = [torch.ones_like(one) for one in outputs] if gradients is None else gradients
-        taken = {}
-        for mode in ("backward", *((_ADDING,) if self._adds else ())):
-            if mode == _ADDING:
-                for leaf in leaves:
-                    leaf.grad = torch.zeros_like(leaf)
-            began = self._clock()
-            if mode == "backward":
-                for leaf in leaves:
-                    leaf.grad = None
-            if outputs:
-                torch.autograd.backward(outputs, gradients, retain_graph=self._adds)
-            taken[mode] = self._clock() - began
-        return taken
-
-    def _clock(self) -> float:
-        if self.call.initial.device.type == "cuda":
-            torch.cuda.synchronize(self.call.initial.device)
-        return time.perf_counter()
-
-    def _eager_forward(self, count: int) -> Callable[[], tuple[Any, list[Tensor]]]:
-        program, call = self.case.program, self.call.first(count)
-        each = [tuple(self._leaf(part) for part in block) for block in blocks(call.operands, count)]
-        states = [self._leaf(state) for state in program.layout.unflatten(call.initial)]
-        shared = [self._leaf(tensor) for tensor in call.shared]
-        inputs = [t for group in (states, shared, *each) for t in group if t.requires_grad]
-
-        def run() -> tuple[Any, list[Tensor]]:
-            present: Any = states
-            with torch.set_grad_enabled(self.needs_gradient):
-                for block in each:
-                    present = program.chain.body(*present, *block, *shared)
-            return present, inputs
-
-        return run
-
-    def _stacking(self) -> Entrant:
-        """What it costs that operands are the blocks' own tensors, beside any solver."""
-        series = {(STACKING, "forward"): self._series()}
-        if self.needs_gradient:
-            series[HANDING, "backward"] = self._series()
-        if self._adds:
-            series[HANDING, _ADDING] = self._series()
-        return Entrant(self._stacking_call, series)
-
-    def _stacking_call(self, count: int) -> Callable[[], dict[Any, float]]:
-        parts = [[self._leaf(part) for part in operand.unbind(0)] for operand in self.call.first(count).operands]
-        leaves = [part for operand in parts for part in operand if part.requires_grad]
-        gradients: list[Tensor] = []
-
-        def call() -> dict[Any, float]:
-            began = self._clock()
-            with torch.set_grad_enabled(self.needs_gradient):
-                stacked = [torch.stack(part) for part in parts]
-            taken = {(STACKING, "forward"): self._clock() - began}
-            if self.needs_gradient:
-                outputs = [operand for operand in stacked if operand.requires_grad]
-                gradients[:] = gradients or [torch.ones_like(operand) for operand in outputs]
-                taken |= {(HANDING, way): s for way, s in self._backwards(outputs, leaves, gradients).items()}
-            return taken
-
-        return call
-
-    def _leaf(self, tensor: Tensor) -> Tensor:
-        # An inference tensor's copy is none.
-        plain = tensor.clone() if tensor.is_inference() else tensor.detach()
-        return plain.requires_grad_(self.needs_gradient and tensor.is_floating_point())
-
     # --- block by block ----------------------------------------------------------------------------------------
 
     def _block_by_block(self, way: Forward | Backward, direction: str) -> Entrant | None:
@@ -403,43 +297,15 @@ class _Measurement:
             return None
         if way.kind:  # a first call may compile a kernel: what that takes is no part of the budget
             began = time.perf_counter()
-            self._by(way, direction, 1 if way.scales else self.case.program.length)()
+            self.make.by(way, direction, 1 if way.scales else self.case.program.length)()
             self.ends += time.perf_counter() - began
-        return self._simple(way, direction, partial(self._by, way, direction), way.scales)
-
-    def _simple(
-        self, way: Forward | Backward, direction: str, make: Callable[[int], Callable[[], Any]], scales: bool = False
-    ) -> Entrant:
-        """An entrant that does one thing; to be timed on some of the blocks, or else on all of them."""
-        device, length = self.call.initial.device, self.case.program.length
-
-        def timed(count: int) -> Callable[[], dict[Any, float]]:
-            run = make(count)
-            return lambda: {(way.name, direction): once(run, device)}
-
-        series = {(way.name, direction): self._series(NODE_SECONDS[direction])}
-        is_shared = way.is_shared(self.case, direction)
-        entrant = Entrant(timed, series, is_shared, is_alone=bool(way.kind) and not way.iterates and not is_shared)
-        if not scales:
-            entrant.take(length)
-        return entrant
+        return self.make.simple(way, direction, partial(self.make.by, way, direction), way.scales)
 
     def _is_ready(self, way: Forward | Backward, direction: str) -> bool:
         began = time.perf_counter()
         is_ready = way.is_ready(direction, self.call.initial)
         self.ends += time.perf_counter() - began
         return is_ready
-
-    def _by(self, way: Forward | Backward, direction: str, count: int) -> Callable[[], Any]:
-        """What goes by a way through the first `count` blocks."""
-        call = self.call if count == self.call.length else self.call.first(count)
-        if direction == "forward":
-            assert isinstance(way, Forward)
-            return partial(way.solve, self.case.program, call, self.settings)
-        assert isinstance(way, Backward)
-        trajectory = call.initial.unsqueeze(0).repeat(count, *(1 for _ in call.initial.shape))
-        ones = torch.ones_like(trajectory)
-        return partial(way.solve_adjoint, self.case.program, call, trajectory, ones, self.settings)
 
     # --- all blocks at once ---------------------------------------------------------------------------------
 
@@ -455,7 +321,7 @@ class _Measurement:
             self._note(way.name, direction, fault)
             return None
         if direction == "backward":
-            return self._tried(self._simple(way, direction, partial(self._by, way, direction)), best)
+            return self._tried(self.make.simple(way, direction, partial(self.make.by, way, direction)), best)
         assert isinstance(way, Forward)
         return self._queued(way, best) if way.queues else self._iterative(way, best)
 
@@ -502,7 +368,7 @@ class _Measurement:
             self._note(way.name, "forward", f"{stats.outcome} ({stats.iterations} iterations)")
             return None
         self.iterations[way.name] = stats.iterations
-        return self._tried(self._simple(way, "forward", lambda _: run), self._best("forward"))
+        return self._tried(self.make.simple(way, "forward", lambda _: run), self._best("forward"))
 
     def _tried(self, entrant: Entrant, best: float) -> Entrant:
         """What was called once on all blocks, which may be long: it is out where it is far behind."""
@@ -517,7 +383,7 @@ def _any_of(entrant: Entrant, direction: str) -> bool:
 def _prize(thing: tuple[str, str]) -> str | None:
     """What something competes for."""
     name, direction = thing
-    return None if name in (STACKING, HANDING) or direction == _ADDING else direction
+    return None if name in (STACKING, HANDING) or direction == ADDING else direction
 
 
 def _in_words(error: Exception) -> str:

@@ -102,8 +102,13 @@ class Team:
         self._alone: dict[Hashable, float] = {}
 
     def may_share(self, kind: Hashable) -> bool:
-        """Whether threads may be expected to find a core each; `kind` tells what takes as long."""
-        return _here.insists or (kind in self._alone and time.perf_counter() > _machine.until)
+        """Whether threads may be expected to find a core each; `kind` tells what takes as long.
+
+        How many share decides how sums of gradients are rounded: where algorithms are to be deterministic, they always do.
+        """
+        if _here.insists or torch.are_deterministic_algorithms_enabled():
+            return True
+        return kind in self._alone and time.perf_counter() > _machine.until
 
     def call(self, run: Callable[[], None], kind: Hashable, is_shared: bool) -> None:
         """Call native code, and take note of what that took."""
