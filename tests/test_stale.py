@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from changes import run_script
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
@@ -501,3 +502,9 @@ def test_copies_and_pickles_see_changes_of_their_own() -> None:
     for module in (copied, model):
         module.blocks[3].register_forward_hook(double)
     assert_follows(copied, model)
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_random_changes(number: int) -> None:
+    """`python -m tests.changes` runs as many as are wanted."""
+    assert not run_script(number, seed=2).startswith("refused")
