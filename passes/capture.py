@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from pcr_fx.body.isolation import tracing
 from pcr_fx.errors import CaptureError, UnsupportedError
+from pcr_fx.passes.contents import describe
 from pcr_fx.passes.facts import Facts
 from pcr_fx.passes.shapes import Answers
 from pcr_fx.passes.tracer import ADVICE, ModelTracer
@@ -125,6 +126,18 @@ def bind_to(signature: inspect.Signature, name: str, args: Sequence[Any], kwargs
         raise UnsupportedError(f"inputs do not fit {name}.forward{signature}: {error}") from error
 
 
+class _Held:
+    """Keeps a value alive, so that its id is its own, and says nothing of it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def _facts(value: Any, with_kinds: bool) -> Any:
     """What a graph may take for granted: the value of a number, and of a tensor that it is one, or of what kind."""
     if isinstance(value, Tensor):
@@ -133,4 +146,6 @@ def _facts(value: Any, with_kinds: bool) -> Any:
         return type(value), [_facts(item, with_kinds) for item in value]
     if isinstance(value, Mapping):
         return {name: _facts(item, with_kinds) for name, item in value.items()}
-    return value if value is Tensor else (type(value), value if isinstance(value, _COMPARED_BY_VALUE) else id(value))
+    if value is Tensor:
+        return value
+    return type(value), value if isinstance(value, _COMPARED_BY_VALUE) else (describe(value), _Held(value))

@@ -33,6 +33,26 @@ def describe_lasting(value: Any) -> Any:
     return (float, value.hex()) if type(value) is float else (type(value), value)  # 0.0 is not -0.0, and NaN is NaN
 
 
+def items_in(value: Any) -> list[Any]:
+    """Everything in a value and in what is in it."""
+    described = _Description()
+    described.of(value)
+    return [item for view in described.views for item in view]
+
+
+def copies_of(value: Any) -> list[tuple[Any, Any]]:
+    """The containers in a value that can be written to, each with a copy, for `put_back`."""
+    described = _Description()
+    described.of(value)
+    return described.copies
+
+
+def put_back(container: Any, copy: Any) -> None:
+    """Have a container hold again what its copy holds."""
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(copy)
+
+
 def describe(value: Any, views: list[Any] | None = None, arrays: list[tuple[Any, Any]] | None = None) -> Any:
     """A value in a form that is equal for values that a forward cannot tell apart.
 
@@ -55,6 +75,7 @@ class _Description:
     def __init__(self) -> None:
         self.views: list[Any] = []
         self.arrays: list[tuple[Any, Any]] = []
+        self.copies: list[tuple[Any, Any]] = []
         self.seen: dict[int, Any] = {}
         self.count = 0
 
@@ -76,6 +97,8 @@ class _Description:
             return type(value), self._items(value), self._inner(value)
         if isinstance(value, (list, tuple, deque, set, frozenset)):
             self.views.append(value)
+            if type(value) in (list, set, deque):
+                self.copies.append((value, value.copy()))
             items = (
                 sorted(map(repr, map(self.of, value)))
                 if isinstance(value, (set, frozenset))
@@ -88,6 +111,7 @@ class _Description:
 
     def _items(self, value: dict[Any, Any]) -> list[Any]:
         self.views += [value.keys(), value.values()]
+        self.copies.append((value, value.copy()))
         return [(self.of(key), self.of(item)) for key, item in list(value.items())]
 
     def _inner(self, value: Any) -> Any:

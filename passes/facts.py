@@ -16,7 +16,7 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import CellType, FunctionType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.hooks import has_hooks
-from pcr_fx.passes.contents import LASTING, describe, describe_lasting
+from pcr_fx.passes.contents import LASTING, copies_of, describe, describe_lasting, items_in
 from pcr_fx.watched import Changes, Part, is_watched
 
 # What every module has, beside the modes, is read by PyTorch itself. The first three are facts as a whole where they are read.
@@ -38,6 +38,10 @@ CONSTANT = "_tensor_constant"
 _SETTINGS = """are_deterministic_algorithms_enabled get_autocast_cpu_dtype get_autocast_dtype get_autocast_gpu_dtype
 get_default_dtype get_default_device is_autocast_cache_enabled is_autocast_cpu_enabled is_autocast_enabled is_grad_enabled
 is_inference_mode_enabled""".split()
+_ASKED = [getattr(torch, name) for name in _SETTINGS if hasattr(torch, name)]
+
+
+_WRAPPERS = ((functools.partial, "func"), (MethodType, "__func__"), (property, "fget"), (classmethod, "__func__"))
 
 
 class Facts:
@@ -200,6 +204,8 @@ class Reading:
         asked_for_shapes: whether the forward asked for the shape of a tensor other than its stand-ins.
         versions: tensors whose values were computed with, each with its version.
         described: the values of `attributes` and `elsewhere` that may change, as they were, by their ids.
+        codes: the functions that were looked into.
+        copies: the containers in what was read, each with a copy.
         tied: the ids of parameters and buffers that are in several places, of which a graph reads one.
     """
 
@@ -214,6 +220,8 @@ class Reading:
         self.versions: dict[int, tuple[Tensor, int]] = {}
         self.described: dict[int, Any] = {}
         self.tied = _tied(model)
+        self.copies: list[tuple[Any, Any]] = []
+        self.codes: set[FunctionType] = set()
         self._listens = False
         self.asked_for_shapes = False
         for module in model.modules():
@@ -279,6 +287,7 @@ class Reading:
         ):  # else it is the forward's own doing
             self.attributes[key] = module, name, value
             self._describe(value)
+            self._read_code(value)
         if value is _ABSENT:
             self._read_of_class(type(module), name)
 
@@ -294,11 +303,15 @@ class Reading:
             value = holder[name]
             self.elsewhere[key] = holder, name, value
             self._describe(value)
-            function = getattr(value, "__func__", getattr(value, "fget", value))
-            if isinstance(function, FunctionType) and _is_of_model(function.__module__):
-                self._read_code(function)
+            self._read_code(value)
 
-    def _read_code(self, function: FunctionType) -> None:
+    def _read_code(self, function: Any) -> None:
+        """Of a function of the model what it finds by the names in its code."""
+        for kind, wrapped in _WRAPPERS:
+            function = getattr(function, wrapped) if isinstance(function, kind) else function
+        if not isinstance(function, FunctionType) or function in self.codes or not _is_of_model(function.__module__):
+            return
+        self.codes.add(function)
         code, known = function.__code__, function.__globals__
         for name in code.co_names:
             if name in known:
@@ -309,6 +322,9 @@ class Reading:
                     for inner in set(code.co_names) & set(within):
                         if isinstance(within[inner], (*LASTING, FunctionType)):
                             self._note(within, inner, value)
+                elif any(value is setting for setting in _ASKED):  # under a name of the module's own
+                    with contextlib.suppress(TypeError):  # it asks for something in particular
+                        self.settings[value, ()] = value()
                 elif not isinstance(value, Tensor):
                     self._note(known, name, known)
         for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
@@ -321,6 +337,7 @@ class Reading:
             described = describe(value)
             if described[0] != "is":
                 self.described[id(value)] = described
+                self.copies += copies_of(value)
 
     def kept(self, value: Any) -> Any:
         """A value as facts keep it."""
@@ -332,9 +349,6 @@ class Reading:
 
     def calls(self, module: nn.Module) -> bool:
         """That a module is called; whether it has hooks."""
-        forward = vars(module).get("forward")
-        if isinstance(forward, FunctionType):
-            self._read_code(forward)
         hooked = has_hooks(module)
         self.modules[id(module)] = module
         self.hooked.setdefault(id(module), (module, hooked))
@@ -350,26 +364,47 @@ class Reading:
         self.attributes[id(module), name] = module, name, tensor
         self.modules[id(module)] = module
 
+    def set_by_forward(self) -> Iterator[tuple[nn.Module, str, fx.Proxy]]:
+        """Tensors that the forward keeps for its next call: buffers, and attributes that it reads before it sets them."""
+        for module in self.modules.values():
+            for name, now in dict.items(module._buffers):
+                if isinstance(now, fx.Proxy):
+                    yield module, name, now
+        for module, name, value in self.attributes.values():
+            now = vars(module).get(name)
+            if not isinstance(now, fx.Proxy) or now.node.op == "get_attr":
+                continue
+            # What is made of no input, such as a mask of some size, is made to save time, and is made anew at each call.
+            if isinstance(value, Tensor) or _depends_on_inputs(now):
+                yield module, name, now
+
     def refuse_changes(self, advice: str) -> None:
-        """A forward that reads an attribute, and sets it to another value, is another one at each call.
+        """A forward that reads what is no tensor, and changes it, is another one at each call.
 
         Raises:
             CaptureError: it is such a one.
         """
         for module, name, value in self.attributes.values():
             now = _attribute(module, name)
-            if now is value or isinstance(value, Tensor):
+            if isinstance(value, Tensor) or isinstance(now, fx.Proxy):
                 continue
-            if value is _ABSENT:
-                value = inspect.getattr_static(type(module), name, _ABSENT)
-            if isinstance(now, fx.Proxy):
-                evolves = any(node.op == "placeholder" for node in _sources(now.node))
+            if now is value:
+                # Not what it keeps to save time: see above.
+                proxies = [item for item in items_in(value) if isinstance(item, fx.Proxy)]
+                evolves = id(value) in self.described and describe(value) != self.described[id(value)]
+                evolves = evolves and (not proxies or any(map(_depends_on_inputs, proxies)))
             else:
+                if value is _ABSENT:
+                    value = inspect.getattr_static(type(module), name, _ABSENT)
                 evolves = (value is _ABSENT or isinstance(value, LASTING)) and describe(now) != describe(value)
             if evolves:
                 raise CaptureError(
-                    f"the model keeps {type(module).__name__}.{name} from call to call: it reads it and then sets it; {advice}"
+                    f"the model keeps {type(module).__name__}.{name} from call to call: it reads it and changes it; {advice}"
                 )
+
+
+def _depends_on_inputs(value: fx.Proxy) -> bool:
+    return any(node.op == "placeholder" for node in _sources(value.node))
 
 
 class _Cell(Mapping[str, Any]):

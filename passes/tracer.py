@@ -31,6 +31,7 @@ from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.attributes import attribute
 from pcr_fx.graphs.effects import draws_by_shape, is_random_name
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
+from pcr_fx.passes.contents import put_back
 from pcr_fx.passes.facts import CONSTANT, Reading
 from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, Sizes
 
@@ -98,9 +99,9 @@ class ModelTracer(fx.Tracer):
         self.module_stack = _ModuleStack()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with _undisturbed(root), self.read.recording(), _RawTensors(self):
+        with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self):
             graph = super().trace(root, concrete_args)
-            self._check_stored(graph)
+            self._check_stored()
             self.read.refuse_changes(ADVICE)
         return graph
 
@@ -129,7 +130,10 @@ class ModelTracer(fx.Tracer):
 
         def run() -> Any:
             with self.read.listening(True):
-                return forward(*args, **kwargs)
+                result = forward(*args, **kwargs)
+            for module, name, value in list(self.read.set_by_forward()):
+                self.create_node("call_function", SetAttribute(module, name), (value.node,), {})
+            return result
 
         return run, []
 
@@ -245,18 +249,27 @@ class ModelTracer(fx.Tracer):
             f"the shape comes from {_inputs(obj)}"
         )
 
-    def _check_stored(self, graph: fx.Graph) -> None:
-        """A tensor that the forward stores in a module is lost; one that it reads again must not be."""
-        read = {str(node.target) for node in graph.nodes if node.op == "get_attr" and node.users}
+    def _check_stored(self) -> None:
+        """A tensor that the forward stores in a module, and does not read again, is lost."""
+        kept = {(id(module), name) for module, name, _ in self.read.set_by_forward()}
         for path, module in self.root.named_modules():
             for name, value in module.__dict__.items():
                 place = f"{path}.{name}".lstrip(".")
-                if not isinstance(value, fx.Proxy) or value.node.target == place:
-                    continue
-                if place in read:
-                    raise CaptureError(f"the model keeps self.{place} from call to call; {ADVICE}")
-                if place not in self.stored:
+                is_kept = (id(module), name) in kept or place in self.stored
+                if isinstance(value, fx.Proxy) and not is_kept:
                     log.warning("self.%s, which the forward sets, is not set by the transformed module", place)
+
+
+class SetAttribute:
+    """An op that has a module keep a tensor for the next call."""
+
+    __module__, __name__ = __name__, "set_attribute"
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+
+    def __call__(self, value: Tensor) -> None:
+        setattr(self.module, self.name, value)
 
 
 class _ModuleStack(OrderedDict[str, Any]):
@@ -473,11 +486,10 @@ def _settings() -> tuple[Any, ...]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(model: nn.Module, read: Reading) -> Iterator[None]:
     """Take back what the forward stores in its modules: stand-ins for tensors are of no use there afterwards."""
-    containers = (list, dict, set)
     before = [(module, dict(module.__dict__)) for module in model.modules()]
-    contents = [(value, value.copy()) for _, state in before for value in state.values() if type(value) in containers]
+    buffers = [(module._buffers, dict(module._buffers)) for module, _ in before]
     try:
         yield
     finally:
@@ -487,9 +499,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                 if not name.startswith(CONSTANT):
                     del module.__dict__[name]
             module.__dict__.update(state)
-        for value, content in contents:
-            value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
+        for now, then in [*buffers, *read.copies]:
+            put_back(now, then)
 
 
 def _at(line: str) -> str:
