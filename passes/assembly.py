@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 
-from pcr_fx.chain import Chain, Origin
+from pcr_fx.chain import Chain, Head, Leaving, Origin
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.bindings import Binding, Broken, Carried, Inside, Literal, NotCarried
 from pcr_fx.passes.describe import describe_node
@@ -24,9 +24,10 @@ class FoundChain:
     Attributes:
         chain: the record that the solver takes.
         initial: the node of each initial state.
-        operands: for each per-block operand its L nodes.
-        shared: the nodes of the shared operands.
-        states: for each state its L nodes, one a block; all that the rest of the graph may read.
+        operands, shared: for each per-block operand its L nodes; the nodes of the shared operands.
+        head_operands, head_shared: those of the head.
+        values: L nodes, one a block, for each state and, counted behind them, each output; all that the rest of the graph
+            may read.
         nodes: every node that the solve node replaces.
     """
 
@@ -34,18 +35,21 @@ class FoundChain:
     initial: tuple[fx.Node, ...]
     operands: tuple[tuple[fx.Node, ...], ...]
     shared: tuple[fx.Node, ...]
-    states: tuple[tuple[fx.Node, ...], ...]
+    head_operands: tuple[tuple[fx.Node, ...], ...]
+    head_shared: tuple[fx.Node, ...]
+    values: Mapping[int, tuple[fx.Node, ...]]
     nodes: frozenset[fx.Node]
 
     @property
-    def taps(self) -> list[tuple[int, int]]:
-        """The states that the rest of the graph reads: (which of the states, after which block)."""
-        return [
+    def leaving(self) -> Leaving:
+        """What the rest of the graph reads, each value by itself."""
+        taps = [
             (index, block)
-            for index, states in enumerate(self.states)
-            for block, state in enumerate(states)
-            if any(user not in self.nodes for user in state.users)
+            for index, values in self.values.items()
+            for block, value in enumerate(values)
+            if any(user not in self.nodes for user in value.users)
         ]
+        return Leaving(tuple(taps))
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,32 @@ def assemble_chain(blocks: Isomorphism) -> FoundChain:
     """The chain that isomorphic blocks make.
 
     Raises:
-        Broken: block `block` cannot belong to it: its state has another shape, or an inner value of it is read outside.
+        Broken: block `block` cannot belong to it: its state has another shape, say.
     """
     return _Assembly(blocks).chain()
+
+
+@dataclass
+class _Inputs:
+    """The inputs of a body beside the states, by what they stand for: their names."""
+
+    prefix: str = ""
+    operands: dict[tuple[fx.Node, ...], str] = field(default_factory=dict)
+    literals: dict[tuple[float, ...], str] = field(default_factory=dict)
+    shared: dict[fx.Node, str] = field(default_factory=dict)
+
+    def operand(self, nodes: tuple[fx.Node, ...]) -> _Input:
+        return _Input(self.operands.setdefault(nodes, f"{self.prefix}operand_{len(self.operands)}"))
+
+    def literal(self, values: tuple[float, ...]) -> _Input:
+        return _Input(self.literals.setdefault(values, f"{self.prefix}literal_{len(self.literals)}"))
+
+    def common(self, node: fx.Node) -> _Input:
+        return _Input(self.shared.setdefault(node, f"{self.prefix}shared_{len(self.shared)}"))
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.operands.values(), *self.literals.values(), *self.shared.values()]
 
 
 class _Assembly:
@@ -72,21 +99,31 @@ class _Assembly:
         # A carried value read `lag` blocks later is handed on through `lag` states.
         self.components = self._components()
         self.initial: dict[tuple[int, int], fx.Node] = {}
-        self.operands: dict[tuple[fx.Node, ...], str] = {}
-        self.literals: dict[tuple[float, ...], str] = {}
-        self.shared: dict[fx.Node, str] = {}
+        self.inputs, self.head_inputs = _Inputs(), _Inputs("head_")
 
     def chain(self) -> FoundChain:
         self._bind_initial()
-        self._check_users()
         body = self._body_graph()
+        heads = self._heads()
+        outputs = self._outputs(heads)
+        head = self._head(heads, outputs) if outputs else None
         self._check_unwritten()
-        counts = len(self.components), len(self.operands), len(self.shared)
-        chain = Chain(body, self.length, *counts, tuple(self.literals), self._origin())
-        states = [tuple(self.blocks.column(index, self.length)) for index, lag in self.components if lag == 1]
-        nodes = frozenset(node for index in self.body for node in self.blocks.column(index, self.length))
-        initial = tuple(self.initial[component] for component in self.components)
-        return FoundChain(chain, initial, tuple(self.operands), tuple(self.shared), tuple(states), nodes)
+        counts = len(self.components), len(self.inputs.operands), len(self.inputs.shared)
+        chain = Chain(body, self.length, *counts, tuple(self.inputs.literals), self._origin(), head)
+        numbered = [(number, index) for number, (index, lag) in enumerate(self.components) if lag == 1]
+        numbered += enumerate(outputs, len(self.components))
+        values = {number: tuple(self.blocks.column(index, self.length)) for number, index in numbered}
+        nodes = frozenset(node for index in [*self.body, *heads] for node in self.blocks.column(index, self.length))
+        return FoundChain(
+            chain,
+            tuple(self.initial[component] for component in self.components),
+            tuple(self.inputs.operands),
+            tuple(self.inputs.shared),
+            tuple(self.head_inputs.operands),
+            tuple(self.head_inputs.shared),
+            values,
+            nodes,
+        )
 
     def _origin(self) -> Origin:
         ops = tuple(op_name(self.blocks.op(0, index)) for index in self.body)
@@ -143,70 +180,176 @@ class _Assembly:
             words = f"the first block changes the shape of its state from {say_spec(before)} to {say_spec(after)}"
             raise Broken(0, words)
 
-    def _check_users(self) -> None:
-        """Inner values may be used by their own block only; carried values by anyone."""
+    # --- outputs ----------------------------------------------------------------------------------------------------
+
+    def _heads(self) -> dict[int, list[Any]]:
+        """The ops of a block that only read what its body computes, with their arguments.
+
+        They too can be evaluated for all blocks at once, where no block behind has to wait for them.
+        """
+        heads: dict[int, list[Any]] = {}
+        behind = self._reached()
+        for index in sorted(set(range(self.blocks.period)) - self.inner):
+            if self.isomorphism.may_be_head(index, self.inner | heads.keys()):
+                try:
+                    heads[index] = self._head_arguments(index, heads, behind, _Inputs())
+                except Broken:
+                    continue
+        return heads
+
+    def _reached(self) -> set[fx.Node]:
+        """All that is computed from what the chain computes."""
+        pending = [node for index in self.body for node in self.blocks.column(index, self.length)]
+        reached: set[fx.Node] = set()
+        while pending:
+            node = pending.pop()
+            if node not in reached:
+                reached.add(node)
+                pending.extend(node.users)
+        return reached
+
+    def _head_arguments(self, index: int, heads: Mapping[int, Any], behind: set[fx.Node], inputs: _Inputs) -> list[Any]:
+        """The arguments of an op that reads what a block computes.
+
+        Raises:
+            Broken: it is wired otherwise in some block, or waits for another one.
+        """
+        row: list[Any] = []
+        for slot, expected in enumerate(self.isomorphism.bindings[index]):
+            column = self.isomorphism.regular(index, slot)
+            if isinstance(expected, Literal):
+                if (varying := self.isomorphism.varying(index, slot, column)) is not None:
+                    raise varying
+                row.append(self._literal(column, inputs))
+            elif isinstance(expected, Inside) and (expected.index in self.inner or expected.index in heads):
+                row.append(expected)
+            elif self._is_state(expected):
+                for block, value in enumerate(column[: expected.lag]):
+                    if self.initial.get((expected.index, expected.lag - block)) is not value:
+                        raise Broken(block, "it starts from another value than the chain")
+                row.append(_Input(_state(expected.index, expected.lag)))
+            elif any(node in behind for node in column):
+                raise Broken(1, "it waits for other blocks")
+            else:
+                row.append(self._operand(index, slot, tuple(column), inputs))
+        return row
+
+    def _outputs(self, heads: Mapping[int, Any]) -> list[int]:
+        """The ops whose results are read outside and are no states."""
         carried = {index for index, _ in self.components}
-        body, period, start = self.inner, self.blocks.period, self.blocks.start
-        for index in self.body:
-            if index in carried:
+        columns = {index: self.blocks.column(index, self.length) for index in [*self.body, *heads]}
+        inside = {node for column in columns.values() for node in column}
+        outputs = []
+        for index in sorted(columns.keys() - carried):
+            reader = next((user for node in columns[index] for user in node.users if user not in inside), None)
+            if reader is None:
                 continue
-            for block, node in enumerate(self.blocks.column(index, self.length)):
-                first = start + block * period
-                for user in node.users:
-                    if self.sequence.position.get(user, -1) - first not in body:
-                        words = f"{describe_node(user)} reads {op_name(node)} of the block"
-                        raise Broken(block, f"inner value used outside: {words}", user)
+            node = columns[index][0]
+            if not isinstance(self.sequence.value(node), torch.Tensor):
+                block = next(block for block, node in enumerate(columns[index]) if reader in node.users)
+                words = f"{describe_node(reader)} reads {op_name(node)} of the block"
+                raise Broken(block, f"inner value used outside: {words}", reader)
+            outputs.append(index)
+        return outputs
+
+    def _head(self, heads: Mapping[int, Any], outputs: Sequence[int]) -> Head:
+        """What computes the outputs."""
+        carried = {index for index, lag in self.components if lag == 1}
+        needed: set[int] = set()
+        pending = list(outputs)
+        while pending:
+            index = pending.pop()
+            if index not in needed:
+                needed.add(index)
+                row = heads[index] if index in heads else self._arguments(index, _Inputs())
+                pending += [leaf.index for leaf in row if isinstance(leaf, Inside) and leaf.index not in carried]
+        inputs, behind = self.head_inputs, set[fx.Node]()
+        rows = {
+            index: self._head_arguments(index, heads, behind, inputs)
+            if index in heads
+            else self._arguments(index, inputs)
+            for index in sorted(needed)
+        }
+        states = [_state(*component) for component in self.components]
+        new = [_new_state(index) if lag == 1 else _state(index, lag - 1) for index, lag in self.components]
+        body = self._graph(rows, [*states, *(f"new {name}" for name in new), *inputs.names], outputs, carried)
+        own = {index: self._arguments(index, self.inputs) for index in self.body}
+        ahead = {index: row for index, row in rows.items() if index in heads}
+        every = [*states, *self.inputs.names, *inputs.names]
+        block = self._graph(own | ahead, every, [*self._returned(), *outputs])
+        counts = len(outputs), len(inputs.operands), len(inputs.shared)
+        return Head(body, block, *counts, tuple(inputs.literals))
 
     def _check_unwritten(self) -> None:
-        groups = [tuple(self.initial.values()), tuple(self.shared), *self.operands]
-        for number, nodes in enumerate(groups):
-            for position, node in enumerate(nodes):
-                writer = self.sequence.written.get(node)
-                if writer is not None:
-                    words = f"mutation: {describe_node(writer)} writes to {node.name}, which the blocks read"
-                    raise Broken(position if number > 1 else 0, words, writer)
+        singles = (*self.initial.values(), *self.inputs.shared, *self.head_inputs.shared)
+        for block, node in (
+            *((0, node) for node in singles),
+            *((block, node) for column in self.inputs.operands for block, node in enumerate(column)),
+            *((block, node) for column in self.head_inputs.operands for block, node in enumerate(column)),
+        ):
+            writer = self.sequence.written.get(node)
+            if writer is not None:
+                words = f"mutation: {describe_node(writer)} writes to {node.name}, which the blocks read"
+                raise Broken(block, words, writer)
 
     # --- the body ---------------------------------------------------------------------------------------------------
 
     def _body_graph(self) -> fx.GraphModule:
         """One block as a graph of its own: states, operands, literals and shared operands in, states out."""
-        arguments = {index: self._arguments(index) for index in self.body}
+        rows = {index: self._arguments(index, self.inputs) for index in self.body}
+        states = [_state(*component) for component in self.components]
+        return self._graph(rows, [*states, *self.inputs.names], self._returned())
+
+    def _returned(self) -> list[int | str]:
+        """What a block hands on: results of its ops, and states that it was given."""
+        return [index if lag == 1 else _state(index, lag - 1) for index, lag in self.components]
+
+    def _graph(
+        self,
+        rows: Mapping[int, list[Any]],
+        inputs: Sequence[str],
+        results: Sequence[int | str],
+        given: Iterable[int] = (),
+    ) -> fx.GraphModule:
+        """Some ops of a block as a graph of their own.
+
+        Args:
+            rows: their arguments.
+            inputs: what it takes.
+            results: which results or inputs it returns.
+            given: the ops whose results are inputs, as new states.
+        """
         graph = fx.Graph()
-        inputs: dict[str, fx.Node] = {}
-        for position, component in enumerate(self.components):
-            inputs[_state(*component)] = graph.placeholder(f"state_{position}")
-        for names in (self.operands, self.literals, self.shared):
-            for name in names.values():  # type: ignore[attr-defined]
-                inputs[name] = graph.placeholder(name)
-        copies: dict[int, fx.Node] = {}
-        for index in self.body:
-            node, leaves = self.blocks.op(self.isomorphism.template, index), iter(arguments[index])
+        nodes: dict[Any, fx.Node] = {name: graph.placeholder(f"input_{n}") for n, name in enumerate(inputs)}
+        nodes |= {index: nodes[f"new {_new_state(index)}"] for index in given}
+        for index in sorted(rows):
+            if index in nodes:
+                continue
+            node, leaves = self.blocks.op(self.isomorphism.template, index), iter(rows[index])
 
             def replace(_: Any, leaves: Any = leaves) -> Any:
                 leaf = next(leaves)
                 if isinstance(leaf, Inside):
-                    return copies[leaf.index]
-                return inputs[leaf.name] if isinstance(leaf, _Input) else leaf
+                    return nodes[leaf.index]
+                return nodes[leaf.name] if isinstance(leaf, _Input) else leaf
 
             args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), replace)  # type: ignore[misc]
-            copies[index] = graph.create_node(node.op, node.target, args, kwargs)
-        graph.output(
-            tuple(copies[index] if lag == 1 else inputs[_state(index, lag - 1)] for index, lag in self.components)
-        )
+            nodes[index] = graph.create_node(node.op, node.target, args, kwargs)
+        graph.output(tuple(nodes[result] for result in results))
         return fx.GraphModule({}, graph)
 
-    def _arguments(self, index: int) -> list[Any]:
+    def _arguments(self, index: int, inputs: _Inputs) -> list[Any]:
         """The arguments of one op of the body: inner ops, inputs of the body, or constants."""
         row: list[Any] = []
         for slot, expected in enumerate(self.isomorphism.bindings[index]):
             if self._is_state(expected):
                 row.append(_Input(_state(expected.index, expected.lag)))
             elif isinstance(expected, Literal):
-                row.append(self._literal(self.isomorphism.column(index, slot)))
+                row.append(self._literal(self.isomorphism.column(index, slot), inputs))
             elif isinstance(expected, Inside) and expected.index in self.inner:
                 row.append(expected)
             else:
-                row.append(self._operand(index, slot, self._values(index, slot, expected)))
+                row.append(self._operand(index, slot, self._values(index, slot, expected), inputs))
         return row
 
     def _values(self, index: int, slot: int, expected: Binding) -> tuple[fx.Node, ...]:
@@ -216,12 +359,12 @@ class _Assembly:
             values = [*values, *self.blocks.column(expected.index, self.length - len(values))]
         return tuple(values)
 
-    def _literal(self, values: list[Any]) -> Any:
+    def _literal(self, values: list[Any], inputs: _Inputs) -> Any:
         if all(same_literal(value, values[0]) for value in values):
             return values[0]
-        return _Input(self.literals.setdefault(tuple(values), f"literal_{len(self.literals)}"))
+        return inputs.literal(tuple(values))
 
-    def _operand(self, index: int, slot: int, nodes: tuple[fx.Node, ...]) -> Any:
+    def _operand(self, index: int, slot: int, nodes: tuple[fx.Node, ...], inputs: _Inputs) -> Any:
         values = list(map(self.sequence.value, nodes))
         # Numbers that the compiler leaves open. Taking the value makes the compiler guard it: another compiles anew.
         if all(_is_known(value, torch.SymInt) for value in values):
@@ -231,12 +374,12 @@ class _Assembly:
             broken = self.isomorphism.varying(index, slot, numbers)
             if broken is not None:
                 raise broken
-            return self._literal(numbers)
+            return self._literal(numbers, inputs)
         if all(node is nodes[0] for node in nodes):
             self._check_shared(nodes[0], index)
-            return _Input(self.shared.setdefault(nodes[0], f"shared_{len(self.shared)}"))
+            return inputs.common(nodes[0])
         self._check_stackable(nodes, index)
-        return _Input(self.operands.setdefault(nodes, f"operand_{len(self.operands)}"))
+        return inputs.operand(nodes)
 
     def _size(self, index: int, sizes: Sequence[Any]) -> int:
         """A size that the compiler leaves open: as above, but one for all blocks."""
@@ -278,3 +421,7 @@ def _is_known(value: Any, kind: type[torch.SymInt] | type[torch.SymFloat]) -> bo
 
 def _state(index: int, lag: int) -> str:
     return f"state{index}, {lag}"
+
+
+def _new_state(index: int) -> str:
+    return f"state{index}, 0"

@@ -27,6 +27,8 @@ from pcr_fx.passes.periods import Run, find_runs
 
 # A cut through an op that returns several tensors would carry the tuple: any other cut is better.
 _TUPLE_COST = 1000
+# Of two cuts that are as good, one through values that are read behind the run as well: those are states then.
+_READ_GAIN = 1 / 1024
 # By how much an attempt may be longer than the chain known so far. So the work is in proportion to what is found.
 _GROWTH = 8
 
@@ -125,14 +127,17 @@ class _Detector:
 
         return min(least, key=preference)
 
-    def _live(self, run: Run) -> list[int]:
-        """For each cut through the run how many values cross it."""
+    def _live(self, run: Run) -> list[float]:
+        """For each cut through the run what is handed over it; what is only collected behind the run is not."""
         sequence = self.sequence
-        live = [0] * (run.stop - run.start + 1)
+        live = [0.0] * (run.stop - run.start + 1)
         for index in range(run.start, run.stop):
             users = [sequence.position.get(user, run.stop) for user in sequence.ops[index].users]
-            last = min(max(users, default=index), run.stop - 1)
-            weight = _TUPLE_COST if self._is_tuple(sequence.ops[index]) else 1
+            within = [user for user in users if user < run.stop]
+            last = max(within, default=index)
+            weight = _TUPLE_COST if self._is_tuple(sequence.ops[index]) else 1.0
+            if len(within) < len(users):
+                weight -= _READ_GAIN
             live[index - run.start + 1] += weight
             live[last - run.start + 1] -= weight
         for index in range(1, len(live)):

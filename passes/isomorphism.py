@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -173,6 +174,38 @@ class Isomorphism:
     def _miswired(self, block: int, index: int, slot: int, value: Any) -> Broken:
         node, expected = self.blocks.op(block, index), self.bindings[index][slot]
         return Broken(block, say_difference(node, expected, self.blocks.bind(block, value), value), node)
+
+    # --- what reads the body ------------------------------------------------------------------------------------------
+
+    def may_be_head(self, index: int, read: Collection[int]) -> bool:
+        """Whether an op reads any of the ops `read` or a state, and does no more than compute a known result."""
+        reads = any(
+            isinstance(binding, Carried) or (isinstance(binding, Inside) and binding.index in read)
+            for binding in self.bindings[index]
+        )
+        column = self.blocks.column(index, self.length)
+        known = self.blocks.sequence.value(column[0]) is not None
+        return reads and known and not any(self._stays(node) or self._effect(node) for node in column)
+
+    def regular(self, index: int, slot: int) -> list[Any]:
+        """One argument of any op over all blocks, as it is.
+
+        Raises:
+            Broken: it is wired otherwise in one of them.
+        """
+        expected, blocks = self.bindings[index][slot], self.blocks
+        values = [blocks.sequence.leaves(node)[slot] for node in blocks.column(index, self.length)]
+        for block, value in enumerate(values):
+            binding = blocks.bind(block, value)
+            if isinstance(expected, Carried) and block < expected.lag:
+                is_alike = isinstance(binding, Outside)
+            elif isinstance(expected, (Inside, Carried)):
+                is_alike = binding == expected
+            else:
+                is_alike = isinstance(binding, type(expected))
+            if not is_alike:
+                raise self._miswired(block, index, slot, value)
+        return values
 
     # --- what cannot be evaluated for all blocks at once ------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,36 +11,31 @@ from torch import fx
 from pcr_fx.graphs.effects import (
     MULTIPLYING_DROPOUTS,
     dropout_noise,
+    is_barrier,
     is_fresh,
     is_idle_dropout,
     is_inplace_variant,
     is_noise_like,
     is_random,
     writes,
+    written_nodes,
 )
 from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
-
-_FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.ipow: operator.pow,
-    operator.imatmul: operator.matmul,
-}
-
+from pcr_fx.passes.writes import write_out
 
 # Ops that do no more than compute or view, beside those that give fresh results. One that nobody reads would set its
 # block apart from the others, or be taken for a reader of the block's inner values.
 _VIEW_NAMES = frozenset(
-    """chunk detach expand getitem permute reshape select split squeeze t transpose unbind unsqueeze var_mean view
+    """chunk detach expand expand_as getitem narrow permute reshape select split squeeze t transpose unbind unsqueeze var_mean view
     view_as""".split()
 )
-_CELL_NAMES = frozenset("lstm_cell".split())
+_CELL_NAMES = frozenset("lstm_cell lstm gru rnn_tanh rnn_relu".split())
 
 
 def normalise_graph(graph: fx.Graph) -> None:
     """Remove what does nothing, and write in-place ops as ordinary ones where nobody can tell the difference."""
+    write_out(graph)
+    _join_at_once(graph)
     for node in reversed(list(graph.nodes)):
         if not node.users and _only_computes(node):
             graph.erase_node(node)
@@ -49,15 +43,113 @@ def normalise_graph(graph: fx.Graph) -> None:
         if is_idle_dropout(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    _compute_once(graph)
     _read_tuples_once(graph)
     _draw_apart(graph)
     _free_from_values(graph)
     for node in list(graph.nodes):
         _take_all_results(node)
-    position = {node: index for index, node in enumerate(graph.nodes)}
+
+
+def _join_at_once(graph: fx.Graph) -> None:
+    """Write `torch.cat` of a `torch.cat` as one: a result that grows by a step at a time is joined when it is complete.
+
+    What reads the last entry of such a result on the way reads the step that it was joined from.
+    """
+    for node in graph.nodes:
+        for user in list(node.users) if _joined(node) is not None else []:
+            _read_before_joining(user, node)
+    gone = set[fx.Node]()
+    for node in reversed(list(graph.nodes)):
+        found = _joined(node)
+        if found is not None and node not in gone:
+            gone.update(_join_all(node, *found))
+
+
+def _join_all(node: fx.Node, items: list[fx.Node], dim: int) -> list[fx.Node]:
+    """Join at once what `node` joins of results that only it reads; those, which are no more."""
+    pending, flat, inner = [(item, node) for item in items], list[fx.Node](), list[fx.Node]()
+    while pending:
+        item, joined = pending.pop()
+        found = _joined(item)
+        if (
+            found is None
+            or found[1] != dim
+            or list(item.users) != [joined]
+            or argument(joined, 0, "tensors").count(item) > 1
+        ):
+            flat.append(item)
+            continue
+        inner.append(item)
+        pending += [(part, item) for part in found[0]]
+    if inner:
+        node.args, node.kwargs = (flat[::-1], dim), {}
+    for item in inner:  # each behind those that it joined
+        node.graph.erase_node(item)
+    return inner
+
+
+def _joined(node: Any) -> tuple[list[fx.Node], int] | None:
+    """What `torch.cat` joins, along which dimension counted from the front."""
+    if not isinstance(node, fx.Node) or node.target not in (torch.cat, torch.concat, torch.concatenate):
+        return None
+    items, dim, value = argument(node, 0, "tensors"), argument(node, 1, "dim", 0), node.meta.get("example_value")
+    if not isinstance(items, (list, tuple)) or type(dim) is not int or "out" in node.kwargs:
+        return None
+    if dim < 0 and isinstance(value, torch.Tensor):
+        dim += value.dim()
+    return list(items), dim
+
+
+def _read_before_joining(user: fx.Node, joined: fx.Node) -> None:
+    """Have `x[..., -1]` of what was joined along that dimension read the last of the parts, if that has an entry."""
+    items, dim = _joined(joined) or ([], 0)
+    index = user.args[1] if user.target is operator.getitem and user.args[0] is joined else None
+    entries = index if isinstance(index, tuple) else (index,)
+    before = [entry == slice(None) for entry in entries[:dim] if isinstance(entry, slice)]
+    last: Any = items[-1].meta.get("example_value") if items and isinstance(items[-1], fx.Node) else None
+    reads = len(entries) > dim >= 0 and len(before) == dim and all(before) and type(entries[dim]) is int
+    if reads and entries[dim] == -1 and isinstance(last, torch.Tensor) and last.dim() > dim and last.shape[dim] != 0:
+        user.args = (items[-1], index)
+
+
+def _compute_once(graph: fx.Graph) -> None:
+    """Let what each step of a loop computes of parameters and inputs alone, always the same, be computed once before it."""
+    if any(map(is_barrier, graph.nodes)):
+        return
+    written = written_nodes(graph)
+    fixed = {node for node in graph.nodes if node.op in ("placeholder", "get_attr") and node not in written}
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    first: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if _writes_unseen(node, position):
-            _make_functional(node)
+        sources = node.all_input_nodes
+        if not sources or not fixed.issuperset(sources) or node in written or not _only_computes(node):
+            continue
+        if any(user.op == "output" for user in node.users):
+            continue  # what is returned twice is two tensors
+        fixed.add(node)
+        try:
+            known = first.setdefault((node.op, node.target, _hashable(node.args), _hashable(node.kwargs)), node)
+        except TypeError:
+            continue
+        if known is not node:
+            # Before the loop, so that its first step is like all others.
+            at = max(known.all_input_nodes)
+            (inputs[-1] if at.op == "placeholder" else at).append(known)
+            node.replace_all_uses_with(known)
+            graph.erase_node(node)
+            fixed.discard(node)
+
+
+def _hashable(value: Any) -> Any:
+    """Arguments as a key: 1, 1.0 and True are three."""
+    if isinstance(value, slice):
+        return slice, _hashable(value.start), _hashable(value.stop), _hashable(value.step)
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, *map(_hashable, value)
+    if isinstance(value, dict):
+        return tuple((name, _hashable(item)) for name, item in value.items())
+    return type(value), value
 
 
 def _only_computes(node: fx.Node) -> bool:
@@ -151,53 +243,3 @@ def _form(node: fx.Node) -> Any:
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None
     return str((value.shape, value.stride(), value.dtype, value.device))
-
-
-def _writes_unseen(node: fx.Node, position: dict[fx.Node, int]) -> bool:
-    """Whether the op overwrites a fresh value that nobody reads afterwards, under any name."""
-    written = writes(node)
-    if len(written) != 1 or is_random(node) or "out" in node.kwargs:
-        # An in-place random op may draw other numbers than the ordinary one.
-        return False
-    target = written[0]
-    if not is_fresh(target) or not node.args or node.args[0] is not target:
-        return False
-    others = [user for user in target.users if user is not node]
-    return all(position[user] < position[node] and is_fresh(user) for user in others)
-
-
-def _make_functional(node: fx.Node) -> None:
-    written = node.args[0]
-    if node.target in _FUNCTIONAL_OPERATORS:
-        node.target = _FUNCTIONAL_OPERATORS[node.target]
-    elif node.op == "call_function" and is_inplace_variant(node):
-        _switch_off_inplace(node)
-        return
-    elif node.op == "call_method" and callable(getattr(torch.Tensor, op_name(node).removesuffix("_"), None)):
-        node.target = op_name(node).removesuffix("_")
-    elif getattr(torch, f"{op_name(node)}_", None) is node.target and hasattr(torch, op_name(node)):
-        node.target = getattr(torch, op_name(node))
-    else:
-        return
-    if any(_dtype(value) is None or _dtype(value) != _dtype(written) for value in node.all_input_nodes):
-        _keep_dtype(node, written)
-
-
-def _switch_off_inplace(node: fx.Node) -> None:
-    if "inplace" in node.kwargs:
-        node.kwargs = {**node.kwargs, "inplace": False}
-    else:
-        # Given by position, `inplace` is the last argument of all these functions.
-        node.args = (*node.args[:-1], False)
-
-
-def _keep_dtype(node: fx.Node, written: Any) -> None:
-    """An in-place op keeps the dtype of what it writes to, where an ordinary one would promote it."""
-    with node.graph.inserting_after(node):
-        kept = node.graph.call_method("type_as", (node, written))
-    kept.meta = dict(node.meta)
-    node.replace_all_uses_with(kept, delete_user_cb=lambda user: user is not kept)
-
-
-def _dtype(node: Any) -> torch.dtype | None:
-    return getattr(node.meta.get("example_value"), "dtype", None)

@@ -12,6 +12,7 @@ from pcr_fx.chain import NearMiss
 from pcr_fx.graphs.attributes import attributes_of
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
+from pcr_fx.passes.collect import collect_states
 from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.passes.plan import PlannedChain, plan_chains
@@ -60,7 +61,7 @@ class Rewritten:
 
 
 def run_passes(way_in: WayIn, options: Options) -> Rewritten:
-    """Capture, normalise, detect, plan, rewrite, report."""
+    """Capture, normalise, detect, plan, rewrite, collect, report."""
     graph = way_in.capture()
     normalise_graph(graph)
     attributes = attributes_of(way_in.root, graph)
@@ -70,6 +71,7 @@ def run_passes(way_in: WayIn, options: Options) -> Rewritten:
     nodes = _named(planned)
     chains = [item.found for item in planned if item.node is not None]
     rewritten = rewrite_chains(graph, chains, list(nodes), way_in.stack)
+    collect_states(rewritten, nodes)
     report = report_chains(graph, planned, near_misses, options)
     return Rewritten(rewritten, nodes, planned, near_misses, report)
 

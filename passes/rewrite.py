@@ -11,21 +11,14 @@ import networkx as nx
 import torch
 from torch import fx
 
-from pcr_fx.graphs.effects import hides_ops, is_random, written_memory
-from pcr_fx.graphs.hooks import HookOp
+from pcr_fx.graphs.effects import hides_ops, is_barrier, is_random, written_memory
 from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
-from pcr_fx.operands import stack_parts
+from pcr_fx.operands import stack_operands, stack_parts
 from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.detect import FoundChain
 from pcr_fx.passes.inline import copy_node
 
 Stack = Callable[[fx.Graph, Sequence[fx.Node], dict[fx.Node, fx.Node]], fx.Node]
-
-# Ops that change how all later ops run.
-_BARRIERS = frozenset(
-    """set_grad_enabled enter_autocast exit_autocast enter_inference_mode exit_inference_mode
-    saved_tensors_hooks_enable saved_tensors_hooks_disable""".split()
-)
 
 
 def sortable_chains(graph: fx.Graph, chains: Sequence[FoundChain]) -> list[FoundChain]:
@@ -94,17 +87,29 @@ def _emit(
 ) -> None:
     initial = [copies[node] for node in found.initial]
     inside = {barriers[node] for node in found.nodes}
-    operands = []
-    for operand in found.operands:
+    emitted: dict[tuple[fx.Node, ...], fx.Node] = {}
+    for operand in (*found.operands, *found.head_operands):
+        if operand in emitted:
+            continue
         # Parts that were taken elsewhere, without gradients, say, are taken there.
         whole = _cut_before(new, operand, copies) if {barriers[node] for node in _cutting(operand)} == inside else None
-        operands.append(whole or stack(new, operand, copies))
-    shared = [copies[node] for node in found.shared]
-    taps = new.call_module(name, (initial, operands, shared))
-    for position, (index, block) in enumerate(found.taps):
-        state = found.states[index][block]
-        copies[state] = new.call_function(operator.getitem, (taps, position))
-        copies[state].meta = dict(state.meta)
+        if whole is None and all(_is_tap(copies[node]) for node in operand):
+            # States of another chain; `collect.py` may find them to be its trajectory.
+            whole = new.call_function(stack_operands, ([copies[node] for node in operand],))
+        emitted[operand] = whole or stack(new, operand, copies)
+    groups = [(found.operands, found.shared)]
+    if found.chain.head is not None:
+        groups.append((found.head_operands, found.head_shared))
+    given = [[[emitted[operand] for operand in every], [copies[node] for node in common]] for every, common in groups]
+    taken = new.call_module(name, (initial, *itertools.chain.from_iterable(given)))
+    for position, (index, block) in enumerate(found.leaving.taps):
+        value = found.values[index][block]
+        copies[value] = new.call_function(operator.getitem, (taken, position))
+        copies[value].meta = dict(value.meta)
+
+
+def _is_tap(node: fx.Node) -> bool:
+    return node.target is operator.getitem and node.args[0].op == "call_module"  # type: ignore[union-attr]
 
 
 def _cut_before(new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node | None:
@@ -217,14 +222,6 @@ def _around(nodes: Sequence[fx.Node], fences: set[fx.Node]) -> Iterator[tuple[fx
             fence, since = node, []
         else:
             since.append(node)
-
-
-def is_barrier(node: fx.Node) -> bool:
-    """Whether the op changes how all later ops run, or may do anything, as a hook may."""
-    if node.op != "call_function":
-        return False
-    name = op_name(node)
-    return isinstance(node.target, HookOp) or name in _BARRIERS or name.endswith("crement_nesting")
 
 
 def depth(graph: fx.Graph, chains: Sequence[FoundChain]) -> tuple[int, int]:

@@ -15,13 +15,13 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.fx.passes.split_module import split_module
 
 from pcr_fx.errors import OptionError
+from pcr_fx.graphs.effects import is_barrier
 from pcr_fx.node import SolveNode
-from pcr_fx.operands import InputOperand, stack_operands, stack_parts
+from pcr_fx.operands import InputOperand, collect, stack_operands, stack_parts
 from pcr_fx.options import Options
 from pcr_fx.passes.inline import holds_regions, inline_regions
 from pcr_fx.passes.pipeline import run_passes
 from pcr_fx.passes.plan import PlannedChain, measure_chains
-from pcr_fx.passes.rewrite import is_barrier
 from pcr_fx.reports import RewriteReport, merge_reports
 
 NAME = "deeppcr"
@@ -125,7 +125,7 @@ class _CapturedByDynamo:
         return placed
 
     def _node(self, item: PlannedChain) -> SolveNode:
-        return SolveNode(item.found.chain, self.options, item.plan, item.found.taps)
+        return SolveNode(item.found.chain, self.options, item.plan, item.found.leaving)
 
     def stack(self, new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
         """Kernels are given the inputs of the graph where they lie."""
@@ -152,7 +152,7 @@ def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any
     modules = {name for name, module in graph_module.named_children() if isinstance(module, SolveNode | InputOperand)}
 
     def is_called(node: fx.Node) -> bool:
-        return node.target is stack_parts or (node.op == "call_module" and node.target in modules)
+        return node.target in (stack_parts, collect) or (node.op == "call_module" and node.target in modules)
 
     part, was_called, parts = 0, None, dict[fx.Node, int]()
     for node in graph_module.graph.nodes:

@@ -36,6 +36,30 @@ class Origin:
 
 
 @dataclass(frozen=True, eq=False)
+class Head:
+    """What the blocks of a chain give away beside their states: their outputs.
+
+    Attributes:
+        body: of one block, called as `body(*states, *new_states, *operands, *literals, *shared)`, a tuple of the outputs.
+            What a block computes on the way to its new states, it computes again.
+        block: the block as a whole, called as the chain's body with these operands, literals and shared operands behind
+            its own, a tuple of the new states and the outputs.
+        num_outputs, num_operands, num_shared, literals: as a chain's; operands and literals may be the chain's too.
+    """
+
+    body: fx.GraphModule
+    block: fx.GraphModule
+    num_outputs: int
+    num_operands: int = 0
+    num_shared: int = 0
+    literals: tuple[tuple[float, ...], ...] = ()
+
+    def reads_old_states(self, num_states: int) -> bool:
+        """Whether an output depends on the states that a block is given, and not only on those that it returns."""
+        return any(node.users for node in self.body.graph.find_nodes(op="placeholder")[:num_states])
+
+
+@dataclass(frozen=True, eq=False)
 class Chain:
     """L blocks z_l = f_l(z_{l-1}) that run the same body.
 
@@ -48,6 +72,7 @@ class Chain:
         num_shared: tensors that are the same in every block.
         literals: numbers that differ from block to block, `L` values each.
         origin: where it was found.
+        head: its outputs; `None` where it has none.
     """
 
     body: fx.GraphModule
@@ -57,6 +82,27 @@ class Chain:
     num_shared: int = 0
     literals: tuple[tuple[float, ...], ...] = ()
     origin: Origin = field(default_factory=Origin)
+    head: Head | None = None
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """What leaves a chain: the states that the rest of a graph takes of it, and the outputs, which are counted behind them.
+
+    Attributes:
+        taps: those that are taken one by one: (which state or output, of which block).
+        whole: those that are taken of all blocks, `[L, ...]`; they come first.
+    """
+
+    taps: tuple[tuple[int, int], ...]
+    whole: tuple[int, ...] = ()
+
+    def of_solve(self, chain: Chain) -> Leaving:
+        """What has to be taken of the states: all of them where there are outputs to compute."""
+        taps = tuple(tap for tap in self.taps if tap[0] < chain.num_states)
+        if chain.head is not None:
+            return Leaving(taps, tuple(range(chain.num_states)))
+        return Leaving(taps, self.whole)
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pcr_fx import ops
-from pcr_fx.body import Program, StateLayout
+from pcr_fx.body import OutputProgram, Program, StateLayout
 from pcr_fx.body.isolation import is_plain_call
+from pcr_fx.chain import Leaving
 from pcr_fx.planner import Plan, Watch, plan_by_key
 from pcr_fx.record import SolveRecord, record_of
 from pcr_fx.targets import PointerTable
 from pcr_fx.ways import Native, evaluate
-
-# States that are wanted: (which of the chain's states, after which block).
-Taps: TypeAlias = Sequence[tuple[int, int]]
 
 
 class Solve(torch.autograd.Function):
@@ -60,9 +58,9 @@ class Back(NamedTuple):
 class KernelSolve(torch.autograd.Function):
     """`Solve` by native code, for plain calls: less than half of what `Solve` and its operators cost.
 
-    Returns the states at `taps`, or without them the trajectory. Of operands read in place the blocks' own tensors are
-    inputs, and get their gradients as views of one: to stack thousands, and take the gradient apart again, in autograd
-    would double the cost.
+    Returns what leaves the chain: the trajectory if any state is taken whole, then the taps. Of operands read in place the
+    blocks' own tensors are inputs, and get their gradients as views of one: to stack thousands, and take the gradient
+    apart again, in autograd would double the cost.
     """
 
     @staticmethod
@@ -72,20 +70,21 @@ class KernelSolve(torch.autograd.Function):
         way: Native,
         back: Back,
         record: SolveRecord,
-        taps: Taps | None,
+        leaving: Leaving,
         operands: Sequence[Tensor | PointerTable],
         shared: Sequence[Tensor],
         initial: Tensor,
         *tensors: Tensor,
-    ) -> Tensor | tuple[Tensor, ...]:
+    ) -> tuple[Tensor, ...]:
         """`tensors`: the operands, tables as their tensors, then the shared operands."""
-        ctx.plan, ctx.back, ctx.record, ctx.taps = plan, back, record, taps
+        ctx.plan, ctx.back, ctx.record, ctx.leaving = plan, back, record, leaving
         ctx.set_materialize_grads(False)
         trajectory = way.kernel.solve(plan.program.call_with(initial, operands, shared), way.threads)
         if any(ctx.needs_input_grad):
             ctx.inputs = _SavedInputs(operands, len(shared))
             ctx.save_for_backward(initial, trajectory, *(t for t in operands if isinstance(t, Tensor)), *shared)
-        return trajectory if taps is None else tapped(plan.program.layout, trajectory, taps)
+        taken = tapped(plan.program.layout, trajectory, leaving.taps)
+        return (trajectory, *taken) if leaving.whole else taken
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
@@ -94,17 +93,16 @@ class KernelSolve(torch.autograd.Function):
         initial, trajectory, *saved = ctx.saved_tensors
         plan, (way, watch, doubt) = ctx.plan, ctx.back
         program = plan.program
-        cotangents = {} if ctx.taps is None else _by_block(program.layout, initial, ctx.taps, given)
-        parts = given if ctx.taps is None else tuple(cotangents.values())
+        among = _cotangents(program.layout, initial, ctx.leaving, given)
+        parts = among.values() if isinstance(among, dict) else (among,)
         rest: Sequence[Tensor]
         # Not where a gradient is differentiated in turn, or many are taken at once.
         plain = not torch.is_grad_enabled() and is_plain_call() and all(type(part) is Tensor for part in parts)
         if plain and way.is_ready("backward", initial):
             operands, shared = ctx.inputs.in_place(saved)
-            among = cotangents if ctx.taps is not None else given[0]
             call = program.call_with(initial, operands, shared)
             began = perf_counter() if watch is not None and watch.begins() else None
-            d_initial, *rest = way.kernel.solve_adjoint(call, trajectory, among, way.threads)  # type: ignore[arg-type]
+            d_initial, *rest = way.kernel.solve_adjoint(call, trajectory, among, way.threads)
             if began is not None and watch.ended(perf_counter() - began):
                 doubt()
             ctx.record.backward(way.solver, False)
@@ -112,16 +110,58 @@ class KernelSolve(torch.autograd.Function):
             # Second derivatives have no kernel: later calls are left to the model's own ops.
             ctx.record.is_differentiated_twice |= torch.is_grad_enabled()
             stacked = ctx.inputs.stacked(saved)
-            dense = given[0]
-            if ctx.taps is not None:
+            dense = among
+            if isinstance(among, dict):
                 zero = torch.zeros_like(initial)
-                dense = torch.stack([cotangents.get(block, zero) for block in range(program.length)])
+                dense = torch.stack([among.get(block, zero) for block in range(program.length)])
             count = program.chain.num_operands
             d_initial, *rest = _Adjoint.apply(initial, trajectory, dense, plan.key, ctx.record.id, count, *stacked)
         waiting = iter(rest)
         needs = [*program.differentiable_operands, *program.differentiable_shared]
         gradients = [next(waiting) if need else None for need in needs]
         return None, None, None, None, None, None, None, d_initial, *ctx.inputs.spread(gradients)
+
+
+class Outputs(torch.autograd.Function):
+    """The outputs of all blocks as a differentiable function of the states and all operands."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(program: OutputProgram, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if _is_looked_on():
+            return tuple(ops.outputs(list(tensors), program.key))
+        return tuple(program.evaluate(*tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.program, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(one for one, moves in zip(output, ctx.program.moving, strict=True) if not moves))
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        program: OutputProgram = ctx.program
+        tensors, active = ctx.saved_tensors, program.active
+        if all(one is None for one in given):
+            return (None,) * (1 + len(active))
+        cotangents = [
+            tensors[0].new_zeros(spec.shape, dtype=spec.dtype) if one is None else one
+            for one, spec in zip(given, program.specs, strict=True)
+            if spec.is_differentiable
+        ]
+        # Differentiated in turn, it is made of ops that can be; nobody does so within a compiler.
+        if _is_looked_on() and not torch.is_grad_enabled():
+            pulled = iter(ops.pulled_outputs(list(tensors), cotangents, program.key))
+        else:
+            pulled = iter(program.pullback(*tensors, *cotangents))
+        return None, *(next(pulled) if is_active else None for is_active in active)
+
+
+def _is_looked_on() -> bool:
+    """Whether a compiler or another mode sees each op."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 class _SavedInputs:
@@ -178,12 +218,33 @@ class _SavedInputs:
         return spread
 
 
-def tapped(layout: StateLayout, trajectory: Tensor, taps: Taps) -> tuple[Tensor, ...]:
+def tapped(layout: StateLayout, trajectory: Tensor, taps: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
     """The states at `taps`, copied: a view would keep the trajectory alive, and pass writes to it on to the backward."""
     return tuple([layout.unflatten(trajectory[block])[index].clone() for index, block in taps])
 
 
-def _by_block(layout: StateLayout, initial: Tensor, taps: Taps, given: Sequence[Tensor | None]) -> dict[int, Tensor]:
+def _cotangents(
+    layout: StateLayout, initial: Tensor, leaving: Leaving, given: Sequence[Tensor | None]
+) -> Tensor | dict[int, Tensor]:
+    """Those of all states, `[L, *batch, d]`, or by block where only few have any.
+
+    Args:
+        given: those of what `KernelSolve` returned.
+    """
+    among = _by_block(layout, initial, leaving.taps, given[1:] if leaving.whole else given)
+    dense = given[0] if leaving.whole else None
+    if dense is None:
+        return among
+    if among:
+        # Out of place, since gradients may be differentiated in turn.
+        blocks = torch.tensor(list(among), device=dense.device)
+        dense = dense.index_add(0, blocks, torch.stack(list(among.values())))
+    return dense
+
+
+def _by_block(
+    layout: StateLayout, initial: Tensor, taps: Sequence[tuple[int, int]], given: Sequence[Tensor | None]
+) -> dict[int, Tensor]:
     """The cotangents of the states at `taps`, of those blocks that have any, each `[*batch, d]`."""
     if layout.is_flat:
         return {block: part for (_, block), part in zip(taps, given, strict=True) if part is not None}

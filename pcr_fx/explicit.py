@@ -249,7 +249,7 @@ class _TracedModel:
         return [replace(item, node=self._node(item)) for item in planned]
 
     def _node(self, item: PlannedChain) -> SolveNode:
-        node = SolveNode(item.found.chain, self.options, taps=item.found.taps)
+        node = SolveNode(item.found.chain, self.options, leaving=item.found.leaving)
         if item.plan is not None:
             node.learn(item.plan)
         return node

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pcr_fx.body import Signature
+from pcr_fx.body import OutputProgram, Signature, build_outputs
 from pcr_fx.body.isolation import is_plain_call, is_undisturbed
 from pcr_fx.body.written_out import may_raise
-from pcr_fx.chain import Chain, TensorSpec
-from pcr_fx.derivatives import Back, KernelSolve, Solve, Taps, tapped
+from pcr_fx.chain import Chain, Head, Leaving, TensorSpec
+from pcr_fx.derivatives import Back, KernelSolve, Outputs, Solve, tapped
 from pcr_fx.errors import BodyError
 from pcr_fx.operands import (
     Operand,
@@ -35,7 +35,7 @@ from pcr_fx.options import Options
 from pcr_fx.planner import Choice, Plan, Watch, make_plan
 from pcr_fx.record import SolveRecord
 from pcr_fx.targets import PointerTable
-from pcr_fx.ways import IN_SEQUENCE, Native, evaluate
+from pcr_fx.ways import IN_SEQUENCE, Native, evaluate_whole
 
 log = logging.getLogger(__name__)
 
@@ -91,40 +91,55 @@ class SolveNode(nn.Module):
         options: how.
         plan: made beforehand, when the shapes of every call are known to match it (a compiler's guards see to that).
             Without one the node plans at the first call of each signature.
-        taps: the states to return, each a copy; without them whole trajectories are returned.
+        leaving: what to return, each tap a copy; without it the trajectories of all states.
     """
 
-    def __init__(self, chain: Chain, options: Options, plan: Plan | None = None, taps: Taps | None = None) -> None:
+    def __init__(
+        self, chain: Chain, options: Options, plan: Plan | None = None, leaving: Leaving | None = None
+    ) -> None:
         super().__init__()
-        self.taps = taps
         self.chain = chain
+        self.is_in_graph = leaving is not None
+        self.takes(leaving or Leaving((), tuple(range(chain.num_states))))
         self.options = options
         self.plan = plan
         self._may_raise = may_raise(chain.body)
         self.record = SolveRecord(chain.origin.modules or "a chain")
         self.choice: Choice | None = None
         self._routes: dict[Any, Route] = {}
+        # By the tensors that they are for; `None` where the blocks' outputs cannot be computed at once.
+        self._outputs: dict[Any, OutputProgram | None] = {}
+
+    def takes(self, leaving: Leaving) -> None:
+        """Have calls return this."""
+        self.leaving, self.of_solve = leaving, leaving.of_solve(self.chain)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SolveNode:
         # Plans are immutable and shared; what happened at a node is its own.
-        node = SolveNode(self.chain, self.options, self.plan, self.taps)
+        node = SolveNode(self.chain, self.options, self.plan, self.leaving)
         node._routes = copy.copy(self._routes)
         node.training = self.training
         memo[id(self)] = node
         return node
 
     def forward(
-        self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
+        self,
+        states: Sequence[Tensor],
+        operands: Sequence[Operand],
+        shared: Sequence[Tensor],
+        head_operands: Sequence[Operand] = (),
+        head_shared: Sequence[Tensor] = (),
     ) -> tuple[Any, ...]:
-        """The states of the chain.
+        """What leaves the chain.
 
         Args:
             states: the initial states.
             operands: per-block operands, `[L, ...]`, or what can stack them or tell where they lie.
             shared: shared operands.
+            head_operands, head_shared: those of its head.
 
         Returns:
-            The states at the taps, or for each state its trajectory `[L, *state]`.
+            Trajectories and outputs `[L, ...]`, then taps. Left to the model's own ops, the former are lists.
         """
         is_plain = is_plain_call()
         seen = [look(operand) for operand in operands] if is_plain else []
@@ -135,33 +150,28 @@ class SolveNode(nn.Module):
         route = self._routes.get(key)
         if route is None or not route.is_final:
             route = self._route(key, route, is_plain, states, operands, shared)
+        whole = [(operands, shared), (head_operands, head_shared)]
         if is_plain and self.record.is_differentiated_twice and torch.is_grad_enabled() and is_undisturbed():
-            found = self._block_by_block(route, states, operands, shared)
-            return found if self.taps is not None else tuple(map(torch.stack, found))
-        solved = self._solved(route, seen, states, operands, shared)
-        if self._may_raise and is_plain and not all(bool(part.isfinite().all()) for part in solved):
-            return self._block_by_block(route, states, operands, shared)  # there is an error to raise, if it is one
-        return solved
-
-    def _solved(
-        self,
-        route: Route,
-        seen: Sequence[Tensor | PointerTable],
-        states: Sequence[Tensor],
-        operands: Sequence[Operand],
-        shared: Sequence[Tensor],
-    ) -> tuple[Any, ...]:
-        if route.where is Where.OPERATORS:
-            return self._by_operators(route, states, operands, shared)
-        given: list[Tensor | PointerTable] = []
+            found = self._block_by_block(route, states, whole)
+            return found if self.is_in_graph else tuple(map(torch.stack, found))
+        if route.where in (Where.EAGER, Where.UNSOLVABLE):
+            return self._timed(route, states, partial(self._block_by_block, route, states, whole))
         if route.where is Where.IN_PLACE:
             given = [in_place(operand, table) for operand, table in zip(operands, seen, strict=True)]
+            solved = self._timed(route, states, partial(self._in_place, route, states, given, shared))
+        else:
+            solved = self._by_operators(route, states, operands, shared)
+        if self._may_raise and is_plain and not all(bool(part.isfinite().all()) for part in solved):
+            return self._block_by_block(route, states, whole)  # there is an error to raise, if it is one
+        if self.chain.head is None:
+            return solved
+        return self._with_outputs(self.chain.head, states, solved, head_operands, head_shared)
+
+    def _timed(self, route: Route, states: Sequence[Tensor], run: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What `run` returns, which is watched now and then."""
         watch = route.watch
         began = perf_counter() if watch is not None and watch.begins() else None
-        if given or route.where is Where.IN_PLACE:
-            found = self._in_place(route, states, given, shared)
-        else:
-            found = self._block_by_block(route, states, operands, shared)
+        found = run()
         if began is not None and watch.ended(perf_counter() - began):  # type: ignore[union-attr]
             self._doubt(route, states)
         return found
@@ -172,6 +182,65 @@ class SolveNode(nn.Module):
         if isinstance(plan, Plan) and plan.doubt(plan.samples_of(states)):
             for key in [key for key, known in list(self._routes.items()) if known.plan is plan]:
                 self._routes.pop(key, None)
+
+    def _with_outputs(
+        self,
+        head: Head,
+        states: Sequence[Tensor],
+        solved: Sequence[Tensor],
+        operands: Sequence[Operand],
+        shared: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        """What leaves the chain, of what the solve returned: all trajectories, and those taps that are states."""
+        count = self.chain.num_states
+        trajectories, states_taken = list(solved[:count]), iter(solved[count:])
+        outputs = self._outputs_of(head, states, trajectories, list(map(stacked, operands)), shared)
+        values = [*trajectories, *outputs]
+        taps = [
+            next(states_taken) if index < count else values[index][block].clone() for index, block in self.leaving.taps
+        ]
+        return (*(values[index] for index in self.leaving.whole), *taps)
+
+    def _outputs_of(
+        self,
+        head: Head,
+        states: Sequence[Tensor],
+        trajectories: list[Tensor],
+        operands: list[Tensor],
+        shared: Sequence[Tensor],
+    ) -> Sequence[Tensor]:
+        """The outputs of all blocks, each `[L, ...]`."""
+        old = trajectories
+        if head.reads_old_states(len(states)):
+            pairs = zip(states, trajectories, strict=True)
+            old = [torch.cat([state.unsqueeze(0).to(whole.dtype), whole[:-1]]) for state, whole in pairs]
+        number, device = trajectories[0].dtype, trajectories[0].device
+        literals = [torch.tensor(values, dtype=number, device=device) for values in head.literals]
+        given = [*old, *trajectories, *operands, *literals]
+        program = self._output_program(head, given, shared)
+        if program is not None:
+            return Outputs.apply(program, *given, *shared)
+        numbers = zip(*head.literals, strict=True) if head.literals else [()] * self.chain.length
+        each = zip(*(tensor.unbind(0) for tensor in given[: len(given) - len(literals)]), strict=True)
+        found = [head.body(*block, *number, *shared) for block, number in zip(each, numbers, strict=True)]
+        return [torch.stack(values) for values in zip(*found, strict=True)]
+
+    def _output_program(self, head: Head, given: Sequence[Tensor], shared: Sequence[Tensor]) -> OutputProgram | None:
+        if _autocast_dtype(given[0].device.type) is not None:
+            return None  # each op has a dtype of its own
+        groups = tuple(
+            tuple(TensorSpec(tuple(int(size) for size in one.shape), one.dtype, one.device) for one in group)
+            for group in (given, shared)
+        )
+        if groups not in self._outputs:
+            try:
+                self._outputs[groups] = build_outputs(head, *groups)
+            except BodyError as reason:
+                log.warning("the outputs of %s are computed block by block: %s", self.record.name, reason)
+                self._outputs[groups] = None
+            if len(self._outputs) > _ROUTES:
+                self._outputs.pop(next(iter(list(self._outputs))), None)
+        return self._outputs[groups]
 
     def _look(self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]) -> Any:
         """All that decides where a call goes that something looks on at."""
@@ -251,15 +320,23 @@ class SolveNode(nn.Module):
         ]
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (initial, *parts, *shared)):
             back = Back(route.way_back or way, route.watch_back, partial(self._doubt, route, states))
-            solved = KernelSolve.apply(plan, way, back, self.record, self.taps, given, shared, initial, *parts, *shared)
-            return solved if self.taps is not None else layout.unflatten(solved, leading=1)
-        call = plan.program.call_with(initial, given, shared)
-        if self.taps is None:
-            return layout.unflatten(way.kernel.solve(call, way.threads), leading=1)
-        # Nothing looks at the other states: no memory is taken for them.
-        wanted = sorted({block for _, block in self.taps})
-        kept = way.kernel.solve(call, way.threads, wanted)
-        return tapped(layout, kept, [(index, wanted.index(block)) for index, block in self.taps])
+            every = (self.record, self.of_solve, given, shared, initial, *parts, *shared)
+            solved = KernelSolve.apply(plan, way, back, *every)
+            taken = solved[1:] if self.of_solve.whole else solved
+            trajectory = solved[0]
+        else:
+            call = plan.program.call_with(initial, given, shared)
+            if not self.of_solve.whole:
+                # Nothing looks at the other states: no memory is taken for them.
+                wanted = sorted({block for _, block in self.of_solve.taps})
+                kept = way.kernel.solve(call, way.threads, wanted)
+                return tapped(layout, kept, [(index, wanted.index(block)) for index, block in self.of_solve.taps])
+            trajectory = way.kernel.solve(call, way.threads)
+            taken = tapped(layout, trajectory, self.of_solve.taps)
+        if not self.of_solve.whole:
+            return taken
+        trajectories = layout.unflatten(trajectory, leading=1)
+        return (*(trajectories[index] for index in self.of_solve.whole), *taken)
 
     def _by_operators(
         self, route: Route, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
@@ -273,24 +350,25 @@ class SolveNode(nn.Module):
         trajectory: Tensor = Solve.apply(initial, plan.key, self.record.id, len(operands), *tensors)
         whole = layout.unflatten(trajectory, leading=1)
         trajectories = [part.to(dtype) for part, dtype in zip(whole, route.dtypes, strict=True)]
-        if self.taps is None:
-            return tuple(trajectories)
-        return tuple([trajectories[index][block].clone() for index, block in self.taps])
+        taken = [trajectories[index][block].clone() for index, block in self.of_solve.taps]
+        return (*(trajectories[index] for index in self.of_solve.whole), *taken)
 
     def _block_by_block(
-        self, route: Route, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
+        self,
+        route: Route,
+        states: Sequence[Tensor],
+        given: Sequence[tuple[Sequence[Operand], Sequence[Tensor]]],
     ) -> tuple[Any, ...]:
         """The blocks as the model wrote them, under plain autograd."""
-        wanted = None if self.taps is None else {block for _, block in self.taps}
-        found = evaluate(self.chain, states, [parts_of(operand) for operand in operands], shared, wanted)
+        wanted = None if self.leaving.whole else {block for _, block in self.leaving.taps}
+        parts = [([parts_of(operand) for operand in operands], shared) for operands, shared in given]
+        found = evaluate_whole(self.chain, states, parts, wanted)
         self.record.forward("sequential", IN_SEQUENCE)
         self.record.solver_backward = "sequential"
         self.record.left_alone = route.where is Where.EAGER
-        if self.taps is None:
-            return tuple(list(part) for part in zip(*found.values(), strict=True))
-        return tuple(
-            [found[block][index] for index, block in self.taps]
-        )  # what the model's own ops made is nobody else's
+        # What the model's own ops made is nobody else's: no copies.
+        whole = [[values[index] for values in found.values()] for index in self.leaving.whole]
+        return (*whole, *(found[block][index] for index, block in self.leaving.taps))
 
     def _choose(
         self, plan: Plan, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]

@@ -52,6 +52,43 @@ def stack_parts(whole: Tensor, dim: int, first: int, count: int, step: int) -> T
     return parts.clone(memory_format=torch.contiguous_format) if step > 0 else parts.flip(0).contiguous()
 
 
+# Some states of a trajectory, in place of a list of them: (trajectory, first block, number of states, step).
+# The trajectory is a list itself where the model's own ops made it.
+Cut: TypeAlias = "tuple[Tensor | Sequence[Tensor], int, int, int]"
+
+
+def collect(parts: Sequence[Tensor | Cut], dim: int, joins: bool) -> Tensor:
+    """`torch.stack`, or where it `joins` `torch.cat`, of tensors and of states that lie in trajectories, in one copy."""
+    if any(isinstance(part, tuple) and not isinstance(part[0], Tensor) for part in parts):
+        every = [each for part in parts for each in (_listed(part) if isinstance(part, tuple) else [part])]
+        return torch.cat(every, dim) if joins else torch.stack(every, dim)
+    pieces = [_piece(part, dim, joins) for part in parts]
+    if len(pieces) == 1:
+        return pieces[0].clone(memory_format=torch.contiguous_format)
+    return torch.cat(pieces, dim)
+
+
+def _piece(part: Tensor | Cut, dim: int, joins: bool) -> Tensor:
+    """One part as it stands in the result, as a view if that is possible."""
+    if isinstance(part, Tensor):
+        return part if joins else part.unsqueeze(dim)
+    whole, first, count, step = part
+    assert isinstance(whole, Tensor)
+    last = first + step * (count - 1)
+    states = whole[min(first, last) : max(first, last) + 1 : abs(step)]
+    states = states if step > 0 else states.flip(0)
+    if not joins:
+        return states.movedim(0, dim)
+    # The blocks come just before what each has of the dimension; counted from behind, that one keeps its number.
+    at = dim if dim >= 0 else dim - 1
+    return states.movedim(0, at).flatten(at, at + 1)
+
+
+def _listed(part: Cut) -> list[Tensor]:
+    whole, first, count, step = part
+    return [whole[first + step * index] for index in range(count)]
+
+
 def parts_of(operand: Operand) -> Sequence[Tensor]:
     """The tensor of each block."""
     if isinstance(operand, StackedAttributes):

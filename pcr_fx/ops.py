@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcr_fx.body import output_program
 from pcr_fx.call import Call
 from pcr_fx.errors import SolveError, UnsupportedError
 from pcr_fx.planner import Plan, plan_by_key
@@ -214,6 +215,27 @@ def _operator(name: str, run: Callable[..., Any], fake: Callable[..., Any], *tag
     return op
 
 
+def outputs_here(tensors: Sequence[Tensor], program: str) -> list[Tensor]:
+    """The outputs of all blocks, by the program of this key."""
+    with torch.autocast(tensors[0].device.type, enabled=False), torch.cuda.device_of(tensors[0]):
+        return _owned(output_program(program).evaluate(*tensors), tensors)
+
+
+def _fake_outputs(tensors: Sequence[Tensor], program: str) -> list[Tensor]:
+    return [tensors[0].new_empty(spec.shape, dtype=spec.dtype) for spec in output_program(program).specs]
+
+
+def pulled_outputs_here(tensors: Sequence[Tensor], cotangents: Sequence[Tensor], program: str) -> list[Tensor]:
+    """The cotangents of what outputs are computed from, as far as it has any."""
+    with torch.autocast(tensors[0].device.type, enabled=False), torch.cuda.device_of(tensors[0]):
+        return _owned(output_program(program).pullback(*tensors, *cotangents), [*tensors, *cotangents])
+
+
+def _fake_pulled_outputs(tensors: Sequence[Tensor], cotangents: Sequence[Tensor], program: str) -> list[Tensor]:
+    pairs = zip(tensors, output_program(program).active, strict=True)
+    return [tensor.new_empty(tensor.shape) for tensor, is_active in pairs if is_active]
+
+
 def stack_here(tensors: Sequence[Tensor]) -> Tensor:
     """`torch.stack(tensors)`. As one opaque operator, since a compiler would emit code for each of thousands."""
     return torch.stack(list(tensors)).contiguous()  # stacked, channels-last weights keep their order in memory
@@ -229,6 +251,8 @@ adjoint = _operator("adjoint", adjoint_here, _fake_adjoint, torch.Tag.cudagraph_
 solve_queued = _operator("solve_queued", solve_here, _fake_solve)
 adjoint_queued = _operator("adjoint_queued", adjoint_here, _fake_adjoint)
 stack = _operator("stack", stack_here, _fake_stack)
+outputs = _operator("outputs", outputs_here, _fake_outputs)
+pulled_outputs = _operator("pulled_outputs", pulled_outputs_here, _fake_pulled_outputs)
 
 
 def waits(plan: Plan) -> bool:

@@ -163,22 +163,8 @@ def test_found_in_both_dialects_and_right(name: str) -> None:
     assert [chain["length"] for chain in pcr_fx.report().to_dict()["chains"]] == lengths, str(pcr_fx.report())
 
 
-class InnerUsed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(linears(10))
-
-    def forward(self, x: Tensor) -> Tensor:
-        kept = []
-        for layer in self.layers:
-            hidden = layer(x)
-            kept.append(hidden)
-            x = x + torch.tanh(hidden)
-        return x + torch.stack(kept).sum(0)
-
-
 class Written(nn.Module):
-    """Writes to a state that is read again."""
+    """Writes to a state that is read again, by way of a view of a kind that is not followed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -187,7 +173,7 @@ class Written(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             y = torch.tanh(layer(x))
-            view = y[0]
+            view = y.view(-1)[0]
             y.mul_(0.5)
             x = y + view
         return x
@@ -207,7 +193,6 @@ NEGATIVE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: sequence(*[[nn.Linear(4, 4), nn.BatchNorm1d(4)] for _ in range(10)]),
         "mutation|statistics",
     ),
-    "inner value": (InnerUsed, "inner value used outside"),
     "written": (Written, "mutation"),
     "too short": (lambda: plain_mlp(5), "too short: 5 blocks, min_length=8"),
 }

@@ -32,7 +32,7 @@ class Traced:
         if not self.places:
             return list(planned)
         return [
-            replace(item, node=SolveNode(item.found.chain, OPTIONS, item.plan, item.found.taps)) for item in planned
+            replace(item, node=SolveNode(item.found.chain, OPTIONS, item.plan, item.found.leaving)) for item in planned
         ]
 
     def stack(self, new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:

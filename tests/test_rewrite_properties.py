@@ -29,6 +29,7 @@ from pcr_fx.passes.capture import capture_model
 from pcr_fx.passes.detect import FoundChain, find_chains
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.passes.rewrite import rewrite_chains, sortable_chains
+from pcr_fx.ways import evaluate_whole
 
 RANDOM = st.randoms(use_true_random=False)
 
@@ -44,15 +45,12 @@ class PlainLoop(nn.Module):
 
     def __init__(self, found: FoundChain) -> None:
         super().__init__()
-        self.chain, self.taps = found.chain, found.taps
+        self.chain, self.taps = found.chain, found.leaving.taps
 
-    def forward(self, states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor]) -> list[Tensor]:
-        trajectory = []
-        for block in range(self.chain.length):
-            numbers = [values[block] for values in self.chain.literals]
-            states = self.chain.body(*states, *(operand[block] for operand in operands), *numbers, *shared)
-            trajectory.append(states)
-        return [trajectory[block][index] for index, block in self.taps]
+    def forward(self, states: Sequence[Tensor], *given: Sequence[Tensor]) -> list[Tensor]:
+        pairs = list(zip(given[::2], given[1::2], strict=True))
+        found = evaluate_whole(self.chain, states, pairs)
+        return [found[block][index] for index, block in self.taps]
 
 
 def rewrite(model: nn.Module, x: Tensor | None, min_length: int) -> tuple[Callable[..., Any], list[int]]:

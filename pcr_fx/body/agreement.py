@@ -105,7 +105,7 @@ class _Comparison:
         with torch.no_grad():
             if name == "evaluate":
                 values = self.program.evaluate(*given)
-                return _difference("what the blocks compute", values[self.blocks], [one.value for one in expected])
+                return differing("what the blocks compute", values[self.blocks], [one.value for one in expected])
             if name == "linearise":
                 return self._linearised(self.program.linearise(*given), expected)
             return self._pulled(self.program.pullback(*given, self.cotangents), expected)
@@ -113,9 +113,9 @@ class _Comparison:
     def _linearised(self, got: tuple[Tensor, Tensor], expected: Sequence[_Block]) -> str:
         values, jacobians = got
         pulled = (self.cotangents[self.blocks].unsqueeze(-2) @ jacobians[self.blocks]).squeeze(-2)
-        return _difference(
-            "what the blocks compute", values[self.blocks], [one.value for one in expected]
-        ) or _difference("their Jacobians", pulled, [one.cotangents[0] for one in expected])
+        return differing("what the blocks compute", values[self.blocks], [one.value for one in expected]) or differing(
+            "their Jacobians", pulled, [one.cotangents[0] for one in expected]
+        )
 
     def _pulled(self, got: Sequence[Tensor], expected: Sequence[_Block]) -> str:
         each = 1 + sum(self.program.differentiable_operands)
@@ -123,9 +123,9 @@ class _Comparison:
             zip(got, zip(*(one.cotangents for one in expected), strict=True), strict=True)
         ):
             if index < each:
-                difference = _difference("their gradients", ours[self.blocks], theirs)
+                difference = differing("their gradients", ours[self.blocks], theirs)
             else:
-                difference = _difference("their gradients", ours, [sum(theirs[1:], theirs[0])], stacked=False)
+                difference = differing("their gradients", ours, [sum(theirs[1:], theirs[0])], stacked=False)
             if difference:
                 return difference
         return ""
@@ -158,7 +158,8 @@ class _Comparison:
         return torch.randn(shape, generator=self.draw, dtype=spec.dtype).to(spec.device)
 
 
-def _difference(what: str, got: Tensor, expected: Sequence[Tensor], stacked: bool = True) -> str:
+def differing(what: str, got: Tensor, expected: Sequence[Tensor], stacked: bool = True) -> str:
+    """How what PyTorch batched differs from what it should be, in words; nothing where it does not."""
     true = torch.stack(list(expected)) if stacked else expected[0]
     if got.shape != true.shape:
         return f"batched by PyTorch, {what} have the shape {list(got.shape)} in place of {list(true.shape)}"

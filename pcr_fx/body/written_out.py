@@ -139,11 +139,56 @@ _RAISING: dict[Any, Callable[..., Any]] = {
     "inverse": inv,
     "cholesky": cholesky,
 }
+# Steps of a recurrent network that are written out; one that takes more in a block has enough to do by itself.
+_FEW_STEPS = 8
+
+
+def _few_steps(cell: Callable[..., Any], whole: Callable[..., Any], states: int) -> Callable[..., Any]:
+    """A recurrent network such as `torch.lstm`, called for a few steps at a time, as its cells.
+
+    Args:
+        cell: one layer's step.
+        whole: the op itself, for all that is more than that.
+        states: how many a layer has.
+    """
+
+    def run(
+        x: Tensor,
+        hx: Any,
+        weights: list[Tensor],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        batch_first: bool,
+    ) -> Any:
+        time, each = int(batch_first), 4 if has_biases else 2
+        usual = x.dim() == 3 and len(weights) == each * num_layers and not (train and dropout)
+        if bidirectional or not usual or x.shape[time] > _FEW_STEPS:
+            return whole(x, hx, weights, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+        given = (hx,) if states == 1 else hx
+        outputs, last = list(x.unbind(time)), []
+        for layer in range(num_layers):
+            state: Any = given[0][layer] if states == 1 else tuple(one[layer] for one in given)
+            for step, taken in enumerate(outputs):
+                state = cell(taken, state, *weights[each * layer : each * (layer + 1)])
+                outputs[step] = state if states == 1 else state[0]
+            last.append((state,) if states == 1 else state)
+        return torch.stack(outputs, time), *(torch.stack(parts) for parts in zip(*last, strict=True))
+
+    return run
+
+
 _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     torch.lstm_cell: lstm_cell,
     torch.gru_cell: gru_cell,
     torch.rnn_tanh_cell: rnn_tanh_cell,
     torch.rnn_relu_cell: rnn_relu_cell,
+    torch.lstm: _few_steps(lstm_cell, torch.lstm, 2),
+    torch.gru: _few_steps(gru_cell, torch.gru, 1),
+    torch.rnn_tanh: _few_steps(rnn_tanh_cell, torch.rnn_tanh, 1),
+    torch.rnn_relu: _few_steps(rnn_relu_cell, torch.rnn_relu, 1),
     F.batch_norm: batch_norm,
     F.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,
     torch._weight_norm: weight_norm,

@@ -29,6 +29,11 @@ _FUSED_RNN_NAMES = frozenset("lstm gru rnn_tanh rnn_relu".split())
 RESHAPING_METHODS = frozenset(
     """as_strided_ resize_ resize_as_ set_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_""".split()
 )
+# Ops that change how all later ops run.
+_BARRIERS = frozenset(
+    """set_grad_enabled enter_autocast exit_autocast enter_inference_mode exit_inference_mode
+    saved_tensors_hooks_enable saved_tensors_hooks_disable""".split()
+)
 # Results of these never share memory with an input.
 _FRESH_NAMES = frozenset(
     """abs add addcdiv addcmul addmm amax amin arange argmax argmin atan baddbmm batch_norm bilinear bmm cat ceil
@@ -180,6 +185,14 @@ def hides_ops(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
+def is_barrier(node: fx.Node) -> bool:
+    """Whether the op changes how all later ops run, or may do anything, as a hook may."""
+    if node.op != "call_function":
+        return False
+    name = op_name(node)
+    return isinstance(node.target, HookOp) or name in _BARRIERS or name.endswith("crement_nesting")
+
+
 def is_idle_dropout(node: fx.Node) -> bool:
     """Dropout that is switched off: its result is its input."""
     if node.op != "call_function" or "dropout" not in op_name(node) or isinstance(node.target, torch._ops.OpOverload):
@@ -241,12 +254,12 @@ def _aliases(node: fx.Node, attributes: dict[Any, list[fx.Node]]) -> set[fx.Node
         aliases.add(alias)
         if alias.op == "get_attr":
             pending += attributes[alias.target]
-        pending += _shared_inputs(alias)
-        pending += [user for user in alias.users if user.op != "output" and alias in _shared_inputs(user)]
+        pending += shared_inputs(alias)
+        pending += [user for user in alias.users if user.op != "output" and alias in shared_inputs(user)]
     return aliases
 
 
-def _shared_inputs(node: fx.Node) -> list[fx.Node]:
+def shared_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs whose memory the result may lie in."""
     if not node.op.startswith("call_") or is_fresh(node):
         return []

@@ -1,7 +1,7 @@
 """Every way to run a chain, a file each, behind one protocol: `Forward` and `Backward`."""
 
 from pcr_fx.ways.case import Case
-from pcr_fx.ways.eager import EAGER, evaluate
+from pcr_fx.ways.eager import EAGER, evaluate, evaluate_whole
 from pcr_fx.ways.fused import Fused
 from pcr_fx.ways.iterative import Iterative
 from pcr_fx.ways.memory import in_units
@@ -30,6 +30,7 @@ __all__ = [
     "by_reduction",
     "candidates",
     "evaluate",
+    "evaluate_whole",
     "fallback",
     "in_units",
 ]

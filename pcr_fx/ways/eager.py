@@ -13,6 +13,40 @@ from pcr_fx.solvers import blocks
 EAGER = "eager"
 
 
+def evaluate_whole(
+    chain: Chain,
+    states: Sequence[Tensor],
+    given: Sequence[tuple[Sequence[Tensor | Sequence[Tensor]], Sequence[Tensor]]],
+    wanted: Collection[int] | None = None,
+) -> dict[int, tuple[Tensor, ...]]:
+    """As `evaluate`, with the outputs behind the states.
+
+    Args:
+        given: per-block and shared operands of the chain, then of its head.
+    """
+    head = chain.head
+    if head is None:
+        return evaluate(chain, states, *given[0], wanted)
+    (operands, shared), (head_operands, head_shared) = given
+    inputs = [
+        list(
+            zip(
+                blocks(every, chain.length),
+                zip(*literals, strict=True) if literals else [()] * chain.length,
+                strict=True,
+            )
+        )
+        for every, literals in ((operands, chain.literals), (head_operands, head.literals))
+    ]
+    found = {}
+    for index, ((block, numbers), (further, more)) in enumerate(zip(*inputs, strict=True)):
+        values = tuple(head.block(*states, *block, *numbers, *shared, *further, *more, *head_shared))
+        states = values[: chain.num_states]
+        if wanted is None or index in wanted:
+            found[index] = values
+    return found
+
+
 def evaluate(
     chain: Chain,
     states: Sequence[Tensor],

@@ -1,0 +1,137 @@
+"""Hand over whole what is collected of a chain: `torch.stack` of its states is one copy of the trajectory, not L of them.
+
+The backward is one cotangent of the trajectory likewise. This works on a rewritten graph, in which solve nodes return the
+states that are read one by one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from pcr_fx.chain import Leaving
+from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
+from pcr_fx.node import SolveNode
+from pcr_fx.operands import collect, stack_operands
+
+# States in a row from which on they are not taken one by one.
+_FEWEST = 4
+# Whether ops that collect tensors join them along a dimension that there is.
+_JOINS = {"stack": False, "cat": True, "concat": True, "concatenate": True}
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """A state that a solve node returns: the call, which of the chain's states, and after which block."""
+
+    call: fx.Node
+    index: int
+    block: int
+
+
+@dataclass(frozen=True)
+class _Row:
+    """States of one chain, `step` blocks apart."""
+
+    taps: tuple[_Tap, ...]
+    step: int
+
+
+def collect_states(graph: fx.Graph, nodes: Mapping[str, SolveNode]) -> None:
+    """Replace collections of states by parts of trajectories, in `graph` and in what `nodes` return.
+
+    Args:
+        graph: what `rewrite_chains` returned.
+        nodes: its solve nodes by name.
+    """
+    calls = [node for node in graph.nodes if node.op == "call_module" and node.target in nodes]
+    taps = {
+        user: _Tap(call, *nodes[str(call.target)].leaving.taps[user.args[1]])  # type: ignore[index]
+        for call in calls
+        for user in call.users
+    }
+    wholes: dict[tuple[fx.Node, int], fx.Node] = {}
+    for node in list(graph.nodes):
+        _collect(node, taps, wholes)
+    for call in calls:
+        index_of = {node: index for (source, index), node in wholes.items() if source is call}
+        if index_of:
+            nodes[str(call.target)].takes(_renumber(call, taps, index_of))
+
+
+def _collect(node: fx.Node, taps: Mapping[fx.Node, _Tap], wholes: dict[tuple[fx.Node, int], fx.Node]) -> None:
+    found = _collection(node)
+    if found is None:
+        return
+    items, dim, joins = found
+    rows = list(_rows(items, taps))
+    if not any(isinstance(row, _Row) for row in rows):
+        return
+    parts = [_cut(row, wholes) if isinstance(row, _Row) else row for row in rows]
+    with node.graph.inserting_before(node):
+        collected = node.graph.call_function(collect, (parts, dim, joins))
+    collected.meta = dict(node.meta)
+    node.replace_all_uses_with(collected)
+    node.graph.erase_node(node)
+
+
+def _collection(node: fx.Node) -> tuple[Sequence[Any], int, bool] | None:
+    """The tensors that an op collects, along which dimension, and whether it joins them."""
+    if node.target is stack_operands:
+        return node.args[0], 0, False  # type: ignore[return-value]
+    joins = _JOINS.get(op_name(node))
+    if node.op != "call_function" or joins is None or not is_pytorchs(node.target) or "out" in node.kwargs:
+        return None
+    items, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
+    known = isinstance(items, (list, tuple)) and type(dim) is int and not set(node.kwargs) - {"tensors", "dim"}
+    return (items, dim, joins) if known else None
+
+
+def _rows(items: Sequence[Any], taps: Mapping[fx.Node, _Tap]) -> Iterator[_Row | fx.Node]:
+    """The items in order, with rows in place of states that are regular."""
+    at = 0
+    while at < len(items):
+        row = _row(items, at, taps)
+        if row is not None and len(row.taps) >= _FEWEST:
+            yield row
+            at += len(row.taps)
+        else:
+            yield items[at]
+            at += 1
+
+
+def _row(items: Sequence[Any], at: int, taps: Mapping[fx.Node, _Tap]) -> _Row | None:
+    """The longest row of states that begins at an item."""
+    first, second = (taps.get(items[index]) if index < len(items) else None for index in (at, at + 1))
+    if first is None or second is None or (second.call, second.index) != (first.call, first.index):
+        return None
+    step, row = second.block - first.block, [first]
+    while at + len(row) < len(items) and step:
+        if taps.get(items[at + len(row)]) != _Tap(first.call, first.index, row[-1].block + step):
+            break
+        row.append(taps[items[at + len(row)]])
+    return _Row(tuple(row), step)
+
+
+def _cut(row: _Row, wholes: dict[tuple[fx.Node, int], fx.Node]) -> tuple[fx.Node, int, int, int]:
+    """A row as a part of a trajectory."""
+    first = row.taps[0]
+    key = first.call, first.index
+    if key not in wholes:
+        with first.call.graph.inserting_after(first.call):
+            wholes[key] = first.call.graph.call_function(operator.getitem, (first.call, len(wholes)))
+    return wholes[key], first.block, len(row.taps), row.step
+
+
+def _renumber(call: fx.Node, taps: Mapping[fx.Node, _Tap], index_of: Mapping[fx.Node, int]) -> Leaving:
+    """Have the users of a solve node read what it is to return, which is what it is told."""
+    singles = [user for user in call.users if user in taps and user.users]
+    for user in [user for user in call.users if user in taps and not user.users]:
+        call.graph.erase_node(user)
+    for position, user in enumerate([*index_of, *singles]):
+        user.args = (call, position)
+    return Leaving(tuple((taps[user].index, taps[user].block) for user in singles), tuple(index_of.values()))

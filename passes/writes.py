@@ -1,0 +1,567 @@
+"""Write ops that write into fresh memory as ordinary ones, which return what it then holds.
+
+A chain is made of ordinary ops, and what a model writes is mostly one in disguise: a result filled step by step is a stack of
+the steps, a state that lives in a buffer is handed from step to step, zeros filled by column are a stack of columns. All
+that reads the memory afterwards, under any name, reads the value that stands for it then.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from pcr_fx.graphs.effects import (
+    RESHAPING_METHODS,
+    is_barrier,
+    is_fresh,
+    is_inplace_variant,
+    is_random,
+    shared_inputs,
+    writes,
+    written_memory,
+)
+from pcr_fx.graphs.nodes import is_pytorchs, op_name
+
+# Copies of a whole memory, or of several of its parts, that may stand in for what was none.
+_MOST_COPIES = 4
+
+_FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ipow: operator.pow,
+    operator.imatmul: operator.matmul,
+}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """`x.select(dim, start)`, or `x.narrow(dim, start, stop - start)`."""
+
+    dim: int
+    start: int
+    stop: int
+    selects: bool
+
+
+# How a view is cut from a memory; () is all of it.
+_Path = tuple[_Step, ...]
+
+
+def write_out(graph: fx.Graph) -> None:
+    """Replace what writes into memory that nobody else sees, where all that touches it is understood."""
+    memory = written_memory(graph)
+    if not memory:
+        return
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    found = [(aliases, _understood(aliases, writers, position)) for aliases, writers in memory]
+    while True:
+        # What is kept in place of a copy may not be written to by ops that stay as they are.
+        stay = set[fx.Node]().union(*(aliases for aliases, touched in found if touched is None))
+        kept = [(a, None if touched is None or touched.holds_any(stay) else touched) for a, touched in found]
+        if kept == found:
+            break
+        found = kept
+    _Rewriting([touched for _, touched in found if touched is not None]).run(graph)
+
+
+# --- what is understood ---------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Touched:
+    """A fresh tensor that is written to: all views of it that are written to or read before that, and its writers."""
+
+    root: fx.Node
+    paths: dict[fx.Node, _Path]
+    writers: list[fx.Node]
+
+    def holds_any(self, nodes: set[fx.Node]) -> bool:
+        """Whether a writer writes any of these values, which is kept instead of being copied."""
+        return any(not nodes.isdisjoint(writer.all_input_nodes) for writer in self.writers)
+
+
+def _understood(aliases: set[fx.Node], writers: list[fx.Node], position: dict[fx.Node, int]) -> _Touched | None:
+    roots = [node for node in aliases if not any(source in aliases for source in shared_inputs(node))]
+    if len(roots) != 1 or not is_fresh(roots[0]) or not isinstance(_value(roots[0]), (torch.Tensor, type(None))):
+        return None
+    first, *_, final = sorted(position[node] for alias in aliases for node in (alias, *alias.users))
+    if any(is_barrier(node) and first < at < final for node, at in position.items()):
+        return None  # what is written without gradients, say, is to be computed there
+    touched = _Touched(roots[0], {roots[0]: ()}, sorted(writers, key=position.__getitem__))
+    written = set(writers)
+    # What may be a view of something, for all that is known: of which parts.
+    vague: dict[fx.Node, list[_Path]] = {}
+    for node in sorted(aliases - {roots[0]}, key=position.__getitem__):
+        if node in written:
+            path = _written_path(node, touched)
+            if path is None:
+                return None
+            touched.paths[node] = path
+        elif _is_view(node) and node.args[0] in touched.paths and (steps := _steps(node)) is not None:
+            touched.paths[node] = touched.paths[node.args[0]] + steps  # type: ignore[index]
+        else:
+            sources = [source for source in node.all_input_nodes if source in aliases]
+            vague[node] = [
+                path
+                for source in sources
+                for path in ([touched.paths[source]] if source in touched.paths else vague[source])
+            ]
+    if any(_is_written_later(node, paths, touched, position) for node, paths in vague.items()):
+        return None
+    return touched if _copies(touched, position) <= _MOST_COPIES else None
+
+
+def _is_written_later(node: fx.Node, paths: Sequence[_Path], touched: _Touched, position: dict[fx.Node, int]) -> bool:
+    """Whether any of these parts, of which `node` may be a view, is written to behind it."""
+    later = itertools.takewhile(lambda writer: position[writer] > position[node], reversed(touched.writers))
+    return any(not _disjoint(path, _part_written(writer, touched)) for writer in later for path in paths)
+
+
+def _part_written(writer: fx.Node, touched: _Touched) -> _Path:
+    return touched.paths[writer] + _steps_written(writer)
+
+
+def _disjoint(a: _Path, b: _Path) -> bool:
+    return bool(a and b) and a[0].dim == b[0].dim and (a[0].stop <= b[0].start or b[0].stop <= a[0].start)
+
+
+def _written_path(node: fx.Node, touched: _Touched) -> _Path | None:
+    """Which part of the memory a writer writes to, if it is known to write all of that."""
+    target = node.args[0] if node.args else None
+    if writes(node) != [target] or target not in touched.paths or is_random(node) or "out" in node.kwargs:
+        return None
+    path = touched.paths[target]  # type: ignore[index]
+    if not _sets(node):
+        return path if _functional(node) is not None else None
+    value = node.args[-1] if len(node.args) > 1 else 0
+    if not isinstance(_value(target), torch.Tensor) or not _can_be_written(value, _value(target)):
+        return None
+    if not _is_setitem(node):
+        return path if len(node.args) <= 2 and not node.kwargs else None
+    if _is_mask(node.args[1]):
+        # More than one number, and it is one for each place that the mask chooses.
+        rest = _value(target).dim() - _value(node.args[1]).dim()
+        return path if not isinstance(value, fx.Node) or _value(value).dim() <= rest else None
+    return path if _steps_of(node.args[1], _value(target)) is not None else None
+
+
+def _is_setitem(node: fx.Node) -> bool:
+    return node.target is operator.setitem or (node.op == "call_method" and node.target == "__setitem__")
+
+
+def _sets(node: fx.Node) -> bool:
+    """Whether an op writes what it is given, and not what it computes from what was there."""
+    return _is_setitem(node) or (node.op == "call_method" and node.target in ("copy_", "fill_", "zero_"))
+
+
+def _can_be_written(value: Any, target: torch.Tensor) -> bool:
+    if isinstance(value, fx.Node):
+        known = _value(value)
+        return isinstance(known, torch.Tensor) and known.device == target.device and _sizes(known) is not None
+    return isinstance(value, (bool, int, float))
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
+
+
+def _sizes(value: torch.Tensor) -> tuple[int, ...] | None:
+    """The shape of a tensor, if a compiler leaves none of it open."""
+    return tuple(value.shape) if all(type(size) is int for size in value.shape) else None
+
+
+def _is_mask(index: Any) -> bool:
+    value = _value(index)
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool
+
+
+def _is_view(node: fx.Node) -> bool:
+    known = node.op == "call_method" or (node.op == "call_function" and is_pytorchs(node.target))
+    return known and op_name(node) in ("getitem", "select", "narrow") and not node.kwargs and len(node.args) > 1
+
+
+def _steps(node: fx.Node) -> _Path | None:
+    """How a view is cut from its input; `None` where that is not known."""
+    whole, *rest = node.args
+    value, where = _value(whole), [*rest]
+    if not isinstance(value, torch.Tensor):
+        return None
+    if op_name(node) == "getitem":
+        return _steps_of(where[0], value)
+    numbers = [number for number in where if type(number) is int]
+    if len(numbers) < len(where) or _sizes(value) is None:
+        return None
+    dim, index, *lengths = numbers
+    dim %= value.dim()
+    start = index + value.shape[dim] if index < 0 else index
+    if op_name(node) == "select" and not lengths:
+        return (_Step(dim, start, start + 1, True),)
+    if op_name(node) == "narrow" and len(lengths) == 1:
+        return (_Step(dim, start, start + lengths[0], False),)
+    return None
+
+
+def _steps_of(index: Any, value: Any) -> _Path | None:
+    """What `x[index]` cuts: integers, and slices without a step."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not isinstance(value, torch.Tensor) or (shape := _sizes(value)) is None:
+        return None
+    if any(item is Ellipsis for item in items):
+        at = next(number for number, item in enumerate(items) if item is Ellipsis)
+        items[at : at + 1] = [slice(None)] * (len(shape) - len(items) + 1)
+    steps, dim, size = [], 0, iter(shape)
+    for item in items:
+        length = next(size, 0)
+        if type(item) is int:
+            start = item + length if item < 0 else item
+            steps.append(_Step(dim, start, start + 1, True))
+            continue
+        if not isinstance(item, slice) or not all(
+            part is None or type(part) is int for part in (item.start, item.stop, item.step)
+        ):
+            return None
+        start, stop, step = item.indices(length)
+        if step != 1 or stop < start:
+            return None
+        if (start, stop) != (0, length):
+            steps.append(_Step(dim, start, stop, False))
+        dim += 1
+    return tuple(steps)
+
+
+# --- what a memory holds --------------------------------------------------------------------------------------------
+
+
+class _Memory:
+    """What a piece of memory holds, as values: one for all of it, and later ones of parts along one dimension.
+
+    Args:
+        value: what it holds at first.
+        shape: the sizes of that.
+        emit: makes values of values.
+    """
+
+    def __init__(self, value: Any, shape: Sequence[int], emit: _Emit) -> None:
+        self.value, self.shape, self.emit = value, list(shape), emit
+        self.dim = 0
+        # By where they start; and whether each is one of the entries along the dimension.
+        self.parts: dict[int, _Part] = {}
+        self.rows_only = True
+
+    def read(self, path: _Path = ()) -> Any:
+        """The value of a part."""
+        if not path:
+            return self._whole()
+        first, rest = path[0], path[1:]
+        if first.dim != self.dim:
+            self._whole()
+        part = self._known(first)
+        if part is not None:
+            return part.held.read(rest)
+        return functools.reduce(self.emit.cut, rest, self._cut(first))
+
+    def write(self, path: _Path, value: Any) -> None:
+        """Have a part hold another value, of the same shape."""
+        if not path:
+            self.value, self.parts = value, {}
+            return
+        first, rest = path[0], path[1:]
+        if first.dim != self.dim:
+            self._whole()
+        part = self._known(first)
+        if part is None:
+            held = _Memory(self._cut(first) if rest else value, _shape_of(self.shape, first), self.emit)
+            part = _Part(first, held)
+            self._make_room(first)
+            self.parts[first.start] = part
+            self.rows_only &= first.selects
+        self.dim = first.dim
+        part.held.write(rest, value)
+
+    def _known(self, step: _Step) -> _Part | None:
+        part = self.parts.get(step.start)
+        return part if part is not None and part.step == step else None
+
+    def _touched(self, step: _Step) -> list[_Part]:
+        """The parts that `step` has something of, in order."""
+        if self.rows_only and step.stop - step.start <= len(self.parts):
+            return [self.parts[start] for start in range(step.start, step.stop) if start in self.parts]
+        touched = (part for part in self.parts.values() if part.step.start < step.stop and step.start < part.step.stop)
+        return sorted(touched, key=lambda part: part.step.start)
+
+    def _make_room(self, step: _Step) -> None:
+        touched = self._touched(step)
+        if all(step.start <= part.step.start and part.step.stop <= step.stop for part in touched):
+            for part in touched:
+                del self.parts[part.step.start]
+        else:
+            self._whole()
+
+    def _cut(self, step: _Step) -> Any:
+        """What `step` cuts, along the dimension of the parts if there are any."""
+        touched = self._touched(step)
+        if not touched:
+            return self.emit.cut(self.value, step)
+        if len(touched) == step.stop - step.start and all(part.step.selects for part in touched):
+            rows = self.emit.stack([part.held.read() for part in touched], self.dim)
+            return self.emit.cut(rows, _Step(step.dim, 0, 1, True)) if step.selects else rows
+        only = touched[0].step
+        if len(touched) == 1 and not only.selects and only.start <= step.start and step.stop <= only.stop:
+            first = step.start - only.start
+            return touched[0].held.read((_Step(step.dim, first, first + step.stop - step.start, step.selects),))
+        return self.emit.cut(self._whole(), step)
+
+    def _whole(self) -> Any:
+        if self.parts:
+            self.value = self.emit.join(
+                self.value, self.shape, self._touched(_Step(self.dim, 0, self.shape[self.dim], False))
+            )
+            self.parts = {}
+        return self.value
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What was written to a part of a memory."""
+
+    step: _Step
+    held: _Memory
+
+
+def _shape_of(shape: Sequence[int], step: _Step) -> list[int]:
+    middle = [] if step.selects else [step.stop - step.start]
+    return [*shape[: step.dim], *middle, *shape[step.dim + 1 :]]
+
+
+class _Emit:
+    """Makes no values, and counts what would be copied."""
+
+    def __init__(self) -> None:
+        self.copies = 0
+
+    def cut(self, whole: Any, step: _Step) -> Any:
+        return whole
+
+    def stack(self, values: Sequence[Any], dim: int) -> Any:
+        self.copies += len(values) > 1
+
+    def join(self, whole: Any, shape: Sequence[int], parts: Sequence[_Part]) -> Any:
+        """All of a memory, of parts that lie along one dimension, in order."""
+        self.copies += 1
+
+
+class _EmitNodes(_Emit):
+    """Makes nodes, in front of one of the graph."""
+
+    def __init__(self, before: fx.Node) -> None:
+        super().__init__()
+        self.before = before
+
+    def call(self, target: str | Callable[..., Any], *args: Any) -> fx.Node:
+        """A call of a method by its name, or of a function."""
+        graph, op = self.before.graph, "call_method" if isinstance(target, str) else "call_function"
+        with graph.inserting_before(self.before):
+            node = graph.create_node(op, target, args)
+        run = getattr(torch.Tensor, target) if isinstance(target, str) else target
+        with torch.no_grad():
+            node.meta = {**self.before.meta, "example_value": run(*fx.node.map_arg(args, _value))}
+        return node
+
+    def cut(self, whole: Any, step: _Step) -> Any:
+        if step.selects:
+            return self.call(torch.select, whole, step.dim, step.start)
+        return self.call(torch.narrow, whole, step.dim, step.start, step.stop - step.start)
+
+    def stack(self, values: Sequence[Any], dim: int) -> Any:
+        return self.call(torch.stack, list(values), dim)
+
+    def join(self, whole: Any, shape: Sequence[int], parts: Sequence[_Part]) -> Any:
+        """Rows next to each other are stacked, and what no part covers is cut from `whole`."""
+        dim, at, pieces = parts[0].step.dim, 0, list[Any]()
+        rows: list[Any] = []
+        for part in [*parts, None]:
+            start = part.step.start if part is not None else shape[dim]
+            if rows and (part is None or at < start or not part.step.selects):
+                pieces.append(self.stack(rows, dim))
+                rows = []
+            if at < start:
+                pieces.append(self.cut(whole, _Step(dim, at, start, False)))
+            if part is not None:
+                (rows if part.step.selects else pieces).append(part.held.read())
+                at = part.step.stop
+        return pieces[0] if len(pieces) == 1 else self.call(torch.cat, pieces, dim)
+
+
+# --- what becomes of it ---------------------------------------------------------------------------------------------
+
+
+def _copies(touched: _Touched, position: dict[fx.Node, int]) -> int:
+    """How often more than one part of a memory would be copied at once."""
+    root = _value(touched.root)
+    shape = _sizes(root) if isinstance(root, torch.Tensor) else ()
+    if shape is None:
+        return _MOST_COPIES + 1
+    emit = _Emit()
+    memory = _Memory(None, shape, emit)
+    readers = {user for node in touched.paths for user in node.users if user not in touched.paths}
+    for node in sorted({*readers, *touched.writers}, key=position.__getitem__):
+        for source in _read_by(node, touched.paths):
+            memory.read(touched.paths[source])
+        if node in touched.writers:
+            memory.write(_part_written(node, touched), None)
+    return emit.copies
+
+
+def _read_by(node: fx.Node, paths: Container[fx.Node]) -> list[fx.Node]:
+    """The views that an op reads: a writer that sets what it is given does not read what it writes to."""
+    overwrites = _sets(node) and not (_is_setitem(node) and _is_mask(node.args[1]))
+    return [
+        source for source in node.all_input_nodes if source in paths and not (overwrites and source is node.args[0])
+    ]
+
+
+def _steps_written(writer: fx.Node) -> _Path:
+    """What a writer writes of its first argument."""
+    if not _is_setitem(writer) or _is_mask(writer.args[1]):
+        return ()
+    return _steps_of(writer.args[1], _value(writer.args[0])) or ()
+
+
+class _Rewriting:
+    """Goes through a graph, and keeps what each memory holds."""
+
+    def __init__(self, touched: Sequence[_Touched]) -> None:
+        self.of_root = {each.root: each for each in touched}
+        self.of = {node: each for each in touched for node in each.paths}
+        self.writers = {writer for each in touched for writer in each.writers}
+        self.memories: dict[_Touched, _Memory] = {}
+        self.emit: dict[_Touched, _EmitNodes] = {}
+        # Views as they were when they were last read: how many writes there had been, and the value.
+        self.seen: dict[tuple[_Touched, _Path], tuple[int, fx.Node]] = {}
+        self.count: Counter[_Touched] = Counter()
+
+    def run(self, graph: fx.Graph) -> None:
+        for node in list(graph.nodes):
+            if node in self.of_root:
+                self._read_inputs(node)  # of other memory
+                value = _value(node)
+                shape = value.shape if isinstance(value, torch.Tensor) else ()
+                emit = self.emit[self.of_root[node]] = _EmitNodes(node)
+                self.memories[self.of_root[node]] = _Memory(node, shape, emit)
+            if node in self.writers:
+                self._write(node)
+            elif node not in self.of:
+                self._read_inputs(node)
+            elif not self.count[self.of[node]]:
+                self.seen[self.of[node], self.of[node].paths[node]] = 0, node
+        for node in reversed(list(graph.nodes)):
+            if node in self.of and not node.users:
+                graph.erase_node(node)
+
+    def _read_inputs(self, node: fx.Node) -> None:
+        for source in _read_by(node, self.of):
+            node.replace_input_with(source, self._read(source))
+
+    def _read(self, view: fx.Node) -> fx.Node:
+        touched = self.of[view]
+        key, count = (touched, touched.paths[view]), self.count[touched]
+        if key not in self.seen or self.seen[key][0] != count:
+            self.seen[key] = count, self.memories[touched].read(touched.paths[view])
+        return self.seen[key][1]
+
+    def _write(self, writer: fx.Node) -> None:
+        touched, path = self.of[writer], _part_written(writer, self.of[writer])
+        self._read_inputs(writer)
+        emit = self.emit[touched]
+        emit.before = writer
+        if not _sets(writer):
+            value = _make_functional(writer)
+        elif _is_setitem(writer) and _is_mask(writer.args[1]):
+            value = _masked(emit, *writer.args)
+        else:
+            value = self._fitted(writer.args[-1] if len(writer.args) > 1 else 0, touched, path, emit)
+        # Behind what was written, and not where it is read: that may be within the first block of many.
+        emit.before = writer.next if _sets(writer) else value.next
+        self.memories[touched].write(path, value)
+        self.count[touched] += 1
+
+    def _fitted(self, value: Any, touched: _Touched, path: _Path, emit: _EmitNodes) -> fx.Node:
+        """A value as the part of a memory that it is written to."""
+        memory = self.memories[touched]
+        if not isinstance(value, fx.Node):
+            return emit.call(torch.full_like, memory.read(path), value)
+        root: torch.Tensor = _value(touched.root)
+        shape = functools.reduce(_shape_of, path, list(root.shape))
+        while _value(value).dim() > len(shape):
+            value = emit.cut(value, _Step(0, 0, 1, True))
+        if list(_value(value).shape) != shape:
+            value = emit.call("expand_as", value, memory.read(path))
+        if _value(value).dtype != root.dtype:
+            value = emit.call("to", value, root.dtype)
+        # All of a memory is not to be another tensor under a second name.
+        return value if path or is_fresh(value) else emit.call("clone", value)
+
+
+def _masked(emit: _EmitNodes, current: Any, mask: Any, value: Any) -> fx.Node:
+    """What a tensor holds after `current[mask] = value`."""
+    for _ in range(_value(current).dim() - _value(mask).dim()):
+        mask = emit.call("unsqueeze", mask, -1)
+    if not isinstance(value, fx.Node):
+        return emit.call("masked_fill", current, mask, value)
+    if _value(value).dtype != _value(current).dtype:
+        value = emit.call("to", value, _value(current).dtype)
+    return emit.call(torch.where, mask, value, current)
+
+
+# --- ops that compute what they write --------------------------------------------------------------------------------
+
+
+def _functional(node: fx.Node) -> Any:
+    """The op that returns what an op in place would write; `None` where none is known."""
+    if node.target in _FUNCTIONAL_OPERATORS:
+        return _FUNCTIONAL_OPERATORS[node.target]
+    if node.op == "call_function" and is_inplace_variant(node):
+        return node.target
+    name = op_name(node).removesuffix("_")
+    if node.op == "call_method":
+        known = op_name(node) not in RESHAPING_METHODS and callable(getattr(torch.Tensor, name, None))
+        return name if known and op_name(node).endswith("_") else None
+    return getattr(torch, name, None) if getattr(torch, f"{name}_", None) is node.target else None
+
+
+def _make_functional(node: fx.Node) -> fx.Node:
+    """Have an op in place return what it would write; what that is in the end."""
+    written, target = node.args[0], _functional(node)
+    if target is node.target:
+        _switch_off_inplace(node)
+        return node
+    node.target = target
+    if all(_dtype(value) is not None and _dtype(value) == _dtype(written) for value in node.all_input_nodes):
+        return node
+    # It keeps the dtype of what it writes to, where an ordinary one would promote it.
+    with node.graph.inserting_after(node):
+        kept = node.graph.call_method("type_as", (node, written))
+    kept.meta = dict(node.meta)
+    return kept
+
+
+def _switch_off_inplace(node: fx.Node) -> None:
+    if "inplace" in node.kwargs:
+        node.kwargs = {**node.kwargs, "inplace": False}
+    else:
+        # Given by position, `inplace` is the last argument of all these functions.
+        node.args = (*node.args[:-1], False)
+
+
+def _dtype(node: Any) -> torch.dtype | None:
+    return getattr(_value(node), "dtype", None)
