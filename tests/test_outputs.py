@@ -256,35 +256,6 @@ def test_an_output_that_nobody_differentiates_costs_no_adjoint(monkeypatch: pyte
     assert program is not None and outputs.requires_grad
 
 
-def test_custom_gradients_are_kept() -> None:
-    class Fired(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(x: Tensor) -> Tensor:
-            return (x > 0).to(x.dtype)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            ctx.save_for_backward(*inputs)
-
-        @staticmethod
-        def backward(ctx: Any, cotangent: Tensor) -> Tensor:  # type: ignore[override]
-            return cotangent / (1 + ctx.saved_tensors[0].abs()) ** 2
-
-    def step(m: Any, h: Tensor, x: Tensor) -> tuple[Tensor, Any]:
-        new = 0.9 * h + x @ m.weight
-        return new, Fired.apply(new - 0.5)
-
-    model, given = Loop(step), inputs()
-    try:
-        fast = pcr_fx.transform(model, given, SEQUENTIAL)
-    except pcr_fx.CaptureError:
-        pytest.skip("such functions are not read yet")
-    for ours, theirs in zip(results(fast, model, given), results(model, model, given), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
 def test_a_later_block_that_waits_for_an_output_is_still_right() -> None:
     """What is computed of an output on the way decides what a later block is given."""
 
