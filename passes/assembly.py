@@ -287,10 +287,16 @@ class _Assembly:
             *((block, node) for column in self.inputs.operands for block, node in enumerate(column)),
             *((block, node) for column in self.head_inputs.operands for block, node in enumerate(column)),
         ):
-            writer = self.sequence.written.get(node)
+            # What is filled once before the blocks, or changed behind them, keeps its place.
+            writer = next(filter(self._is_among_blocks, self.sequence.writers.get(node, ())), None)
             if writer is not None:
                 words = f"mutation: {describe_node(writer)} writes to {node.name}, which the blocks read"
                 raise Broken(block, words, writer)
+
+    def _is_among_blocks(self, node: fx.Node) -> bool:
+        """Whether an op stands between the first and the last of the blocks."""
+        first = self.blocks.start
+        return first <= self.sequence.position[node] < first + self.length * self.blocks.period
 
     # --- the body ---------------------------------------------------------------------------------------------------
 

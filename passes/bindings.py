@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcr_fx.graphs.effects import is_random, written_nodes
+from pcr_fx.graphs.effects import is_random, written_memory
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.describe import describe_source, module_range
 from pcr_fx.passes.kinds import Kinds, flatten_arguments
@@ -69,7 +69,10 @@ class OpSequence:
         # Constants first: the zeros that only the first step of a recurrence makes would set it apart from the others.
         self.ops = [*filter(self._is_constant, ops), *(node for node in ops if not self._is_constant(node))]
         self.position = {node: index for index, node in enumerate(self.ops)}
-        self.written = written_nodes(graph)
+        memory = written_memory(graph)
+        # By node: the ops that write to its memory, and the first of them.
+        self.writers = {alias: writers for aliases, writers in memory for alias in aliases}
+        self.written = {alias: writers[0] for alias, writers in self.writers.items()}
         self.kinds = Kinds(self.value)
         self._leaves: dict[fx.Node, list[Any]] = {}
 

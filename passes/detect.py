@@ -17,10 +17,11 @@ import torch
 from torch import fx
 
 from pcr_fx.chain import NearMiss
+from pcr_fx.graphs.effects import writes
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.assembly import FoundChain, assemble_chain
-from pcr_fx.passes.bindings import Blocks, Broken, Carried, NotCarried, OpSequence
-from pcr_fx.passes.describe import common_modules, describe_source, module_path, module_range
+from pcr_fx.passes.bindings import Blocks, Broken, Carried, NotCarried, OpSequence, names_of
+from pcr_fx.passes.describe import common_modules, describe_node, describe_source, module_path, module_range
 from pcr_fx.passes.isomorphism import Isomorphism
 from pcr_fx.passes.kinds import target_of
 from pcr_fx.passes.periods import Run, find_runs
@@ -198,13 +199,29 @@ class _Detector:
             reason = f"too short: {length} blocks, min_length={self.min_length}"
             differs = broken.reason if broken is not None else self._odd_behind(blocks, length)
             reason += f"; the next block differs: {differs}" if differs else ""
-        elif blocks.count < self.min_length or isinstance(broken, NotCarried):
-            # A few alike ops that do not feed each other are no near miss of anything.
+        elif blocks.count < self.min_length:
             return
+        elif isinstance(broken, NotCarried):
+            # Alike ops that do not feed each other are no near miss of anything, unless they do so unseen.
+            reason = self._handed_on_in_memory(blocks)
+            if not reason:
+                return
         else:
             reason = broken.reason
         modules = blocks.modules(0, length if length >= 2 else blocks.count)
         self.misses[start, stop] = NearMiss(modules, reason, blocks.count, blocks.source())
+
+    def _handed_on_in_memory(self, blocks: Blocks) -> str:
+        """That each block reads what the one before wrote somewhere, in words, with advice; nothing where it does not."""
+        ops = blocks.ops(1, 2)
+        writer = next(filter(writes, ops), None)
+        reads = any(source in self.sequence.written for op in ops if not writes(op) for source in op.all_input_nodes)
+        if writer is None or not reads:
+            return ""
+        return (
+            f"mutation: {describe_node(writer)} writes to {names_of(writes(writer))}, by which the blocks hand on their state; "
+            "keep the state in a variable of its own, and stack what is to be returned behind the loop"
+        )
 
     def _remaining_misses(self) -> Iterator[NearMiss]:
         """The near misses of which no chain has come after all."""

@@ -397,3 +397,36 @@ def test_a_run_is_found_among_many_that_are_accidents() -> None:
     assert any(run.start <= 20_000 and run.stop >= 20_000 + 9 * 37 for run in runs)
     # Each candidate costs a pass over the sequence: they must stay few, whatever its length.
     assert len(_candidate_periods(np.array(sequence), 8)) < 200
+
+
+def test_a_state_that_lives_in_an_input_is_named_with_advice() -> None:
+    class Written(nn.Module):
+        def forward(self, out: Tensor) -> Tensor:
+            for t in range(20):
+                out[:, t + 1] = out[:, t] + 0.1 * (0.5 - out[:, t])
+            return out
+
+    model, x = Written(), torch.rand(3, 21, dtype=torch.float64)
+    fast = pcr_fx.transform(model, x, NEWTON)
+    assert not fast.report.chains
+    (miss,) = fast.report.rejected
+    assert miss.length == 20 and "writes to out" in miss.reason and "variable of its own" in miss.reason
+
+
+def test_what_is_written_once_before_the_blocks_or_behind_them() -> None:
+    class Filled(nn.Module):
+        def forward(self, x: Tensor, source: Tensor) -> Tensor:
+            source[0] = 0.5
+            for _ in range(12):
+                x = torch.tanh(x * 0.3 + source)
+            source.mul_(2)
+            return x + source
+
+    model, x = Filled(), torch.randn(4, dtype=torch.float64)
+    fast = pcr_fx.transform(model, (x, x), NEWTON)
+    (entry,) = fast.report.chains
+    assert entry.chain.length == 12
+    given = [torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)]
+    results = [run(x, source) for run, source in zip((fast, model), given, strict=True)]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*given)
