@@ -99,7 +99,7 @@ class ModelTracer(fx.Tracer):
         self.module_stack = _ModuleStack()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self):
+        with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self), _custom_functions_refused():
             graph = super().trace(root, concrete_args)
             self._check_stored()
             self.read.refuse_changes(ADVICE)
@@ -501,6 +501,25 @@ def _undisturbed(model: nn.Module, read: Reading) -> Iterator[None]:
             module.__dict__.update(state)
         for now, then in [*buffers, *read.copies]:
             put_back(now, then)
+
+
+@contextmanager
+def _custom_functions_refused() -> Iterator[None]:
+    """Have functions with derivatives of their own refuse stand-ins, which PyTorch would take for tensors and read."""
+    function = torch.autograd.Function
+    apply = function.__dict__["apply"]
+
+    def refuse(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            line = _user_line(sys._getframe(1))
+            raise CaptureError(f"{cls.__name__}{_at(line)} has derivatives of its own, which are not read; {ADVICE}")
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    function.apply = classmethod(refuse)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        function.apply = apply  # type: ignore[method-assign]
 
 
 def _at(line: str) -> str:

@@ -131,6 +131,24 @@ def test_train_and_eval_are_followed() -> None:
     assert [chain.chain.length for chain in fast.report.chains] == [12]
 
 
+def test_functions_with_derivatives_of_their_own_are_refused_by_name() -> None:
+    class Spike(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return (x > 0).to(x.dtype)
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(8):
+                x = x + Spike.apply(x)
+            return x
+
+    apply = torch.autograd.Function.__dict__["apply"]
+    with pytest.raises(pcr_fx.CaptureError, match=r"Spike at .* has derivatives of its own"):
+        pcr_fx.transform(Net(), torch.ones(2, 3))
+    assert torch.autograd.Function.__dict__["apply"] is apply
+
+
 @pytest.mark.parametrize(
     "blocks_and_reason",
     [
