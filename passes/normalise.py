@@ -29,6 +29,8 @@ _VIEW_NAMES = frozenset(
     """chunk detach expand expand_as getitem narrow permute reshape select split squeeze t transpose unbind unsqueeze var_mean view
     view_as""".split()
 )
+# How often a value is computed again at the least that is worth to be computed once.
+_OFTEN = 4
 _CELL_NAMES = frozenset("lstm_cell lstm gru rnn_tanh rnn_relu".split())
 
 
@@ -120,25 +122,32 @@ def _compute_once(graph: fx.Graph) -> None:
     written = written_nodes(graph)
     fixed = {node for node in graph.nodes if node.op in ("placeholder", "get_attr") and node not in written}
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    first: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
+    # By what they compute, and for each node the first that does.
+    alike: dict[Any, list[fx.Node]] = {}
+    first: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
         sources = node.all_input_nodes
         if not sources or not fixed.issuperset(sources) or node in written or not _only_computes(node):
             continue
         if any(user.op == "output" for user in node.users):
             continue  # what is returned twice is two tensors
-        fixed.add(node)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: first.get(one, one))
         try:
-            known = first.setdefault((node.op, node.target, _hashable(node.args), _hashable(node.kwargs)), node)
+            same = alike.setdefault((node.op, node.target, _hashable(args), _hashable(kwargs)), [])
         except TypeError:
             continue
-        if known is not node:
-            # Before the loop, so that its first step is like all others.
-            at = max(known.all_input_nodes)
-            (inputs[-1] if at.op == "placeholder" else at).append(known)
+        fixed.add(node)
+        same.append(node)
+        first[node] = same[0]
+    for known, *others in alike.values():
+        if len(others) < _OFTEN:
+            continue
+        # Before the loop, so that its first step is like all others.
+        at = max(known.all_input_nodes)
+        (inputs[-1] if at.op == "placeholder" else at).append(known)
+        for node in others:
             node.replace_all_uses_with(known)
             graph.erase_node(node)
-            fixed.discard(node)
 
 
 def _hashable(value: Any) -> Any:
