@@ -149,7 +149,13 @@ class Entrants:
 
         series = {(way.name, direction): self._series(NODE_SECONDS[direction])}
         is_shared = way.is_shared(self.case, direction)
-        entrant = Entrant(timed, series, is_shared, is_alone=bool(way.kind) and not way.iterates and not is_shared)
+        entrant = Entrant(
+            timed,
+            series,
+            is_shared,
+            is_alone=bool(way.kind) and not way.iterates and not is_shared,
+            adds_nothing=way.adds_nothing,
+        )
         if not scales:
             entrant.take(length)
         return entrant

@@ -130,6 +130,7 @@ class _Measurement:
             self._enter(STACKING, "forward", self.make.stacking)
         self._enter_all(ways, lambda way: way.iterates)
         self._sift()
+        self._spare_what_adds_nothing()
         self._grow()
         compete(self.entrants, _prize, self.ends, self._bar)
         timings = (*self._results(), *self.timings)
@@ -234,6 +235,17 @@ class _Measurement:
                     if not entrant.is_out and time.perf_counter() + entrant.expected(size) <= ends:
                         entrant.take(size)
         drop_hopeless(self.entrants, _prize, self._bar())
+
+    def _spare_what_adds_nothing(self) -> None:
+        """Where only what does as the model's own ops do is left beside these, nothing hangs on which of them is faster."""
+        others = [
+            e
+            for e in self.entrants
+            if not e.is_out and any(map(_prize, e.series)) and not e.series.keys() & self._eagers
+        ]
+        if self.with_eager and all(entrant.adds_nothing for entrant in others):
+            for entrant in others:
+                entrant.is_out = True
 
     def _bar(self) -> float:
         """Seconds beyond which no way of one direction can win, whatever disturbed it: twice what eager takes in all."""

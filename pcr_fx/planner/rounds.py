@@ -106,6 +106,7 @@ class Entrant:
         series: of each thing, by its name.
         is_shared: whether threads share the work, so that a busy machine may slow it down a hundredfold.
         is_alone: whether it does by one thread what threads might share.
+        adds_nothing: whether it does what the model's own ops do.
         is_out: whether it cannot win.
     """
 
@@ -113,6 +114,7 @@ class Entrant:
     series: dict[Any, Series]
     is_shared: bool = False
     is_alone: bool = False
+    adds_nothing: bool = False
     is_out: bool = False
     _calls: dict[int, Callable[[], dict[Any, float]]] = field(default_factory=dict)
 
