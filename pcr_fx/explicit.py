@@ -6,10 +6,11 @@ import contextlib
 import functools
 import inspect
 import operator
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def transform(
         raise UnsupportedError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(pack_parameters, bool):
         raise UnsupportedError(f"pack_parameters must be True or False, got {pack_parameters!r}")
-    return TransformedModule(model, example_inputs, Options.of(options), pack_parameters)
+    return _class_for(type(model))(model, example_inputs, Options.of(options), pack_parameters)
 
 
 class TransformedModule(nn.Module):
@@ -85,8 +86,6 @@ class TransformedModule(nn.Module):
         if pack_parameters:
             self._pack(variant)
 
-    # A compiler has nothing left to do here; to compile what is around the chains, compile the model itself.
-    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = self._bind(args, kwargs)
         for variant in self._pcr_variants:
@@ -103,6 +102,9 @@ class TransformedModule(nn.Module):
         if not kwargs and len(args) == len(self._pcr_places):
             return dict(zip(self._pcr_places, args, strict=True))
         return bind_to(self._pcr_signature, self._pcr_class.__name__, args, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _remake, (self._pcr_class,), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy traces itself when it is first called: graphs refer to modules, native code and memory of their own.
@@ -189,8 +191,30 @@ class TransformedModule(nn.Module):
         model.__dict__ = self.__dict__
         return model
 
-    def _get_name(self) -> str:
-        return f"Transformed{self._pcr_class.__name__}"
+
+# By the class of the model.
+_classes: weakref.WeakKeyDictionary[type, type[TransformedModule]] = weakref.WeakKeyDictionary()
+
+
+def _class_for(kind: type[nn.Module]) -> type[TransformedModule]:
+    """`TransformedModule` as it is called, documented and found for a class of models: trainers and exporters look at that."""
+    if kind not in _classes:
+        plain, model = TransformedModule.forward, kind.forward
+        forward = FunctionType(plain.__code__, plain.__globals__, "forward", plain.__defaults__, plain.__closure__)
+        forward.__kwdefaults__ = plain.__kwdefaults__
+        forward.__doc__, forward.__module__ = model.__doc__, getattr(model, "__module__", kind.__module__)
+        with contextlib.suppress(TypeError, ValueError):  # it has none
+            forward.__signature__ = inspect.signature(model)  # type: ignore[attr-defined]
+        # A compiler has nothing left to do here; to compile what is around the chains, compile the model itself.
+        described = {"__doc__": kind.__doc__, "__module__": kind.__module__, "forward": torch.compiler.disable(forward)}
+        _classes[kind] = type(f"Transformed{kind.__name__}", (TransformedModule,), described)
+    return _classes[kind]
+
+
+def _remake(kind: type[nn.Module]) -> TransformedModule:
+    """One that is to be given its state."""
+    made = _class_for(kind)
+    return made.__new__(made)
 
 
 @dataclass(frozen=True, eq=False)

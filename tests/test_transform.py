@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import pickle
 import subprocess
 import sys
@@ -411,3 +412,20 @@ def test_the_graphs_kept_are_those_used_last(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(fast(x, factor), model(x, factor))
     assert len(fast._pcr_variants) == 2
     assert fast._pcr_variants[1] is first
+
+
+class Documented(ResidualNet):
+    """A documented model."""
+
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        """Scales."""
+        return super().forward(x) * scale
+
+
+def test_it_is_called_and_documented_as_its_model() -> None:
+    fast = pcr_fx.transform(Documented(9), torch.randn(2, 3), NEWTON)
+    for each in (fast, copy.deepcopy(fast)):
+        assert inspect.signature(each.forward) == inspect.signature(Documented(9).forward)
+        assert (each.forward.__doc__, type(each).__doc__) == ("Scales.", "A documented model.")
+        assert type(each).__module__ == __name__ and type(each).__name__ == "TransformedDocumented"
+        assert type(each) is type(fast) and isinstance(each, explicit.TransformedModule)
