@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import logging
 import operator
@@ -31,6 +32,7 @@ from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.attributes import attribute
 from pcr_fx.graphs.effects import draws_by_shape, is_random_name
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
+from pcr_fx.locks import fork_safe_lock
 from pcr_fx.passes.contents import put_back
 from pcr_fx.passes.facts import CONSTANT, Reading
 from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, Sizes
@@ -99,7 +101,7 @@ class ModelTracer(fx.Tracer):
         self.module_stack = _ModuleStack()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self), _custom_functions_refused():
+        with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self), _lenient():
             graph = super().trace(root, concrete_args)
             self._check_stored()
             self.read.refuse_changes(ADVICE)
@@ -202,6 +204,7 @@ class ModelTracer(fx.Tracer):
         self.questions.every_size |= draws_by_shape(proxy.node)
         proxy.node.meta["stack_trace"] = line
         if self.values is None:
+            proxy.node.meta["may_be_number"] = _may_be_number(proxy.node)
             return proxy
         with self.read.listening(False):
             value = proxy.node.meta["example_value"] = self.values.evaluate(proxy.node)
@@ -328,22 +331,14 @@ def _is_shape(value: Any) -> bool:
 
 
 class _Proxy(fx.Proxy):
-    """A proxy that is taken for a tensor by who asks, and records writes as what they are."""
+    """A proxy that is taken for a tensor by who asks (`_lenient`), and records writes as what they are."""
 
     _is_param = _is_buffer = False
 
-    @property
-    def __class__(self) -> Any:
-        node = self.node
-        value = node.meta.get("example_value", Tensor)
-        is_tensor = isinstance(value, Tensor) or (
-            value is Tensor and (node.target is not getattr or node.args[1] in _TENSOR_PROPERTIES)
-        )
-        return Tensor if is_tensor else type(self)
-
-    @__class__.setter
-    def __class__(self, kind: type) -> None:
-        raise TypeError(f"a stand-in for a tensor cannot become a {kind.__name__}")
+    def stands_for_tensor(self) -> bool:
+        """Whether the model may take it for a tensor; without example inputs that is not known of what it asks of shapes."""
+        value = self.node.meta.get("example_value", Tensor)
+        return isinstance(value, Tensor) or (value is Tensor and not self.node.meta.get("may_be_number"))
 
     def __getattr__(self, name: str) -> Any:
         attribute = super().__getattr__(name)
@@ -503,23 +498,54 @@ def _undisturbed(model: nn.Module, read: Reading) -> Iterator[None]:
             put_back(now, then)
 
 
+def _may_be_number(node: fx.Node) -> bool:
+    """Whether a value of an unknown kind comes of a property that is no tensor, by way of Python's own operators."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel", "item", "stride", "nelement", "ndimension", "__len__")
+    if node.target is getattr:
+        return node.args[1] not in _TENSOR_PROPERTIES
+    is_operator = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
+    return is_operator and any(given.meta.get("may_be_number") for given in node.all_input_nodes)
+
+
+_isinstance = isinstance
+_apply = torch.autograd.Function.__dict__["apply"]
+_lenient_traces = 0
+_lenient_lock = fork_safe_lock()
+
+
 @contextmanager
-def _custom_functions_refused() -> Iterator[None]:
-    """Have functions with derivatives of their own refuse stand-ins, which PyTorch would take for tensors and read."""
-    function = torch.autograd.Function
-    apply = function.__dict__["apply"]
+def _lenient() -> Iterator[None]:
+    """Have Python take stand-ins for tensors, and functions with derivatives of their own refuse them.
 
-    def refuse(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-            line = _user_line(sys._getframe(1))
-            raise CaptureError(f"{cls.__name__}{_at(line)} has derivatives of its own, which are not read; {ADVICE}")
-        return apply.__get__(None, cls)(*args, **kwargs)
-
-    function.apply = classmethod(refuse)  # type: ignore[method-assign, assignment]
+    PyTorch itself must not take them for tensors: it would read memory that they do not have.
+    """
+    global _lenient_traces
+    with _lenient_lock:
+        _lenient_traces += 1
+        builtins.isinstance = _is_or_stands_for
+        torch.autograd.Function.apply = classmethod(_refuse_stand_ins)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        function.apply = apply  # type: ignore[method-assign]
+        with _lenient_lock:
+            _lenient_traces -= 1
+            if not _lenient_traces:
+                builtins.isinstance = _isinstance
+                torch.autograd.Function.apply = _apply  # type: ignore[method-assign]
+
+
+def _is_or_stands_for(value: Any, kinds: Any) -> bool:
+    if _isinstance(value, kinds):
+        return True
+    return type(value) in (_Proxy, _KnownProxy) and value.stands_for_tensor() and issubclass(Tensor, kinds)
+
+
+def _refuse_stand_ins(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+        line = _user_line(sys._getframe(1))
+        raise CaptureError(f"{cls.__name__}{_at(line)} has derivatives of its own, which are not read; {ADVICE}")
+    return _apply.__get__(None, cls)(*args, **kwargs)
 
 
 def _at(line: str) -> str:
