@@ -429,3 +429,38 @@ def test_it_is_called_and_documented_as_its_model() -> None:
         assert (each.forward.__doc__, type(each).__doc__) == ("Scales.", "A documented model.")
         assert type(each).__module__ == __name__ and type(each).__name__ == "TransformedDocumented"
         assert type(each) is type(fast) and isinstance(each, explicit.TransformedModule)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x, number: torch.where(x > 0, x, 0.0),
+        lambda x, number: torch.where(x > 0, 0.0, x),
+        lambda x, number: x * torch.full_like(x, number),
+        lambda x, number: torch.clamp(x, number, 1.0),
+        lambda x, number: torch.addcmul(x, x, x, value=number),
+        lambda x, number: torch.add(x, x, alpha=number),
+    ],
+    ids=["where a number", "where not a number", "full_like", "clamp", "addcmul", "alpha"],
+)
+@pytest.mark.parametrize("is_known", [True, False], ids=["with inputs", "without"])
+def test_where_a_number_is_looked_for_a_stand_in_is_no_tensor(op: Callable[..., Tensor], is_known: bool) -> None:
+    """PyTorch would read the memory of a tensor that is none."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.number = nn.Parameter(torch.tensor(0.5), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert isinstance(x, Tensor) and torch.is_tensor(x)
+            for _ in range(8):
+                x = op(x, self.number)
+            return x
+
+    x = torch.randn(2, 3)
+    try:
+        fast = pcr_fx.transform(Net(), *([x] if is_known else []))
+    except pcr_fx.CaptureError:
+        return
+    torch.testing.assert_close(fast(x), Net()(x))
