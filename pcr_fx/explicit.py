@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.graphs.attributes import holder_of
@@ -314,12 +315,22 @@ def _copy_structure(model: nn.Module) -> nn.Module:
     """The module tree anew, with the same parameters, buffers and other attributes in it, and with hooks of the copies' own."""
     copies: dict[int, nn.Module] = {}
     for module in model.modules():
-        copies[id(module)] = module.__class__.__new__(module.__class__)
+        kind = _own_class(module)
+        copies[id(module)] = kind.__new__(kind)
     for module in model.modules():
         copies[id(module)].__dict__ = {
             name: copied(name, _of_copies(value, copies, name)) for name, value in module.__dict__.items()
         }
     return copies[id(model)]
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a copy. A parametrized module has one of its own, which PyTorch changes with the module."""
+    kind = type(module)
+    if not parametrize.is_parametrized(module):
+        return kind
+    held = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, kind.__bases__, held)
 
 
 def _of_copies(value: Any, copies: Mapping[int, nn.Module], name: str = "") -> Any:

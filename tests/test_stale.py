@@ -233,6 +233,15 @@ def test_what_was_on_before_is_kept(name: str) -> None:
     assert_follows(fast, model)
 
 
+def test_the_model_stays_parametrized_where_what_was_made_of_it_no_longer_is() -> None:
+    model = Net().double()
+    parametrize.register_parametrization(model.blocks[3].inner, "weight", Twice())
+    fast, expected = pcr_fx.transform(model, inputs(), QUICK), model(inputs())
+    parametrize.remove_parametrizations(fast.blocks[3].inner, "weight")
+    for y in (fast(inputs()), model(inputs())):
+        torch.testing.assert_close(y, expected)
+
+
 def test_what_is_as_it_was_is_not_traced_again() -> None:
     fast, model = pair()
     graph = fast._pcr_variants[0]
