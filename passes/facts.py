@@ -83,9 +83,7 @@ class Facts:
 
     def _look(self) -> None:
         """Take down which objects stand where, for `_hold_elsewhere`."""
-        self._holders = [holder for holder, _, _ in self._elsewhere]
-        self._names = [name for _, name, _ in self._elsewhere]
-        self._values = [holder.get(name, _ABSENT) for holder, name, _ in self._elsewhere]
+        self._seen = [(holder, name, holder.get(name, _ABSENT)) for holder, name, _ in self._elsewhere]
         views: list[Any] = []
         self._arrays: list[tuple[Any, Any]] = []
         present = [
@@ -95,7 +93,7 @@ class Facts:
         ]
         present += [
             now
-            for now, (_, _, value) in zip(self._values, self._elsewhere, strict=True)
+            for (_, _, now), (_, _, value) in zip(self._seen, self._elsewhere, strict=True)
             if id(value) in self._described
         ]
         for value in {id(value): value for value in present}.values():
@@ -127,14 +125,19 @@ class Facts:
 
     def _is_unchanged(self) -> bool:
         """Whether the same objects stand where they stood, as far as that can change without being counted."""
+        if not self._has_looked:
+            return False
         try:
-            return (
-                self._has_looked
-                and all(map(operator.is_, map(operator.getitem, self._holders, self._names), self._values))
-                and list(map(len, self._views)) == self._sizes
+            # One by one, and nothing where there is nothing: this is most of what a call of a small model costs here.
+            for holder, name, value in self._seen:
+                if holder[name] is not value:
+                    return False
+            if self._views and not (
+                list(map(len, self._views)) == self._sizes
                 and all(map(operator.is_, itertools.chain.from_iterable(self._views), self._items))
-                and all(np.array_equal(array, copy) for array, copy in self._arrays)
-            )
+            ):
+                return False
+            return not self._arrays or all(np.array_equal(array, copy) for array, copy in self._arrays)
         except (KeyError, RuntimeError):  # something is gone, or changes at this moment
             return False
 
