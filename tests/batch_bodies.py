@@ -363,7 +363,7 @@ FUNCTIONS: dict[str, tuple[Function, list[Shape], Shape]] = {
     "stacked away": (lambda x: torch.stack([x[1], x[2], x[0]]), [(3, 4)], (1,)),
     "batch index": (lambda x: x[[1, 2, 0]], [(3, 4)], (1,)),
     "index by the state": (lambda x: x[:, x.sum(0).argsort()], [(3, 4)], ()),
-    "indices apart": (lambda x: x[torch.tensor([0, 1, 1]), :, torch.tensor([1, 0, 1])], [(3, 3, 2)], ()),
+    "indices apart": (lambda x: x + x[torch.tensor([0, 1, 1]), :, torch.tensor([1, 0, 1])][..., None], [(3, 3, 2)], ()),
     "unknown op": (lambda x: torch.renorm(x, 2, 0, 1.0), [(3, 4)], ()),
     "a number of all": (lambda x: x + torch.cdist(x, x).sum(1, keepdim=True), [(3, 4)], ()),
     "broadcast over one sample": (lambda x: (x + rows).mean(0, keepdim=True), [(1, 4)], (1,)),
