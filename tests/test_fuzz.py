@@ -22,6 +22,35 @@ def test_models_drawn_at_random(seed: int) -> None:
             pytest.fail(script(case, call, verdict))
 
 
+TRANSPOSED = "{}.transpose(0, -1).contiguous().transpose(0, -1)"
+FOUND: dict[str, tuple[Case, Call]] = {
+    "a view of what lies otherwise than in the trace": (
+        replace(
+            draw(100029),
+            lines=(
+                Line("v2", "{0}.transpose(0, -1).contiguous().tanh().transpose(0, -1)", ("y",), "r"),
+                Line("v3", "torch.rsub({0}, {1}, alpha=0.5)", ("z", "z1"), "r"),
+                Line("v4", "torch.slice_scatter({0}, {1}[..., 1:3], -1, 2, 4)", ("v2", "v2"), "r"),
+            ),
+            second="v3",
+            length=2,
+            batch=2,
+            shape="4",
+            strides=(TRANSPOSED, "{}"),
+            tapped=(),
+        ),
+        Call("transform", "newton"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_once(name: str) -> None:
+    verdict = judge(*FOUND[name])
+    assert verdict.kind == "right", verdict.words
+    assert verdict.chains
+
+
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every sine is wrong where it is interpreted."""
