@@ -145,7 +145,7 @@ def draw(seed: int) -> Case:
     rng = random.Random(seed)
     known: dict[str, list[str]] = {"r": ["z", "z", "z"], "c": [], "m": [], "w": []}
     lines: list[Line] = []
-    if rng.randrange(4):  # a product in front couples the features, as in most models
+    if rng.randrange(8):  # a product in front couples the features, as in most models
         lines.append(Line("v0", rng.choice(["{0} @ a", "F.linear({0}, a, b)"]), ("z",), "r"))
         known["r"] += ["v0"] * 3
     for _ in range(rng.randint(1, 8)):
@@ -154,7 +154,7 @@ def draw(seed: int) -> Case:
         name = f"v{len(lines)}"
         lines.append(Line(name, template, arguments, kind))
         known[kind] += [name] * 3  # later ones more often
-    length = rng.choice([2, 3, 5, 8, 8, 12, 17])
+    length = rng.choice([2, 3, 3, 4, 5, 5, 8, 11])
     return Case(
         tuple(lines),
         rng.choice(["y", "z", "0.3 * y + 0.2 * z1", *(line.name for line in lines if line.kind == "r")]),

@@ -6,7 +6,7 @@ So a case takes some hundredths of a second in place of the seconds of a compile
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from pcr_fx.call import Call
 from pcr_fx.codegen.interpreter import interpret
 from pcr_fx.targets import CppKernel
+from pcr_fx.targets.kernel import as_real
 
 
 @contextlib.contextmanager
@@ -32,17 +33,21 @@ def _is_ready(self: CppKernel, direction: str, initial: Tensor) -> bool:
     return direction != "newton"
 
 
-def _solve(self: CppKernel, call: Call) -> Tensor:
+def _solve(self: CppKernel, call: Call, threads: int | None = None, wanted: Sequence[int] | None = None) -> Tensor:
     state = call.initial.reshape(-1, self.body.dimension)
     trajectory = []
     for block in range(call.length):
         (state,) = interpret(self.lowered.step, [state, *_inputs(self, call, block, len(state))])
         trajectory.append(state.reshape(call.initial.shape))
-    return torch.stack(trajectory)
+    return torch.stack(trajectory if wanted is None else [trajectory[block] for block in wanted])
 
 
 def _solve_adjoint(
-    self: CppKernel, call: Call, trajectory: Tensor, cotangents: Tensor | Mapping[int, Tensor]
+    self: CppKernel,
+    call: Call,
+    trajectory: Tensor,
+    cotangents: Tensor | Mapping[int, Tensor],
+    threads: int | None = None,
 ) -> list[Tensor]:
     previous = torch.cat([call.initial.unsqueeze(0), trajectory[:-1]]).reshape(call.length, -1, self.body.dimension)
     adjoint = torch.zeros_like(previous[0])
@@ -66,4 +71,4 @@ def _inputs(self: CppKernel, call: Call, block: int, samples: int) -> list[Tenso
     """Of one block: `[samples, size]` where each sample has its own, else `[size]`."""
     tensors: list[Any] = [*((o if isinstance(o, Tensor) else o.tensors)[block] for o in call.operands), *call.shared]
     shapes = [(samples, -1) if one.own else (-1,) for one in self.lowered.inputs]
-    return [tensor.reshape(shape) for tensor, shape in zip(tensors, shapes, strict=True)]
+    return [as_real(tensor, self.program.dtype).reshape(shape) for tensor, shape in zip(tensors, shapes, strict=True)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,11 +33,13 @@ class Call:
         way_in: "transform", "compile" or "solve_chain".
         solver: of `SOLVERS`, in PyTorch's ops; "interpreted" or "kernel", block by block in what is lowered; "kernel newton".
         twice: whether gradients of gradients are compared too.
+        batch: of a call that comes first, by which the model is planned; none if it is 0.
     """
 
     way_in: str
     solver: str
     twice: bool = False
+    batch: int = 0
 
     @property
     def options(self) -> dict[str, Any]:
@@ -46,16 +49,21 @@ class Call:
 
 
 def draw_calls(case: Case, kernels: float) -> list[Call]:
-    """Some ways to call a model; a share of `kernels` of these compiles native code."""
+    """Some ways to call a model; a share of `kernels` of these compiles native code.
+
+    To trace a model takes most of the time, so that each is called in many ways, all planned for one batch.
+    """
     rng = random.Random(case.seed)
-    calls = [Call("transform", "interpreted"), Call("transform", "newton"), Call("transform", rng.choice(SOLVERS[1:]))]
-    calls += [Call("solve_chain", rng.choice([*SOLVERS, "interpreted"])), Call("transform", "interpreted", twice=True)][
-        : rng.choice([0, 1, 1, 2])
-    ]
-    if rng.randrange(6) == 0:
+    batch = rng.choice([0, 0, *(other for other in (1, 2, 4, 18) if other != case.batch)])
+    solvers = ["interpreted", "newton", *rng.sample(SOLVERS[1:], 3)]
+    calls = [Call("transform", solver, batch=batch) for solver in solvers]
+    calls += [Call("transform", solver, True, batch) for solver in rng.sample(solvers, 2)]
+    if rng.randrange(3) == 0:
+        calls += [Call("solve_chain", solver) for solver in ("interpreted", *rng.sample(SOLVERS, 2))]
+    if rng.randrange(12) == 0:
         calls.append(Call("compile", rng.choice([*SOLVERS, "interpreted"])))
     if rng.random() < kernels * len(calls):
-        calls.append(Call("transform", rng.choice(["kernel", "kernel", "kernel newton"])))
+        calls.append(Call("transform", rng.choice(["kernel", "kernel", "kernel newton"]), batch=batch))
     return calls
 
 
@@ -75,32 +83,46 @@ class Verdict:
 
 
 def judge(case: Case, call: Call) -> Verdict:
-    try:
-        names = case.build()
-        dtype = getattr(torch, case.dtype)
-        model, given = names["Model"]().to(dtype), names["inputs"](dtype)
-        expected = _results(model, model, given, call.twice)
-    except Exception as error:
-        return Verdict("refused", f"{type(error).__name__}: {error}")
+    reference = _reference(case, call.twice)
+    if isinstance(reference, str):
+        return Verdict("refused", reference)
+    names, dtype = case.build(), getattr(torch, case.dtype)
+    model, given = names["Model"]().to(dtype), names["inputs"](dtype)
+    before = replace(case, batch=call.batch)
+    if call.batch and isinstance(error := _reference(before, False), str):
+        return Verdict("refused", error)
     try:
         with _quiet(), interpreted() if call.solver == "interpreted" else contextlib.nullcontext():
-            run = _way_in(call, model, given, names["step"], case.tapped)
+            first = before.build()["inputs"](dtype) if call.batch else given
+            run = _way_in(call, model, first, names["step"], case.tapped)
+            if call.batch:
+                _results(run, model, first, False)
             got = _results(run, model, given, call.twice)
-            plans = (
-                [entry.plan for entry in run.report.chains]
-                if isinstance(run, nn.Module) and call.way_in == "transform"
-                else []
-            )
+            is_module = isinstance(run, nn.Module) and call.way_in == "transform"
+            plans = [entry.plan for entry in run.report.chains] if is_module else []
     except Exception as error:
         if call.way_in == "solve_chain" and isinstance(error, BodyError):
             return Verdict("refused", str(error))
         return Verdict("crashed", f"{type(error).__name__}: {str(error)[:500]}")
     found = len(plans), sum(plan is not None and not isinstance(plan.kernel, str) for plan in plans)
-    exact = _results(model.double(), model, names["inputs"](torch.float64), call.twice)
+    expected, exact = reference
     words = _difference(got, expected, exact)
     if words and not _is_sensitive(case, call, got, exact):
         return Verdict("wrong", words, *found)
     return Verdict("right", "", *found)
+
+
+@functools.lru_cache(maxsize=8)
+def _reference(case: Case, twice: bool) -> tuple[list[Tensor], list[Tensor]] | str:
+    """What eager gives, in the dtype of the case and in float64; or the error that it raises."""
+    try:
+        names, dtype = case.build(), getattr(torch, case.dtype)
+        model = names["Model"]().to(dtype)
+        with _quiet():
+            expected = _results(model, model, names["inputs"](dtype), twice)
+            return expected, _results(model.double(), model, names["inputs"](torch.float64), twice)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
