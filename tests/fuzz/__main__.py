@@ -66,6 +66,8 @@ def fuzz(given: argparse.Namespace) -> int:
                 small = shrink(case, call, verdict)
                 print(script(small, call, judge(small, call)), flush=True)
         seed += 1
+        if seed % 100 == 0:
+            print(f"up to seed {seed}: {dict(counts)}", file=sys.stderr, flush=True)
     print(f"seeds {given.seed} to {seed - 1}")
     for name, count in sorted(counts.items()):
         print(f"{count:7} {name}")
