@@ -287,16 +287,19 @@ class _Assembly:
             *((block, node) for column in self.inputs.operands for block, node in enumerate(column)),
             *((block, node) for column in self.head_inputs.operands for block, node in enumerate(column)),
         ):
-            # What is filled once before the blocks, or changed behind them, keeps its place.
-            writer = next(filter(self._is_among_blocks, self.sequence.writers.get(node, ())), None)
+            # What is filled once before the blocks keeps its place, and of what is changed behind them a copy is kept.
+            writer = next(
+                (writer for writer in self.sequence.writers.get(node, ()) if self._breaks(writer, node)), None
+            )
             if writer is not None:
                 words = f"mutation: {describe_node(writer)} writes to {node.name}, which the blocks read"
                 raise Broken(block, words, writer)
 
-    def _is_among_blocks(self, node: fx.Node) -> bool:
-        """Whether an op stands between the first and the last of the blocks."""
-        first = self.blocks.start
-        return first <= self.sequence.position[node] < first + self.length * self.blocks.period
+    def _breaks(self, writer: fx.Node, node: fx.Node) -> bool:
+        """Whether a write to what the blocks read is among the blocks, or behind them where a backward would see it."""
+        first, position = self.blocks.start, self.sequence.position[writer]
+        is_behind = position >= first + self.length * self.blocks.period
+        return position >= first and (not is_behind or node in self.sequence.unwatched)
 
     # --- the body ---------------------------------------------------------------------------------------------------
 

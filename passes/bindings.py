@@ -73,6 +73,8 @@ class OpSequence:
         # By node: the ops that write to its memory, and the first of them.
         self.writers = {alias: writers for aliases, writers in memory for alias in aliases}
         self.written = {alias: writers[0] for alias, writers in self.writers.items()}
+        # What may be written to without autograd's knowledge: its backward then reads what was written.
+        self.unwatched = {alias for aliases, _ in memory if any(map(_is_data, aliases)) for alias in aliases}
         self.kinds = Kinds(self.value)
         self._leaves: dict[fx.Node, list[Any]] = {}
 
@@ -89,6 +91,11 @@ class OpSequence:
         if leaves is None:
             leaves = self._leaves[node] = flatten_arguments(node)
         return leaves
+
+
+def _is_data(node: fx.Node) -> bool:
+    """Whether it is the `data` of a tensor."""
+    return op_name(node) == "get_data_attr" or (node.target is getattr and node.args[1:] == ("data",))
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,10 +58,12 @@ def rewrite_chains(graph: fx.Graph, chains: Sequence[FoundChain], names: Sequenc
     order = _order(graph, chains)
     assert order is not None, "chains that cannot be sorted are to be dropped before"
     new, copies, barriers = fx.Graph(), dict[fx.Node, fx.Node](), _barriers_before(graph)
+    last_writes = _last_writes(graph)
     new.set_codegen(graph._codegen)
     for item in order:
         if isinstance(item, int):
-            _emit(new, chains[item], names[item], stack, copies, barriers)
+            kept = _keep_written(new, chains[item], copies, last_writes)
+            _emit(new, chains[item], names[item], stack, copies, kept, barriers)
         else:
             copies[item] = copy_node(new, item, copies)
     for node in reversed(list(new.nodes)):
@@ -77,19 +79,43 @@ def _barriers_before(graph: fx.Graph) -> dict[fx.Node, int]:
     return dict(zip(graph.nodes, itertools.accumulate(map(is_barrier, graph.nodes)), strict=True))
 
 
+def _last_writes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For each node whose memory is written to the last op that does so."""
+    return {alias: writers[-1] for aliases, writers in written_memory(graph) for alias in aliases}
+
+
+def _keep_written(
+    new: fx.Graph, found: FoundChain, copies: dict[fx.Node, fx.Node], last_writes: dict[fx.Node, fx.Node]
+) -> dict[fx.Node, fx.Node]:
+    """Copies of what a chain is given and the model writes to behind it: the chain's backward reads it as it was."""
+    columns = itertools.chain(found.operands, found.head_operands)
+    given = dict.fromkeys((*found.initial, *found.shared, *found.head_shared, *itertools.chain.from_iterable(columns)))
+    first = min(found.nodes)
+    written = [node for node in given if node in last_writes and first < last_writes[node]]
+    kept = {node: new.call_method("clone", (copies[node],)) for node in written}
+    for node, copy in kept.items():
+        copy.meta = dict(node.meta)
+    return kept
+
+
 def _emit(
     new: fx.Graph,
     found: FoundChain,
     name: str,
     stack: Stack,
     copies: dict[fx.Node, fx.Node],
+    kept: dict[fx.Node, fx.Node],
     barriers: dict[fx.Node, int],
 ) -> None:
-    initial = [copies[node] for node in found.initial]
+    given_as = copies | kept if kept else copies
+    initial = [given_as[node] for node in found.initial]
     inside = {barriers[node] for node in found.nodes}
     emitted: dict[tuple[fx.Node, ...], fx.Node] = {}
     for operand in (*found.operands, *found.head_operands):
         if operand in emitted:
+            continue
+        if not kept.keys().isdisjoint(operand):
+            emitted[operand] = new.call_function(stack_operands, ([given_as[node] for node in operand],))
             continue
         # Parts that were taken elsewhere, without gradients, say, are taken there.
         whole = _cut_before(new, operand, copies) if {barriers[node] for node in _cutting(operand)} == inside else None
@@ -100,7 +126,7 @@ def _emit(
     groups = [(found.operands, found.shared)]
     if found.chain.head is not None:
         groups.append((found.head_operands, found.head_shared))
-    given = [[[emitted[operand] for operand in every], [copies[node] for node in common]] for every, common in groups]
+    given = [[[emitted[operand] for operand in every], [given_as[node] for node in common]] for every, common in groups]
     taken = new.call_module(name, (initial, *itertools.chain.from_iterable(given)))
     for position, (index, block) in enumerate(found.leaving.taps):
         value = found.values[index][block]

@@ -15,7 +15,7 @@ def traced(function: Callable[..., Any], inputs: Sequence[Tensor], decomposed: b
     """The graph of a function of one sample; `decomposed` to the ops that a body is lowered from."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = [mode.from_tensor(tensor) for tensor in inputs]
-        return _trace_functional(function, fake) if decomposed else trace(function, fake)
+        return _trace_functional(function, fake) if decomposed else trace(function, fake, {})
 
 
 def pullback_of(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -158,7 +158,7 @@ class Tabled(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("rows, batch", [(3000, 7), (3000, 16), (200, 7), (200, 16), (200, 65)])
+@pytest.mark.parametrize("rows, batch", [(3000, 7), (3000, 16), (40_000, 7), (200, 7), (200, 16), (200, 65)])
 def test_shared_gradients_may_be_large(rows: int, batch: int) -> None:
     """A stack has no room for a vector in place of each of their numbers."""
     assert_as_good(Tabled(rows), torch.randn(batch, 8, generator=torch.Generator().manual_seed(batch)))
@@ -179,14 +179,11 @@ def test_wide_states_have_no_vectors_of_samples_and_wider_ones_no_kernel() -> No
     """What the stack has room for: of 1500 numbers each alone, of 30,000 none."""
     draw = torch.Generator().manual_seed(0)
     assert_as_good(Normed(1500), torch.randn(7, 1500, generator=draw), planning="estimated")
-    for model, width in ((Normed(30_000), 30_000), (Tabled(40_000), 8)):
-        x = torch.randn(7, width, generator=draw)
-        fast = pcr_fx.transform(model, x, {"kernels": True, "planning": "estimated"})
-        assert "too many for the stack" in fast.report.chains[0].reason
-        inputs = list(model.parameters())
-        pairs = zip(value_and_gradients(fast, inputs, x), value_and_gradients(model, inputs, x), strict=True)
-        for ours, theirs in pairs:
-            torch.testing.assert_close(ours, theirs)
+    model, x = Normed(30_000), torch.randn(7, 30_000, generator=draw)
+    fast = pcr_fx.transform(model, x, {"kernels": True, "planning": "estimated"})
+    assert "too many for the stack" in fast.report.chains[0].reason
+    for ours, theirs in zip(value_and_gradients(fast, [], x), value_and_gradients(model, [], x), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_an_empty_batch_runs_in_torch_ops() -> None:
@@ -252,19 +249,19 @@ def test_two_threads_share_a_module() -> None:
 
 
 def test_an_op_without_a_form_is_named_and_runs_in_torch_ops() -> None:
-    class Sorted(nn.Module):
+    class Inverted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(9)])
 
         def forward(self, x: Tensor) -> Tensor:
             for layer in self.layers:
-                x = torch.tanh(layer(x)).cumsum(-1)
+                x = torch.tanh(layer(x)).erfinv()
             return x
 
-    model, x = Sorted().double(), torch.randn(3, 4, dtype=torch.float64)
+    model, x = Inverted().double(), torch.randn(3, 4, dtype=torch.float64)
     fast = pcr_fx.transform(model, x, {"solver": "sequential"})
-    assert "aten.cumsum" in fast.report.chains[0].reason
+    assert "aten.erfinv" in fast.report.chains[0].reason
     assert relative_error(fast(x), model(x)) <= 1e-12
 
 
