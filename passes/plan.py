@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +12,11 @@ import torch
 from torch import fx
 
 from pcr_fx.body import Signature
+from pcr_fx.body.isolation import wants_every_op
 from pcr_fx.chain import NearMiss, TensorSpec
 from pcr_fx.errors import BodyError
 from pcr_fx.node import SolveNode, solved_dtype
+from pcr_fx.operands import is_ordinary
 from pcr_fx.options import Options
 from pcr_fx.passes.assembly import FoundChain
 from pcr_fx.passes.detect import Detection
@@ -63,7 +66,8 @@ def _plan_chain(found: FoundChain, attributes: dict[str, Any], options: Options)
         [_value(node, attributes) for node in nodes]
         for nodes in (found.initial, [operand[0] for operand in found.operands], found.shared)
     ]
-    if any(value is None for group in groups for value in group):
+    _refuse_unusual(found, attributes)
+    if any(value is None or value.device.type == "meta" for group in groups for value in group):
         return PlannedChain(found, None, None)
     signature = Signature(*(tuple(_spec(value) for value in group) for group in groups))
     plan = make_plan(found.chain, signature, options)
@@ -73,12 +77,22 @@ def _plan_chain(found: FoundChain, attributes: dict[str, Any], options: Options)
     return PlannedChain(found, plan, plan.choice(samples))
 
 
+def _refuse_unusual(found: FoundChain, attributes: dict[str, Any]) -> None:
+    """Tensors of classes that have ops of their own are left to these."""
+    for node in (*found.initial, *itertools.chain.from_iterable(found.operands), *found.shared):
+        value = _value(node, attributes)
+        if value is not None and not is_ordinary(value):
+            raise BodyError(f"its blocks are given a {type(value).__name__}, a class of tensors with ops of its own")
+
+
 def measure_chains(planned: Sequence[PlannedChain], values: dict[fx.Node, torch.Tensor]) -> list[PlannedChain]:
     """Choose by measurement where that is wanted: on the tensors there are, and others of their shapes.
 
     Args:
         values: the real inputs of the graph.
     """
+    if wants_every_op():
+        return list(planned)  # every chain will run as the model wrote it
     return [item if item.plan is None else _measured(item, item.plan, values) for item in planned]
 
 

@@ -23,13 +23,13 @@ def report_chains(
     entries = [ChainEntry(item.found.chain, options, item.plan, item.choice, item.node) for item in planned]
     ops = sum(node.op.startswith("call_") for node in graph.nodes)
     report = RewriteReport(entries, list(near_misses), *depth(graph, [item.found for item in planned]), ops)
-    if not entries:
-        log.warning("no chain found in %d ops; the model runs as it was%s", ops, _first_reason(near_misses))
     log.debug("%s", report)
     return report
 
 
-def _first_reason(near_misses: Sequence[NearMiss]) -> str:
-    if not near_misses:
-        return " (nothing in it repeats)"
-    return f" ({near_misses[0].modules}: {near_misses[0].reason})"
+def warn_without_chains(report: RewriteReport) -> None:
+    """Say loudly that nothing was found, and the first reason for it."""
+    if not report.chains:
+        first = next(iter(report.rejected), None)
+        reason = "nothing in it repeats" if first is None else f"{first.modules}: {first.reason}"
+        log.warning("no chain found in %d ops; the model runs as it was (%s)", report.nodes, reason)

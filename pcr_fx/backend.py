@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import CodeType, FrameType
@@ -22,12 +23,27 @@ from pcr_fx.options import Options
 from pcr_fx.passes.inline import holds_regions, inline_regions
 from pcr_fx.passes.pipeline import run_passes
 from pcr_fx.passes.plan import PlannedChain, measure_chains
+from pcr_fx.passes.report import warn_without_chains
 from pcr_fx.reports import RewriteReport, merge_reports
 
 NAME = "deeppcr"
-# Of the latest model, one for each graph that it was broken into: by the code that Dynamo compiled, so that what is
-# compiled anew for other arguments takes the place of what was said of it before.
-_reports: dict[CodeType | None, RewriteReport] = {}
+
+
+class _Latest:
+    """What was compiled last.
+
+    Attributes:
+        whole: a reference to what `torch.compile` was called with.
+        reports: one for each graph that it was broken into: by the code that Dynamo compiled, so that what is compiled anew
+            for other arguments takes the place of what was said of it before.
+    """
+
+    def __init__(self) -> None:
+        self.whole: Callable[[], Any] = lambda: None
+        self.reports: dict[CodeType | None, RewriteReport] = {}
+
+
+_latest = _Latest()
 
 
 def deeppcr(
@@ -49,6 +65,9 @@ def deeppcr(
     compile_rest = _inner_backend(settings, mode)
     report, native = rewrite_captured(graph_module, example_inputs, settings)
     _remember(report)
+    if not report.chains:
+        # A training step is several graphs: there need not be a chain in that of the optimiser.
+        warn_without_chains(merge_reports(list(_latest.reports.values())))
     if native:
         return compile_around(graph_module, compile_rest)
     nodes = [module for module in graph_module.modules() if isinstance(module, SolveNode)]
@@ -202,27 +221,34 @@ def _inner_backend(options: Options, mode: str | None) -> Callable[..., Any]:
 
 
 def _remember(report: RewriteReport) -> None:
-    """Keep the report for `pcr_fx.report()`: with those before it where this graph continues a broken one."""
-    code = _compiled_code()
-    if code is None or not code.co_name.startswith("torch_dynamo_resume_in"):
-        _reports.clear()
-    _reports[code] = report
+    """Keep the report for `pcr_fx.report()`: with those before it where this graph is a part of the same whole."""
+    code, whole = _what_compiles()
+    if _latest.whole() is not whole or whole is None:
+        _latest.reports.clear()
+    _latest.whole = (lambda: None) if whole is None else weakref.ref(whole)
+    _latest.reports[code] = report
 
 
-def _compiled_code() -> CodeType | None:
-    """The function that Dynamo is compiling, or the rest of one behind a graph break."""
+def _what_compiles() -> tuple[CodeType | None, Any]:
+    """The function that Dynamo is compiling, or the rest of one behind a graph break; and what `torch.compile` was called with.
+
+    A training step is many functions: its own parts, the model's, the optimiser's.
+    """
     frame: FrameType | None = sys._getframe()
+    code, whole = None, None
     while frame is not None:
-        code = frame.f_locals.get("code") if frame.f_code.co_filename.endswith("convert_frame.py") else None
-        if isinstance(code, CodeType):
-            return code
+        name = frame.f_code.co_filename
+        if code is None and name.endswith("convert_frame.py") and isinstance(frame.f_locals.get("code"), CodeType):
+            code = frame.f_locals["code"]
+        if frame.f_code.co_name == "compile_wrapper" and name.endswith("eval_frame.py"):
+            whole = frame.f_locals.get("fn", whole)
         frame = frame.f_back
-    return None
+    return code, whole
 
 
 def last_report() -> RewriteReport | None:
     """The report of the last compilation."""
-    return merge_reports(list(_reports.values())) if _reports else None
+    return merge_reports(list(_latest.reports.values())) if _latest.reports else None
 
 
 def register() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+from torch._C._functorch import is_legacy_batchedtensor
 
 from pcr_fx import ops
 from pcr_fx.body import OutputProgram, Program, StateLayout
@@ -17,6 +19,15 @@ from pcr_fx.planner import Plan, Watch, plan_by_key
 from pcr_fx.record import SolveRecord, record_of
 from pcr_fx.targets import PointerTable
 from pcr_fx.ways import Native, evaluate
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _unseen_by_dynamo(function: Function) -> Function:
+    """A function that Dynamo runs as it is, with all that it calls: a backward within a training step that is compiled."""
+    skipped = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, skipped)  # type: ignore[attr-defined]
+    return function
 
 
 class Solve(torch.autograd.Function):
@@ -36,13 +47,12 @@ class Solve(torch.autograd.Function):
         ctx.save_for_backward(initial, output, *tensors)
 
     @staticmethod
+    @_unseen_by_dynamo
     def backward(ctx: Any, cotangents: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         initial, trajectory, *tensors = ctx.saved_tensors
         program = ctx.plan.program
         needs = [*program.differentiable_operands, *program.differentiable_shared]
-        d_initial, *rest = _Adjoint.apply(
-            initial, trajectory, cotangents, ctx.plan.key, ctx.record, ctx.num_operands, *tensors
-        )
+        d_initial, *rest = _gradients(ctx.plan, ctx.record, ctx.num_operands, initial, trajectory, cotangents, tensors)
         waiting = iter(rest)
         return d_initial, None, None, None, *(next(waiting) if need else None for need in needs)
 
@@ -87,6 +97,7 @@ class KernelSolve(torch.autograd.Function):
         return (trajectory, *taken) if leaving.whole else taken
 
     @staticmethod
+    @_unseen_by_dynamo
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
         if all(part is None for part in given):
             return (None,) * len(ctx.needs_input_grad)
@@ -95,9 +106,10 @@ class KernelSolve(torch.autograd.Function):
         program = plan.program
         among = _cotangents(program.layout, initial, ctx.leaving, given)
         parts = among.values() if isinstance(among, dict) else (among,)
-        rest: Sequence[Tensor]
+        rest: Sequence[Tensor | None]
         # Not where a gradient is differentiated in turn, or many are taken at once.
-        plain = not torch.is_grad_enabled() and is_plain_call() and all(type(part) is Tensor for part in parts)
+        single = all(type(part) is Tensor and not is_legacy_batchedtensor(part) for part in parts)
+        plain = single and not torch.is_grad_enabled() and is_plain_call()
         if plain and way.is_ready("backward", initial):
             operands, shared = ctx.inputs.in_place(saved)
             call = program.call_with(initial, operands, shared)
@@ -110,12 +122,13 @@ class KernelSolve(torch.autograd.Function):
             # Second derivatives have no kernel: later calls are left to the model's own ops.
             ctx.record.is_differentiated_twice |= torch.is_grad_enabled()
             stacked = ctx.inputs.stacked(saved)
-            dense = among
             if isinstance(among, dict):
                 zero = torch.zeros_like(initial)
                 dense = torch.stack([among.get(block, zero) for block in range(program.length)])
+            else:
+                dense = among
             count = program.chain.num_operands
-            d_initial, *rest = _Adjoint.apply(initial, trajectory, dense, plan.key, ctx.record.id, count, *stacked)
+            d_initial, *rest = _gradients(plan, ctx.record.id, count, initial, trajectory, dense, stacked)
         waiting = iter(rest)
         needs = [*program.differentiable_operands, *program.differentiable_shared]
         gradients = [next(waiting) if need else None for need in needs]
@@ -141,6 +154,7 @@ class Outputs(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
+    @_unseen_by_dynamo
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         program: OutputProgram = ctx.program
         tensors, active = ctx.saved_tensors, program.active
@@ -259,6 +273,43 @@ def _by_block(
     }
 
 
+def _gradients(
+    plan: Plan,
+    record: int,
+    num_operands: int,
+    initial: Tensor,
+    trajectory: Tensor,
+    cotangents: Tensor,
+    tensors: Sequence[Tensor],
+) -> Sequence[Tensor | None]:
+    """Those of the initial state, then of the operands and shared operands that have any."""
+    if not is_legacy_batchedtensor(cotangents):
+        found: Sequence[Tensor] = _Adjoint.apply(
+            initial, trajectory, cotangents, plan.key, record, num_operands, *tensors
+        )
+        return found
+    # `is_grads_batched` pulls many cotangents back at once, through ops that have a rule for that.
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        active, evaluate = _unrolling(plan.program, num_operands, [initial, *tensors])
+        leaves = [tensor if twice and tensor.requires_grad else tensor.detach().requires_grad_() for tensor in active]
+        return torch.autograd.grad(evaluate(*leaves), leaves, cotangents, allow_unused=True, create_graph=twice)
+
+
+def _unrolling(
+    program: Program, num_operands: int, primals: Sequence[Tensor]
+) -> tuple[list[Tensor], Callable[..., Tensor]]:
+    """Those of a chain's inputs that have gradients, and the trajectory as a function of them, in the model's own ops."""
+    needs = [True, *program.differentiable_operands, *program.differentiable_shared]
+
+    def trajectory(*active: Tensor) -> Tensor:
+        waiting = iter(active)
+        every = [next(waiting) if need else fixed for need, fixed in zip(needs, primals, strict=True)]
+        return unrolled(program, every[0], every[1 : 1 + num_operands], every[1 + num_operands :])
+
+    return [primal for primal, need in zip(primals, needs, strict=True) if need], trajectory
+
+
 class _Adjoint(torch.autograd.Function):
     """The gradients of a chain, as a differentiable function themselves.
 
@@ -288,20 +339,15 @@ class _Adjoint(torch.autograd.Function):
         ctx.save_for_backward(initial, cotangents, *tensors)
 
     @staticmethod
+    @_unseen_by_dynamo
     def backward(ctx: Any, *seconds: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         initial, cotangents, *tensors = ctx.saved_tensors
         record_of(ctx.record).is_differentiated_twice = True
         program = ctx.program
         needs = [True, *program.differentiable_operands, *program.differentiable_shared]
-        primals = [initial, *tensors]
-        active = [primal for primal, need in zip(primals, needs, strict=True) if need]
+        active, trajectory = _unrolling(program, ctx.num_operands, [initial, *tensors])
 
         def gradients(cotangents: Tensor, *active: Tensor) -> tuple[Tensor, ...]:
-            def trajectory(*active: Tensor) -> Tensor:
-                waiting = iter(active)
-                every = [next(waiting) if need else fixed for need, fixed in zip(needs, primals, strict=True)]
-                return unrolled(program, every[0], every[1 : 1 + ctx.num_operands], every[1 + ctx.num_operands :])
-
             return torch.func.vjp(trajectory, *active)[1](cotangents)
 
         d_cotangents, *d_active = torch.func.vjp(gradients, cotangents, *active)[1](tuple(seconds))

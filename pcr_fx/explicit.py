@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import operator
+import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 
+from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.graphs.attributes import holder_of
 from pcr_fx.graphs.hooks import HookOp
@@ -27,6 +31,7 @@ from pcr_fx.packing import CONTAINER, Pack, copy_model, pack_operands
 from pcr_fx.passes.capture import Captured, bind_to, capture_model
 from pcr_fx.passes.pipeline import run_passes
 from pcr_fx.passes.plan import PlannedChain
+from pcr_fx.passes.report import warn_without_chains
 from pcr_fx.reports import RewriteReport
 from pcr_fx.watched import Changes, copied, watch
 
@@ -61,19 +66,27 @@ def transform(
         raise UnsupportedError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(pack_parameters, bool):
         raise UnsupportedError(f"pack_parameters must be True or False, got {pack_parameters!r}")
-    return _class_for(type(model))(model, example_inputs, Options.of(options), pack_parameters)
+    made = _remake(type(model))
+    TransformedModule.__init__(made, model, example_inputs, Options.of(options), pack_parameters)
+    return made
 
 
 class TransformedModule(nn.Module):
     """What `transform` returns: the structure of the model (same `state_dict`), with another `forward`."""
 
+    # The model's.
+    _pcr_class: type[nn.Module]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Another model of the class, as its methods make it: a part of a Sequential, say."""
+        return cls._pcr_class(*args, **kwargs)
+
     def __init__(self, model: nn.Module, example_inputs: Any, options: Options, pack_parameters: bool = False) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of the model's class
         if pack_parameters:
             model = copy_model(model)
         self.__dict__.update(_copy_structure(model).__dict__)
         self._pcr_changes = Changes()
-        self._pcr_class = type(model)
         self._pcr_example_inputs = example_inputs
         self._pcr_options = options
         self._pcr_signature = inspect.signature(self._model().forward)
@@ -88,6 +101,14 @@ class TransformedModule(nn.Module):
             self._pack(variant)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or _may_not_break()):
+            # The model as it was written: who compiles it sees to it that what is read of it holds.
+            return self._pcr_class.forward(self, *args, **kwargs)
+        return self._pcr_run(args, kwargs)
+
+    @torch.compiler.disable
+    def _pcr_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward by what the model was rewritten to, in which a compiler has nothing left to do."""
         arguments = self._bind(args, kwargs)
         for variant in self._pcr_variants:
             if variant.holds_for(arguments):
@@ -166,7 +187,9 @@ class TransformedModule(nn.Module):
 
     def _rewrite(self, example_inputs: Any) -> _Variant:
         watch(self, self._pcr_changes)
-        with self._unpacked():
+        # What counts or logs ops gets none of those that are run to read the model.
+        unseen = _disable_current_modes() if is_watched_by_a_mode() else contextlib.nullcontext()
+        with self._unpacked(), unseen:
             captured, run, report = rewrite_model(self._model(), example_inputs, self._pcr_options, self._pcr_changes)
         variant = _Variant(captured.without_graph(), run, report)
         self._use_packs(variant)
@@ -198,24 +221,45 @@ _classes: weakref.WeakKeyDictionary[type, type[TransformedModule]] = weakref.Wea
 
 
 def _class_for(kind: type[nn.Module]) -> type[TransformedModule]:
-    """`TransformedModule` as it is called, documented and found for a class of models: trainers and exporters look at that."""
+    """`TransformedModule` for a class of models. It is a subclass of that: who looks for its methods, or asks for it, finds it."""
     if kind not in _classes:
         plain, model = TransformedModule.forward, kind.forward
+        # As trainers and exporters look at it.
         forward = FunctionType(plain.__code__, plain.__globals__, "forward", plain.__defaults__, plain.__closure__)
         forward.__kwdefaults__ = plain.__kwdefaults__
         forward.__doc__, forward.__module__ = model.__doc__, getattr(model, "__module__", kind.__module__)
         with contextlib.suppress(TypeError, ValueError):  # it has none
             forward.__signature__ = inspect.signature(model)  # type: ignore[attr-defined]
-        # A compiler has nothing left to do here; to compile what is around the chains, compile the model itself.
-        described = {"__doc__": kind.__doc__, "__module__": kind.__module__, "forward": torch.compiler.disable(forward)}
-        _classes[kind] = type(f"Transformed{kind.__name__}", (TransformedModule,), described)
+        described = {
+            "__doc__": kind.__doc__,
+            "__module__": kind.__module__,
+            "_pcr_class": kind,
+            "forward": forward,
+        }
+        name = f"Transformed{kind.__name__}"
+        try:
+            made = types.new_class(name, (TransformedModule, kind), {}, lambda body: body.update(described))
+        except TypeError:  # it may not be inherited from
+            made = type(name, (TransformedModule,), described)
+        _classes[kind] = made
     return _classes[kind]
+
+
+def _may_not_break() -> bool:
+    """Whether Dynamo is tracing, and may not break its graph here."""
+    return torch.compiler.is_dynamo_compiling() and _is_one_graph()
+
+
+@torch._dynamo.assume_constant_result
+def _is_one_graph() -> bool:
+    """Dynamo runs this while it traces."""
+    tracing = InstructionTranslator.current_tx()
+    return bool(tracing.one_graph or tracing.export)
 
 
 def _remake(kind: type[nn.Module]) -> TransformedModule:
     """One that is to be given its state."""
-    made = _class_for(kind)
-    return made.__new__(made)
+    return object.__new__(_class_for(kind))
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,6 +285,7 @@ def rewrite_model(
     """`model` as it was captured, rewritten, and what is to be said of that; its attributes are read at each call."""
     way_in = _TracedModel(model, example_inputs, options, changes)
     rewritten = run_passes(way_in, options)
+    warn_without_chains(rewritten.report)
     attributes = _fetch_attributes(rewritten.graph, model, way_in.stacked)
     run = fx.GraphModule({**rewritten.nodes, "attributes": attributes}, rewritten.graph)
     hooked = list(dict.fromkeys(node.target.path for node in rewritten.graph.nodes if isinstance(node.target, HookOp)))

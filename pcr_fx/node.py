@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pcr_fx.body import OutputProgram, Signature, build_outputs
-from pcr_fx.body.isolation import is_plain_call, is_undisturbed
+from pcr_fx.body.isolation import is_plain_call, is_undisturbed, wants_every_op
 from pcr_fx.body.written_out import may_raise
 from pcr_fx.chain import Chain, Head, Leaving, TensorSpec
 from pcr_fx.derivatives import Back, KernelSolve, Outputs, Solve, tapped
@@ -26,6 +26,7 @@ from pcr_fx.operands import (
     dtype_of,
     first_part,
     in_place,
+    is_ordinary,
     is_plain,
     look,
     parts_of,
@@ -116,7 +117,7 @@ class SolveNode(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SolveNode:
         # Plans are immutable and shared; what happened at a node is its own.
-        node = SolveNode(self.chain, self.options, self.plan, self.leaving)
+        node = SolveNode(self.chain, self.options, self.plan, self.leaving if self.is_in_graph else None)
         node._routes = copy.copy(self._routes)
         node.training = self.training
         memo[id(self)] = node
@@ -139,30 +140,34 @@ class SolveNode(nn.Module):
             head_operands, head_shared: those of its head.
 
         Returns:
-            Trajectories and outputs `[L, ...]`, then taps. Left to the model's own ops, the former are lists.
+            Trajectories and outputs `[L, ...]`, then taps. Left to the model's own ops in a graph, the former are lists.
         """
         is_plain = is_plain_call()
+        whole = [(operands, shared), (head_operands, head_shared)]
+        if not is_plain and wants_every_op():
+            return self._block_by_block(states, whole)
         seen = [look(operand) for operand in operands] if is_plain else []
         key = _plain_look(states, seen, shared) if is_plain else None
         is_plain = key is not None
         if key is None:
+            if not all(map(is_ordinary, (*states, *(part for each in operands for part in parts_of(each)), *shared))):
+                return self._block_by_block(states, whole)
             key = self._look(states, operands, shared)
         route = self._routes.get(key)
         if route is None or not route.is_final:
             route = self._route(key, route, is_plain, states, operands, shared)
-        whole = [(operands, shared), (head_operands, head_shared)]
         if is_plain and self.record.is_differentiated_twice and torch.is_grad_enabled() and is_undisturbed():
-            found = self._block_by_block(route, states, whole)
-            return found if self.is_in_graph else tuple(map(torch.stack, found))
+            return self._block_by_block(states, whole)
         if route.where in (Where.EAGER, Where.UNSOLVABLE):
-            return self._timed(route, states, partial(self._block_by_block, route, states, whole))
+            left_alone = route.where is Where.EAGER
+            return self._timed(route, states, partial(self._block_by_block, states, whole, left_alone))
         if route.where is Where.IN_PLACE:
             given = [in_place(operand, table) for operand, table in zip(operands, seen, strict=True)]
             solved = self._timed(route, states, partial(self._in_place, route, states, given, shared))
         else:
             solved = self._by_operators(route, states, operands, shared)
         if self._may_raise and is_plain and not all(bool(part.isfinite().all()) for part in solved):
-            return self._block_by_block(route, states, whole)  # there is an error to raise, if it is one
+            return self._block_by_block(states, whole)  # there is an error to raise, if it is one
         if self.chain.head is None:
             return solved
         return self._with_outputs(self.chain.head, states, solved, head_operands, head_shared)
@@ -355,19 +360,25 @@ class SolveNode(nn.Module):
 
     def _block_by_block(
         self,
-        route: Route,
         states: Sequence[Tensor],
         given: Sequence[tuple[Sequence[Operand], Sequence[Tensor]]],
+        left_alone: bool = False,
     ) -> tuple[Any, ...]:
-        """The blocks as the model wrote them, under plain autograd."""
+        """The blocks as the model wrote them, under plain autograd.
+
+        Args:
+            left_alone: whether that is because nothing is faster.
+        """
         wanted = None if self.leaving.whole else {block for _, block in self.leaving.taps}
         parts = [([parts_of(operand) for operand in operands], shared) for operands, shared in given]
         found = evaluate_whole(self.chain, states, parts, wanted)
         self.record.forward("sequential", IN_SEQUENCE)
         self.record.solver_backward = "sequential"
-        self.record.left_alone = route.where is Where.EAGER
+        self.record.left_alone = left_alone
         # What the model's own ops made is nobody else's: no copies.
         whole = [[values[index] for values in found.values()] for index in self.leaving.whole]
+        if not self.is_in_graph:
+            return tuple(torch.stack(values) for values in whole)
         return (*whole, *(found[block][index] for index, block in self.leaving.taps))
 
     def _choose(

@@ -9,18 +9,31 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from pcr_fx import ops
-from pcr_fx.body.isolation import is_plain_call
+from pcr_fx.body.isolation import is_plain_call, wants_every_op
 from pcr_fx.targets import PointerTable
 from pcr_fx.watched import Changes
 
-Operand: TypeAlias = "Tensor | StackedAttributes | PointerTable"
+# A list where the parts cannot be stacked, or nobody wants them to be.
+Operand: TypeAlias = "Tensor | list[Tensor] | StackedAttributes | PointerTable"
+
+# Those of compilers stand for ordinary tensors.
+_ORDINARY = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+_NO_OPS = torch._C._disabled_torch_function_impl, torch._C._disabled_torch_dispatch_impl
 
 
 def is_plain(tensor: Any) -> bool:
     """Whether it is an ordinary tensor whose memory holds its values as they are."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_neg()
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Whether its class has no ops of its own, as those of quantised and distributed weights have."""
+    kind = type(tensor)
+    return kind in _ORDINARY or (kind.__torch_function__, kind.__torch_dispatch__) == _NO_OPS
 
 
 class _Stack(torch.autograd.Function):
@@ -37,8 +50,10 @@ class _Stack(torch.autograd.Function):
         return cotangent.unbind(0)
 
 
-def stack_operands(tensors: Sequence[Tensor]) -> Tensor:
-    """`torch.stack(tensors)` as one operator that no compiler takes apart."""
+def stack_operands(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """`torch.stack(tensors)` as one operator that no compiler takes apart; a list where each block is to have its own."""
+    if wants_every_op() or not all(map(is_ordinary, tensors)):
+        return list(tensors)
     return _Stack.apply(*tensors)
 
 
@@ -93,7 +108,9 @@ def parts_of(operand: Operand) -> Sequence[Tensor]:
     """The tensor of each block."""
     if isinstance(operand, StackedAttributes):
         return operand.values()
-    return operand.tensors if isinstance(operand, PointerTable) else operand.unbind(0)
+    if isinstance(operand, PointerTable):
+        return operand.tensors
+    return operand if isinstance(operand, list) else operand.unbind(0)
 
 
 def first_part(operand: Operand) -> Tensor:
@@ -104,12 +121,19 @@ def first_part(operand: Operand) -> Tensor:
 
 
 def dtype_of(operand: Operand) -> torch.dtype:
-    return operand.first().dtype if isinstance(operand, StackedAttributes) else operand.dtype
+    return first_part(operand).dtype if isinstance(operand, StackedAttributes | list) else operand.dtype
 
 
 def look(operand: Operand) -> Tensor | PointerTable:
-    """What tells where a call goes, without stacking: the tensor or table itself; for what is neither `StackedAttributes.look`."""
-    return operand.look() if isinstance(operand, StackedAttributes) else operand
+    """What tells where a call goes, without stacking: the tensor or table itself; for what is neither one that is not plain."""
+    if isinstance(operand, StackedAttributes):
+        return operand.look()
+    return _unusual(operand) if isinstance(operand, list) else operand
+
+
+def _unusual(values: Sequence[Tensor]) -> Tensor:
+    """One that is no plain tensor, if there is any."""
+    return next((value for value in values if not is_plain(value)), values[0])
 
 
 def in_place(operand: Operand, seen: Tensor | PointerTable) -> Tensor | PointerTable:
@@ -122,9 +146,9 @@ def in_place(operand: Operand, seen: Tensor | PointerTable) -> Tensor | PointerT
 
 
 def stacked(operand: Operand) -> Tensor:
-    if isinstance(operand, StackedAttributes):
-        return operand.stacked()
-    return torch.stack(operand.tensors) if isinstance(operand, PointerTable) else operand
+    if isinstance(operand, Tensor):
+        return operand
+    return operand.stacked() if isinstance(operand, StackedAttributes) else torch.stack(list(parts_of(operand)))
 
 
 @dataclass
@@ -194,8 +218,7 @@ class StackedAttributes:
         table = self._present_table()
         if table is not None:
             return table
-        values = self.values()
-        return next((value for value in values if not is_plain(value)), values[0])
+        return _unusual(self.values())
 
     def _present_table(self) -> PointerTable | None:
         changes = self.changes.count
@@ -218,8 +241,8 @@ class InputOperand(nn.Module):
         super().__init__()
         self.table: PointerTable | None = None
 
-    def forward(self, tensors: list[Tensor]) -> Tensor | PointerTable:
-        """For a kernel: where they lie, if they can be read there; else stacked."""
+    def forward(self, tensors: list[Tensor]) -> Operand:
+        """For a kernel: where they lie, if they can be read there; else as `stack_operands` has them."""
         if not is_plain_call():
             return stack_operands(tensors)
         table = self.table

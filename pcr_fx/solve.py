@@ -100,7 +100,7 @@ def solve_chain(
     node.learn(plan)
     if start is not None:
         node.record.remember(_start(start, states, state_spec, length, plan))
-    trajectories = [part if isinstance(part, Tensor) else torch.stack(part) for part in node(states, every, common)]
+    trajectories = list(node(states, every, common))
     return ChainSolution(pytree.tree_unflatten(trajectories, state_spec), node.record)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils.hooks import RemovableHandle
 
 from pcr_fx.errors import UnsupportedError
 
@@ -39,7 +41,12 @@ class Part:
     index: int
 
     def __call__(self) -> Tensor:
-        return self.holder[self.name][self.index]
+        view = self.holder[self.name][self.index]
+        if torch.compiler.is_compiling() or type(view) is not Tensor or is_functorch_wrapped_tensor(view):
+            return view  # a compiler's, or a transform's
+        part = view.as_subclass(PartTensor)
+        part.place = self
+        return part
 
     @property
     def shape(self) -> torch.Size:
@@ -52,6 +59,43 @@ class Part:
     @property
     def device(self) -> torch.device:
         return self.holder[self.name].device
+
+
+class PartTensor(Tensor):
+    """A view of a packed parameter, of which hooks and gradient are the parameter's: they would be lost with a view."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    place: Part
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        """This part of the gradient."""
+        gradient = self._packed.grad
+        return None if gradient is None else gradient[self.place.index]
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """As of any tensor: `hook` gets this part of the gradient, and may return another."""
+
+        def of_part(gradient: Tensor) -> Tensor | None:
+            changed = hook(gradient[self.place.index])
+            if changed is None:
+                return None
+            gradient = gradient.clone()
+            gradient[self.place.index] = changed
+            return gradient
+
+        return self._packed.register_hook(of_part)
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> RemovableHandle:
+        """Calls `hook` with this part as soon as the gradient of the packed parameter is complete."""
+        return self._packed.register_post_accumulate_grad_hook(lambda _: hook(self.place()))
+
+    @property
+    def _packed(self) -> Tensor:
+        return self.place.holder[self.place.name]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 class Watched(dict[Any, Any]):

@@ -381,6 +381,6 @@ def test_what_is_compiled_anew_is_not_remembered_twice() -> None:
     for index, mode in enumerate(modes):
         x = torch.randn(2, 4)
         torch.testing.assert_close(compiled(x, mode), net(net(x)) + index)
-    assert len(backend._reports) == 2
+    assert len(backend._latest.reports) == 2
     assert len(pcr_fx.report().chains) == 2
     assert "torch.compile broke the model into 2 graphs" in str(pcr_fx.report())

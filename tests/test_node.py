@@ -191,19 +191,23 @@ def in_inference_mode(function: Callable[..., Tensor], x: Tensor) -> Tensor:
 
 
 TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
-    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
-    "vmap, last": lambda f, x: torch.func.vmap(f, in_dims=-1, out_dims=-1)(torch.stack([x, 2 * x], -1)),
+    "batch": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
+    "batch, last": lambda f, x: torch.func.vmap(f, in_dims=-1, out_dims=-1)(torch.stack([x, 2 * x], -1)),
     "grad": lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
-    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda y: f(y).square().sum()))(x[:, None]),
+    "batch of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda y: f(y).square().sum()))(x[:, None]),
     "jacrev": lambda f, x: torch.func.jacrev(f)(x),
     "jacrev of jacrev": lambda f, x: torch.func.jacrev(torch.func.jacrev(lambda y: f(y).sum()))(x),
     "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(f(x)))[0],
-    "functional_call": lambda f, x: torch.vmap(f)(x.expand(2, *x.shape)),
+    "batch of one tensor": lambda f, x: torch.vmap(f)(x.expand(2, *x.shape)),
     "checkpoint": under_checkpoint,
     "saved-tensor hooks": under_hooks,
     "inference mode": in_inference_mode,
     "no gradient": lambda f, x: torch.no_grad()(f)(x),
 }
+
+
+def _called(node: SolveNode, inputs: Inputs) -> tuple[Tensor, ...]:
+    return node(inputs.states, inputs.operands, inputs.shared)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -221,8 +225,9 @@ def test_a_first_call_within(name: str) -> None:
     def by(run: Callable[..., tuple[Tensor, ...]]) -> Tensor:
         return TRANSFORMS[name](lambda x: run(node, Inputs([x], [weight], []))[0], inputs.states[0].detach())
 
-    assert_close(by(solve), by(reference))
-    assert node.record.solver_forward == "newton"
+    # Ops have rules for batches.
+    assert_close(by(_called if "batch" in name else solve), by(reference))
+    assert node.record.solver_forward == ("sequential" if "batch" in name else "newton")
     check(node, inputs)
 
 
@@ -236,31 +241,33 @@ def test_vmap_over_operands_and_over_everything() -> None:
         return torch.func.vmap(lambda *t: call(node, inputs.like(t))[0], in_dims=in_dims)(*tensors)
 
     for in_dims in ((None, 0, None, None), (None, None, None, 0), (0, 0, 0, 0)):
-        assert_close(run(solve, in_dims), run(reference, in_dims))
+        assert_close(run(_called, in_dims), run(reference, in_dims))
 
 
-def test_forward_mode_is_refused_and_never_zero() -> None:
+def test_forward_mode_runs_in_the_blocks_own_ops() -> None:
     node, inputs = TANH.node(6), TANH.inputs(6, 2)
     x, weight = inputs.states[0].detach(), inputs.operands[0].detach()
 
-    def final(x: Tensor) -> Tensor:
-        return solve(node, Inputs([x], [weight], []))[0]
+    def dual(run: Callable[[Tensor], Tensor]) -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(run(forward_ad.make_dual(x, x))).tangent
 
     for differentiate in (
-        lambda: torch.func.jvp(final, (x,), (x,)),
-        lambda: torch.func.jacfwd(final)(x),
-        lambda: torch.func.hessian(lambda y: final(y).sum())(x),
+        lambda f: torch.func.jvp(f, (x,), (x,)),
+        lambda f: torch.func.jacfwd(f)(x),
+        lambda f: torch.func.hessian(lambda y: f(y).sum())(x),
+        dual,
     ):
-        with pytest.raises(NotImplementedError, match="forward mode"):
-            differentiate()
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
-        final(forward_ad.make_dual(x, x))
+        got, expected = (
+            differentiate(lambda x, run=run: run(node, Inputs([x], [weight], []))[0]) for run in (_called, reference)
+        )
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_vmap_over_nothing_is_refused() -> None:
+def test_a_vmap_over_nothing() -> None:
     node, inputs = TANH.node(6), TANH.inputs(6, 2)
-    with pytest.raises(pcr_fx.UnsupportedError, match="no items"):
-        torch.func.vmap(lambda x: solve(node, Inputs([x], inputs.operands, []))[0])(torch.empty(0, 2, D).double())
+    got = torch.func.vmap(lambda x: _called(node, Inputs([x], inputs.operands, []))[0])(torch.empty(0, 2, D).double())
+    assert got.shape == (0, 6, 2, D)
 
 
 def test_deepcopy_is_independent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +126,26 @@ def test_a_block_can_be_called_read_and_written() -> None:
     model.blocks[4].load_state_dict(model.blocks[3].state_dict())
     torch.testing.assert_close(fast.blocks.state_dict(), model.blocks.state_dict())
     assert_follows(fast, model)
+
+
+def test_hooks_and_gradient_of_a_part_are_the_packs() -> None:
+    fast, model = pair()
+    x = some()
+    weight, original, seen = fast.blocks[3].inner.weight, model.blocks[3].inner.weight, []
+    handle = weight.register_hook(lambda gradient: (seen.append(gradient), 2 * gradient)[1])
+    weight.register_post_accumulate_grad_hook(lambda part: seen.append(part.grad))
+    fast(x).sum().backward()
+    model(x).sum().backward()
+    for got, factor in ((seen[0], 1), (seen[1], 2), (fast.blocks[3].inner.weight.grad, 2)):
+        torch.testing.assert_close(got, factor * original.grad)
+    torch.testing.assert_close(fast.blocks[4].inner.weight.grad, model.blocks[4].inner.weight.grad)
+    handle.remove()
+    fast(x).sum().backward()
+    torch.testing.assert_close(weight.grad, 3 * original.grad)
+    saved = io.BytesIO()
+    torch.save(weight, saved)
+    saved.seek(0)
+    assert torch.equal(torch.load(saved), original)
 
 
 def test_a_block_with_one_that_is_missing_is_refused() -> None:

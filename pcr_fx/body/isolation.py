@@ -13,7 +13,12 @@ from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from pcr_fx.locks import fork_safe_lock
 
@@ -180,4 +185,26 @@ def is_plain_call() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()
         or torch.is_autocast_enabled("cpu")
+        or forward_ad._current_level >= 0
     )
+
+
+def wants_every_op() -> bool:
+    """Whether something looks on that has to see each op of the model.
+
+    So does what pushes tangents or batches through ops, counts them, or writes them down for another process. A compiler
+    takes operators as they are, and to ask for a gradient only needs their backward.
+    """
+    return (
+        forward_ad._current_level >= 0
+        or torch.compiler.is_exporting()
+        or any(one.key() in (TransformType.Vmap, TransformType.Jvp) for one in get_interpreter_stack() or ())
+        or is_watched_by_a_mode()
+    )
+
+
+def is_watched_by_a_mode() -> bool:
+    """Whether a dispatch mode is on that neither belongs to a compiler nor is run by one."""
+    modes = _get_current_dispatch_mode_stack()
+    compiles = any(isinstance(mode, ProxyTorchDispatchMode | FunctionalTensorMode) for mode in modes)
+    return not compiles and any(not isinstance(mode, FakeTensorMode) for mode in modes)

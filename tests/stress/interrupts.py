@@ -118,6 +118,8 @@ def _solving(_: int) -> Callable[[str], str]:
 def interrupted_after(seconds: float, start: threading.Event | None = None) -> Iterator[None]:
     """SIGINT to this process in so many seconds, unless the block has ended by then; it ends with a `KeyboardInterrupt`.
 
+    Python drops what is raised in a callback of its garbage collector, an interrupt as well: after a minute there is another.
+
     Args:
         start: what the seconds count from, if not from now.
     """
@@ -126,10 +128,12 @@ def interrupted_after(seconds: float, start: threading.Event | None = None) -> I
     def interrupt() -> None:
         if start is not None:
             start.wait()
-        if not over.wait(seconds):
+        pause = seconds
+        while not over.wait(pause):
             with lock:
                 if not over.is_set():
                     os.kill(os.getpid(), signal.SIGINT)
+            pause = 60.0
 
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()

@@ -1,0 +1,281 @@
+"""A chain among what else PyTorch does with a model: what sees each op sees those that the model wrote, by both ways in."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import ResidualNet
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+import pcr_fx
+
+DEPTH = 10
+QUICK = {"plan_cache": False, "planning": "estimated"}
+
+
+class Recurrent(nn.Module):
+    """A cell with two states, of which every step leaves something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = cell = x.new_zeros(x.shape[0], 4)
+        every = []
+        for step in range(DEPTH):
+            gate = torch.sigmoid(self.inner(x * (step + 1)) + self.outer(state))
+            cell = gate * cell + (1 - gate) * state.cos()
+            state = torch.tanh(cell + state)
+            every.append(state.sin())
+        return torch.stack(every, 1).sum(1) + cell
+
+    def doubled(self, x: Tensor) -> Tensor:
+        return 2 * self(x)
+
+
+def models() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {"layers": ResidualNet(DEPTH).double(), "steps": Recurrent().double()}
+
+
+def some(batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def transformed(model: nn.Module, options: dict[str, Any], **how: Any) -> Callable[..., Any]:
+    return pcr_fx.transform(model, some(), options, **how)
+
+
+def compiled(model: nn.Module, options: dict[str, Any]) -> Callable[..., Any]:
+    return torch.compile(model, backend="deeppcr", options={**options, "inner_backend": "eager"})
+
+
+WAYS: dict[str, Callable[..., Any]] = {
+    "transform": transformed,
+    "packed": lambda model, options: transformed(model, options, pack_parameters=True),
+    "compile": compiled,
+}
+ROUTES = {"auto": QUICK, "newton": {**QUICK, "solver": "newton"}, "ops": {**QUICK, "kernels": False}}
+
+
+def tangent(run: Any, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(run(forward_ad.make_dual(x, x.cos()))).tangent
+    assert found is not None
+    return found
+
+
+def batched_gradients(run: Any, x: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    found = run(leaf)
+    each = torch.eye(found.numel(), dtype=x.dtype).view(-1, *found.shape)
+    return torch.autograd.grad(found, leaf, each, is_grads_batched=True)[0]
+
+
+def flops(run: Any, x: Tensor) -> Tensor:
+    run(x)
+    with FlopCounterMode(display=False) as counter:
+        run(x)
+    return torch.tensor(counter.get_total_flops())
+
+
+USES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),)),
+    "dual numbers": tangent,
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda y: f(y).sin().sum())(x),
+    "jacobian": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+    "autograd's hessian": lambda f, x: torch.autograd.functional.hessian(lambda y: f(y).sin().sum(), x, vectorize=True),
+    "forward-mode jacobian": lambda f, x: torch.autograd.functional.jacobian(
+        f, x, vectorize=True, strategy="forward-mode"
+    ),
+    "batched gradients": batched_gradients,
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
+    "gradients of samples": lambda f, x: torch.func.vmap(torch.func.grad(lambda y: f(y).sum()))(x[:, None]),
+    "flops": flops,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", ["layers", "steps"])
+def test_agrees_with_eager(name: str, use: str, way: str) -> None:
+    model, x = models()[name], some()
+    expected = USES[use](model, x)
+    for options in ROUTES.values():
+        torch.compiler.reset()
+        fast = WAYS[way](models()[name], options)
+        fast(x)
+        torch.testing.assert_close(USES[use](fast, x), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_an_ensemble() -> None:
+    base = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(DEPTH)))
+    each = [nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(DEPTH))) for _ in range(3)]
+    parameters, _ = torch.func.stack_module_state(each)
+
+    def run(parameters: Any, x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda one: torch.func.functional_call(base, one, (x,)))(parameters)
+
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(torch.compile(run, backend="deeppcr")(parameters, x), run(parameters, x))
+
+
+# --- compilers and exporters -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("name", ["layers", "steps"])
+def test_one_graph(name: str, pack: bool) -> None:
+    model, x = models()[name], some()
+    fast = pcr_fx.transform(models()[name], x, QUICK, pack_parameters=pack)
+    whole = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(x), model(x))
+    # Where the graph may break, the chain runs as it does alone.
+    calls = fast.report.chains[0].node.record.forward_calls
+    torch.testing.assert_close(torch.compile(fast, backend="eager")(x), model(x))
+    assert fast.report.chains[0].node.record.forward_calls == calls + 1
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("name", ["layers", "steps"])
+def test_export_with_a_dynamic_batch(name: str, pack: bool, strict: bool) -> None:
+    model = models()[name]
+    fast = pcr_fx.transform(models()[name], some(), QUICK, pack_parameters=pack)
+    sizes = {0: torch.export.Dim("batch", min=2, max=64)}
+    program = torch.export.export(fast, (some(),), dynamic_shapes=(sizes,), strict=strict)
+    torch.testing.assert_close(program.module()(some(9)), model(some(9)))
+
+
+def test_an_exported_model_runs_elsewhere(tmp_path: Path) -> None:
+    fast = pcr_fx.transform(models()["layers"], some(), QUICK)
+    torch.export.save(torch.export.export(fast, (some(),)), tmp_path / "model.pt2")
+    torch.save((some(), fast(some())), tmp_path / "tensors.pt")
+    script = (
+        "import torch; x, y = torch.load('tensors.pt')\n"
+        "torch.testing.assert_close(torch.export.load('model.pt2').module()(x), y)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+
+
+def test_a_whole_training_step_is_one_report(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = ResidualNet(DEPTH), torch.randn(4, 3)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> Tensor:
+        optimiser.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimiser.step()
+        return loss
+
+    run = torch.compile(step, backend="deeppcr", options={"inner_backend": "eager"})
+    assert run() > run()
+    assert [chain["length"] for chain in pcr_fx.report().to_dict()["chains"]] == [DEPTH]
+    assert "no chain found" not in caplog.text
+
+
+# --- classes, devices, tensors of other classes ----------------------------------------------------------------------
+
+
+def test_it_is_a_model_of_its_class() -> None:
+    model, x = models()["steps"], some()
+    fast = pcr_fx.transform(models()["steps"], x, QUICK)
+    assert isinstance(fast, Recurrent)
+    assert inspect.signature(fast.forward) == inspect.signature(model.forward)
+    calls = fast.report.chains[0].node.record.forward_calls
+    torch.testing.assert_close(fast.doubled(x), 2 * model(x))
+    assert fast.report.chains[0].node.record.forward_calls == calls + 1
+
+
+def test_a_class_that_may_not_be_inherited_from() -> None:
+    class Final(ResidualNet):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("final")
+
+    model = Final(DEPTH).double()
+    torch.testing.assert_close(pcr_fx.transform(model, some(), QUICK)(some()), model(some()))
+
+
+def test_on_no_device_until_it_is_loaded() -> None:
+    with torch.device("meta"):
+        model = ResidualNet(DEPTH).double()
+    fast = pcr_fx.transform(model, some().to("meta"), QUICK)
+    assert len(fast.report.chains) == 1
+    fast.to_empty(device="cpu")
+    fast.load_state_dict(models()["layers"].state_dict())
+    torch.testing.assert_close(fast(some()), models()["layers"](some()))
+    assert len(fast.report.chains) == 1
+
+
+class Scaled(Tensor):
+    """Weights kept as whole numbers with a scale: all that can be done with them is `linear`."""
+
+    @staticmethod
+    def __new__(cls, numbers: Tensor, scale: float) -> Scaled:
+        made = Tensor._make_wrapper_subclass(cls, numbers.shape, dtype=torch.float64, requires_grad=False)
+        made.numbers, made.scale = numbers, scale
+        return made
+
+    numbers: Tensor
+    scale: float
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __tensor_flatten__(self) -> tuple[list[str], float]:
+        return ["numbers"], self.scale
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], scale: float, size: Any, stride: Any) -> Scaled:
+        return Scaled(inner["numbers"], scale)
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is torch.ops.aten.detach.default:
+            return Scaled(args[0].numbers, args[0].scale)
+        if op is torch.ops.aten.t.default:
+            return Scaled(args[0].numbers.t(), args[0].scale)
+        if op in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+            *others, weight = args
+            return op(*others, weight.numbers.double() * weight.scale)
+        raise NotImplementedError(f"{op} of scaled numbers")
+
+
+def scaled() -> nn.Module:
+    model = nn.Sequential(*(layer for _ in range(DEPTH) for layer in (nn.Linear(3, 3), nn.Tanh()))).double()
+    for layer in model[::2]:
+        weight = Scaled((layer.weight.detach() * 100).round().to(torch.int8), 0.01)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("way", ["transform", "compile"])
+def test_tensors_with_ops_of_their_own_are_left_to_these(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = scaled(), some()
+    fast = WAYS[way](model, QUICK)
+    torch.testing.assert_close(fast(x), model(x))
+    report = fast.report if way == "transform" else pcr_fx.report()
+    assert not report.chains and "Scaled, a class of tensors with ops of its own" in str(report)
+
+
+def test_weights_that_get_ops_of_their_own_later() -> None:
+    model, x = nn.Sequential(*(layer for _ in range(DEPTH) for layer in (nn.Linear(3, 3), nn.Tanh()))).double(), some()
+    fast = pcr_fx.transform(model, x, QUICK)
+    fast(x)
+    other = scaled()
+    assert type(fast[::2]) is nn.Sequential
+    for ours, layer in zip(fast[::2], other[::2], strict=True):
+        ours.weight, ours.bias = layer.weight, layer.bias
+    torch.testing.assert_close(fast(x), other(x))
