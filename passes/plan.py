@@ -15,8 +15,7 @@ from pcr_fx.body import Signature
 from pcr_fx.body.isolation import wants_every_op
 from pcr_fx.chain import NearMiss, TensorSpec
 from pcr_fx.errors import BodyError
-from pcr_fx.node import SolveNode, solved_dtype
-from pcr_fx.operands import is_ordinary
+from pcr_fx.node import SolveNode, refuse_unusual, solved_dtype
 from pcr_fx.options import Options
 from pcr_fx.passes.assembly import FoundChain
 from pcr_fx.passes.detect import Detection
@@ -31,17 +30,19 @@ class PlannedChain:
     Attributes:
         found: the chain, and where it is tied into the graph.
         plan, choice: how it is to run; `None` while its shapes are not known yet.
+        refusal: why the present tensors are left to the model's own ops, if they are; others may come.
         node: what is to stand for it in the graph; `None` where the model's own ops stay.
     """
 
     found: FoundChain
     plan: Plan | None
     choice: Choice | None
+    refusal: BodyError | None = None
     node: SolveNode | None = None
 
     def left_alone(self, needs_gradient: bool) -> bool:
         """Whether the rest of the compiler does as well or better: block by block, and nobody asked for it."""
-        return self.choice is not None and self.choice.leaves_alone(needs_gradient)
+        return self.refusal is not None or (self.choice is not None and self.choice.leaves_alone(needs_gradient))
 
 
 def plan_chains(
@@ -66,7 +67,10 @@ def _plan_chain(found: FoundChain, attributes: dict[str, Any], options: Options)
         [_value(node, attributes) for node in nodes]
         for nodes in (found.initial, [operand[0] for operand in found.operands], found.shared)
     ]
-    _refuse_unusual(found, attributes)
+    given = (*found.initial, *itertools.chain.from_iterable(found.operands), *found.shared)
+    refusal = refuse_unusual([_value(node, attributes) for node in given])
+    if refusal is not None:
+        return PlannedChain(found, None, None, refusal)
     if any(value is None or value.device.type == "meta" for group in groups for value in group):
         return PlannedChain(found, None, None)
     signature = Signature(*(tuple(_spec(value) for value in group) for group in groups))
@@ -75,14 +79,6 @@ def _plan_chain(found: FoundChain, attributes: dict[str, Any], options: Options)
     layout = plan.program.layout
     samples = math.prod(signature.states[0].shape[dim] for dim in layout.batch_dims)
     return PlannedChain(found, plan, plan.choice(samples))
-
-
-def _refuse_unusual(found: FoundChain, attributes: dict[str, Any]) -> None:
-    """Tensors of classes that have ops of their own are left to these."""
-    for node in (*found.initial, *itertools.chain.from_iterable(found.operands), *found.shared):
-        value = _value(node, attributes)
-        if value is not None and not is_ordinary(value):
-            raise BodyError(f"its blocks are given a {type(value).__name__}, a class of tensors with ops of its own")
 
 
 def measure_chains(planned: Sequence[PlannedChain], values: dict[fx.Node, torch.Tensor]) -> list[PlannedChain]:

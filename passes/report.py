@@ -20,7 +20,9 @@ def report_chains(
     graph: fx.Graph, planned: Sequence[PlannedChain], near_misses: Sequence[NearMiss], options: Options
 ) -> RewriteReport:
     """The report of one rewrite of `graph`, which is the graph that the chains were found in."""
-    entries = [ChainEntry(item.found.chain, options, item.plan, item.choice, item.node) for item in planned]
+    entries = [
+        ChainEntry(item.found.chain, options, item.plan or item.refusal, item.choice, item.node) for item in planned
+    ]
     ops = sum(node.op.startswith("call_") for node in graph.nodes)
     report = RewriteReport(entries, list(near_misses), *depth(graph, [item.found for item in planned]), ops)
     log.debug("%s", report)

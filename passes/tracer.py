@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.attributes import attribute
 from pcr_fx.graphs.effects import draws_by_shape, is_random_name
-from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
+from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, TensorHook, is_part_of_forward, tensors_in
 from pcr_fx.locks import fork_safe_lock
 from pcr_fx.passes.contents import put_back
 from pcr_fx.passes.facts import CONSTANT, Reading
@@ -345,6 +345,14 @@ class _Proxy(fx.Proxy):
         if name in _TENSOR_PROPERTIES:
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return attribute
+
+    def register_hook(self, hook: Any) -> Any:
+        """The op that does so; `hook` is kept as it is."""
+        held = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
+        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((held, getattr(hook, "__defaults__", None)))):
+            line = _user_line(sys._getframe(1))
+            raise CaptureError(f"a hook uses a tensor of the forward{_at(line)}; {ADVICE}")
+        return self.tracer.create_proxy("call_function", TensorHook(hook), (self,), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -142,6 +142,20 @@ class SolveNode(nn.Module):
         Returns:
             Trajectories and outputs `[L, ...]`, then taps. Left to the model's own ops in a graph, the former are lists.
         """
+        if torch.autograd._profiler_enabled():
+            with torch.autograd.profiler.record_function(f"pcr_fx: {self.record.name}"):
+                return self._run(states, operands, shared, head_operands, head_shared)
+        return self._run(states, operands, shared, head_operands, head_shared)
+
+    def _run(
+        self,
+        states: Sequence[Tensor],
+        operands: Sequence[Operand],
+        shared: Sequence[Tensor],
+        head_operands: Sequence[Operand],
+        head_shared: Sequence[Tensor],
+    ) -> tuple[Any, ...]:
+        """What leaves the chain, by the route of such tensors."""
         is_plain = is_plain_call()
         whole = [(operands, shared), (head_operands, head_shared)]
         if not is_plain and wants_every_op():
@@ -150,8 +164,6 @@ class SolveNode(nn.Module):
         key = _plain_look(states, seen, shared) if is_plain else None
         is_plain = key is not None
         if key is None:
-            if not all(map(is_ordinary, (*states, *(part for each in operands for part in parts_of(each)), *shared))):
-                return self._block_by_block(states, whole)
             key = self._look(states, operands, shared)
         route = self._routes.get(key)
         if route is None or not route.is_final:
@@ -252,7 +264,8 @@ class SolveNode(nn.Module):
         autocast = _autocast_dtype(states[0].device.type)
         # A plan made beforehand is for symbolic sizes too, which may not be asked for.
         signature = None if self.plan is not None else signature_of(states, operands, shared)
-        return signature, torch.is_grad_enabled(), autocast, *_dtypes_of(states, operands, shared)
+        kinds = tuple(type(one) for one in _every(states, operands, shared) if not is_ordinary(one))
+        return signature, torch.is_grad_enabled(), autocast, kinds, *_dtypes_of(states, operands, shared)
 
     def _route(
         self,
@@ -415,9 +428,12 @@ class SolveNode(nn.Module):
     ) -> tuple[Signature | None, Plan | BodyError]:
         """What the plan is for, unless it was given; and `plan_for`."""
         signature = None if self.plan is not None else signature_of(states, operands, shared)
-        if mixed := _mixed_precision(_dtypes_of(states, operands, shared), states[0].device.type):
-            log.warning("%s runs block by block: %s", self.record.name, mixed)
-            return signature, BodyError(mixed)
+        refusal = refuse_unusual(_every(states, operands, shared)) or _refuse_mixed(
+            _dtypes_of(states, operands, shared), states[0].device.type
+        )
+        if refusal is not None:
+            log.warning("%s runs block by block: %s", self.record.name, refusal)
+            return None, refusal  # others of these sizes have a plan
         if self.plan is not None:
             return None, self.plan
         assert signature is not None, "without a plan there is a signature to make one for"
@@ -482,12 +498,24 @@ def _dtypes_of(
     return tuple(dtype_of(tensor) for tensor in (*states, *operands, *shared))
 
 
-def _mixed_precision(dtypes: Sequence[torch.dtype], device: str) -> str:
-    """Why such tensors are left to the model's own ops, or nothing: each then computes in a dtype of its own, or refuses."""
+def _every(states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]) -> list[Tensor]:
+    return [*states, *(part for operand in operands for part in parts_of(operand)), *shared]
+
+
+def refuse_unusual(tensors: Iterable[Tensor | None]) -> BodyError | None:
+    """Why such tensors are left to the model's own ops, if some are of a class with others; `None` is one not known yet."""
+    for tensor in tensors:
+        if tensor is not None and not is_ordinary(tensor):
+            return BodyError(f"its blocks are given a {type(tensor).__name__}, a class of tensors with ops of its own")
+    return None
+
+
+def _refuse_mixed(dtypes: Sequence[torch.dtype], device: str) -> BodyError | None:
+    """Why such tensors are left to the model's own ops, if they are: each then computes in a dtype of its own, or refuses."""
     floating = sorted({str(dtype) for dtype in dtypes if dtype.is_floating_point})
     if len(floating) < 2 or not any(dtype in _LOW_PRECISION for dtype in dtypes) or _autocast_dtype(device) is not None:
-        return ""
-    return f"its tensors are {' and '.join(floating)}, without autocast"
+        return None
+    return BodyError(f"its tensors are {' and '.join(floating)}, without autocast")
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

@@ -25,14 +25,21 @@ class ChainEntry:
 
     chain: Chain
     options: Options
-    planned: Plan | None = None
+    planned: Plan | BodyError | None = None
     choice: Choice | None = None
     node: SolveNode | None = None
 
     @property
     def plan(self) -> Plan | None:
         outcome = self.node.outcome if self.node is not None else None
-        return outcome if isinstance(outcome, Plan) else self.planned
+        latest = outcome if isinstance(outcome, Plan) else self.planned
+        return latest if isinstance(latest, Plan) else None
+
+    @property
+    def _refusal(self) -> BodyError | None:
+        """Why there is no plan."""
+        latest = (self.node.outcome if self.node is not None else None) or self.planned
+        return latest if isinstance(latest, BodyError) else None
 
     @property
     def present_choice(self) -> Choice | None:
@@ -41,9 +48,8 @@ class ChainEntry:
     @property
     def reason(self) -> str:
         """Why these solvers."""
-        outcome = self.node.outcome if self.node is not None else None
-        if isinstance(outcome, BodyError):
-            return f"block by block: {outcome}"
+        if self._refusal is not None:
+            return f"block by block: {self._refusal}"
         choice = self.present_choice
         return choice.reason if choice is not None else "chosen at the first call"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import BackwardHook
+from torch.utils.hooks import BackwardHook, RemovableHandle
 
 from pcr_fx.errors import CaptureError
 
@@ -135,6 +135,19 @@ class AfterForward(HookOp):
         if backward is not None:
             result = backward.setup_output_hook(result)
         return tuple(self.tensors(given, result))
+
+
+class TensorHook(HookOp):
+    """Registers a hook of a tensor, as the model did when it was traced."""
+
+    def __init__(self, hook: Callable[[Tensor], Tensor | None]) -> None:
+        self.hook, self.path, self.__name__ = hook, "a tensor", "register_hook"
+
+    def assumed(self, given: Sequence[Any]) -> list[Any]:
+        return []
+
+    def __call__(self, tensor: Tensor) -> RemovableHandle:  # type: ignore[override]
+        return tensor.register_hook(self.hook)
 
 
 def tensors_in(values: Any) -> list[Any]:
