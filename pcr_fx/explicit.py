@@ -334,19 +334,39 @@ class _TracedModel:
 
 
 def _fetch_attributes(graph: fx.Graph, model: nn.Module, stacked: dict[str, StackedAttributes]) -> Attributes:
-    """Read all attributes of the graph at one place, by name and not by path: a path of four names costs 1 us."""
-    found = [node for node in graph.nodes if node.op == "get_attr"]
-    first = next((node for node in graph.nodes if node.op != "placeholder"), None)
-    if found and first is not None:
+    """Read all attributes of the graph at one place, by name and not by path: a path of four names costs 1 us.
+
+    Behind what runs hooks they are read anew: hooks may put others there for the time of a forward, as sharding does.
+    """
+    names: list[str] = []
+    for first, found in _between_hooks(graph):
         with graph.inserting_before(first):
-            fetched = graph.call_module("attributes")
+            fetched = graph.call_module("attributes", (len(names), len(names) + len(found)))
             for index, node in enumerate(found):
                 value = graph.call_function(operator.getitem, (fetched, index))
                 node.replace_all_uses_with(value)
         for node in found:
             graph.erase_node(node)
-    names = [str(node.target) for node in found]
+        names += [str(node.target) for node in found]
     return Attributes([stacked[name] if name in stacked else _source(model, name) for name in names])
+
+
+def _between_hooks(graph: fx.Graph) -> list[tuple[fx.Node, list[fx.Node]]]:
+    """The attributes that are read before, between and behind hooks, as far as any are; with the op to read them before."""
+    groups: list[tuple[fx.Node, list[fx.Node]]] = []
+    first: fx.Node | None = None
+    found: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            found.append(node)
+        elif node.op != "placeholder":
+            first = first or node
+        if isinstance(node.target, HookOp) or node.op == "output":
+            if found:
+                assert first is not None
+                groups.append((first, found))
+            first, found = None, []
+    return groups
 
 
 def _source(model: nn.Module, path: str) -> Source:

@@ -169,17 +169,18 @@ class Source:
 class Attributes(nn.Module):
     """The present values of some attributes, as a list; of per-block operands what can stack or read them.
 
-    One module for all of a graph: to call one costs a microsecond.
+    One module for all of a graph, called once or seldom: that costs a microsecond.
     """
 
     def __init__(self, sources: Sequence[Source | StackedAttributes]) -> None:
         super().__init__()
         self.sources = list(sources)
 
-    def forward(self) -> list[Any]:
+    def forward(self, first: int, end: int) -> list[Any]:
+        """Those from `first` up to `end`."""
         return [
             source if type(source) is StackedAttributes else source.holder[source.name]  # type: ignore[union-attr]
-            for source in self.sources
+            for source in self.sources[first:end]
         ]
 
 
