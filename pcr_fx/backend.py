@@ -104,7 +104,8 @@ def rewrite_captured(
         graph_module.graph = rewritten.graph
     graph_module.recompile()
     report = rewritten.report
-    if torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
+    splits = torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
+    if splits and torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
         report.notes.append(
             "DistributedDataParallel splits the graph into buckets before this backend sees it, which cuts chains; "
             "torch._dynamo.config.optimize_ddp = False keeps it whole"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from compositions import DEPTH, QUICK, SOLVERS, USES, WAYS, cell, some
+from compositions import DEPTH, QUICK, SOLVERS, USES, WAYS, cell, compiled, one_process, some
 from models import ResidualNet
 from torch import Tensor, nn
 
@@ -263,3 +263,11 @@ def test_weights_that_get_ops_of_their_own_later() -> None:
     for ours, layer in zip(fast[::2], other[::2], strict=True):
         ours.weight, ours.bias = layer.weight, layer.bias
     torch.testing.assert_close(fast(x), other(x))
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_advice_on_buckets_is_given_where_it_helps(splits: bool) -> None:
+    torch.compiler.reset()
+    with one_process(), torch._dynamo.config.patch(optimize_ddp=splits):
+        compiled(nn.parallel.DistributedDataParallel(models()["layers"]), QUICK)(some())
+        assert ("optimize_ddp = False" in str(pcr_fx.report())) is splits
