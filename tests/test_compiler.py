@@ -291,8 +291,9 @@ def test_no_folder_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interrupt_ends_the_compiler_and_does_not_count_as_its_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stress.interrupts import interrupted_after
+    from stress.interrupts import be_interruptible, interrupted_after
 
+    be_interruptible()
     does = f"case $1 in --version) echo 1;; *) echo $$ > {tmp_path}/process; sleep 300;; esac"
     use(script(tmp_path / "bin" / "g++", does))
     build.check_compiler()

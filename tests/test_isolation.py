@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from stress.interrupts import interrupted_after
+from stress.interrupts import be_interruptible, interrupted_after
 from stress.models import network, samples, wrong
 
 import pcr_fx
 from pcr_fx.body import isolation
 from pcr_fx.body.isolation import apart, isolated, stop_if_abandoned, tracing
 from pcr_fx.targets.cpp import threads
+
+be_interruptible()
 
 
 def test_an_interrupt_waits_for_what_cannot_stop() -> None:

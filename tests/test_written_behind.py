@@ -56,6 +56,11 @@ def report_of(fast: Any) -> pcr_fx.RewriteReport:
     return pcr_fx.report(fast if isinstance(fast, pcr_fx.TransformedModule) else None)
 
 
+@pytest.fixture(autouse=True)
+def _compiled_anew() -> None:
+    torch.compiler.reset()
+
+
 def results(model: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> list[Tensor]:
     """Of a call and its gradients, and what was written."""
     leaf = x.clone().requires_grad_()

@@ -27,6 +27,7 @@ def main() -> int:
     unknown = set(given.parts) - set(PARTS)
     if unknown:
         parser.error(f"there is no part called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    interrupts.be_interruptible()
     troubles = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PCR_FX_CACHE_DIR"] = folder

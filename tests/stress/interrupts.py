@@ -8,6 +8,7 @@ are started again where one is ended so; such moments are counted apart if nothi
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -114,11 +115,18 @@ def _solving(_: int) -> Callable[[str], str]:
     return run
 
 
+def be_interruptible() -> None:
+    """Undo what a shell does with what it runs in the background: interrupts are ignored there."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextmanager
 def interrupted_after(seconds: float, start: threading.Event | None = None) -> Iterator[None]:
     """SIGINT to this process in so many seconds, unless the block has ended by then; it ends with a `KeyboardInterrupt`.
 
-    Python drops what is raised in a callback of its garbage collector, an interrupt as well: after a minute there is another.
+    Python drops what is raised in callbacks of its garbage collector and in finalisers, an interrupt as well: the former do not
+    run meanwhile, and for the latter there is another interrupt after a minute.
 
     Args:
         start: what the seconds count from, if not from now.
@@ -136,10 +144,14 @@ def interrupted_after(seconds: float, start: threading.Event | None = None) -> I
             pause = 60.0
 
     thread = threading.Thread(target=interrupt, daemon=True)
+    collects = gc.isenabled()
+    gc.disable()
     thread.start()
     try:
         yield
     finally:
+        if collects:
+            gc.enable()
         with lock:
             over.set()
         if start is not None:
