@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _UNFINISHED = "unfinished_"
 _LONGEST_SECONDS = 3600.0
 # In bytes.
-_LARGEST_RECORD, _LARGEST_FILE = 2**12, 2**28
+_LARGEST_RECORD, LARGEST_FILE = 2**12, 2**28
 
 
 class DamagedError(OSError):
@@ -255,7 +255,7 @@ def verify(path: Path) -> None:
         record = json.loads(read(_record_path(path), _LARGEST_RECORD))
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"the record of {path} cannot be read") from error
-    if record != _record(path, read(path, _LARGEST_FILE)):
+    if record != _record(path, read(path, LARGEST_FILE)):
         raise DamagedError(f"{path} is not what was kept under this name")
 
 

@@ -7,6 +7,30 @@ from torch import Tensor, nn
 
 from pcr_fx.planner import plan
 
+# What a file of measurements may hold.
+CHAIN = {
+    "modules": "layers",
+    "source": "a.py:1",
+    "length": 20,
+    "dimension": 3,
+    "samples": 4,
+    "dtype": "torch.float32",
+    "device": "cpu",
+    "torch": "2.13.0",
+}
+TIMING = {
+    "way": "eager",
+    "direction": "forward",
+    "seconds": 1e-3,
+    "iterations": 0,
+    "note": "",
+    "skipped": False,
+    "points": [[5, 0.25e-3], [10, 0.5e-3]],
+    "spread": 1.2,
+    "disturbed": False,
+    "adding": None,
+}
+
 
 class Net(nn.Module):
     def __init__(self, length: int, width: int) -> None:

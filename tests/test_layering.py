@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # rooms that share a floor do not see each other.
 FLOORS = (
     {"errors", "disk", "locks"},
-    {"registry", "watched"},
+    {"registry", "watched", "artifacts"},
     {"options", "graphs"},
     {"chain", "call", "stopping"},
     {"body"},

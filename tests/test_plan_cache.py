@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from planner_cases import Net, chain_of, in_ops, rigged
+from planner_cases import CHAIN, TIMING, Net, chain_of, in_ops, rigged
 
 import pcr_fx
 from pcr_fx.__main__ import main
@@ -148,29 +148,6 @@ def test_a_measurement_from_disk_is_called_one(plan_cache: Path) -> None:
 
 
 # --- what a file may hold -----------------------------------------------------------------------------------------------
-
-CHAIN = {
-    "modules": "layers",
-    "source": "a.py:1",
-    "length": 20,
-    "dimension": 3,
-    "samples": 4,
-    "dtype": "torch.float32",
-    "device": "cpu",
-    "torch": "2.13.0",
-}
-TIMING = {
-    "way": "eager",
-    "direction": "forward",
-    "seconds": 1e-3,
-    "iterations": 0,
-    "note": "",
-    "skipped": False,
-    "points": [[5, 0.25e-3], [10, 0.5e-3]],
-    "spread": 1.2,
-    "disturbed": False,
-    "adding": None,
-}
 
 
 def altered(**changes: Any) -> bytes:

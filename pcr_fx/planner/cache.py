@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from pcr_fx import disk
+from pcr_fx import artifacts, disk
 from pcr_fx.planner.choice import NODE_SECONDS, Timing
 from pcr_fx.planner.rounds import along
 from pcr_fx.targets.cpp.build import processor
@@ -76,6 +76,7 @@ def load_timings(key: str) -> tuple[Timing, ...] | None:
         return None
     if content is None or not 0 <= time.time() - content["made"] <= _LONGEST_SECONDS:
         return None
+    _record(key)
     return tuple(map(_timing, content["timings"]))
 
 
@@ -88,8 +89,13 @@ def store_timings(key: str, chain: dict[str, Any], timings: Iterable[Timing]) ->
         folder = disk.cache_directory()
         plan_directory().mkdir(mode=0o700, exist_ok=True)
         disk.write(plan_directory() / f"{key}.json", json.dumps(content, indent=1).encode())
+        _record(key)
     except OSError as error:
         disk.give_up(folder, error)
+
+
+def _record(key: str) -> None:
+    artifacts.record(disk.cache_directory(), f"plans/{key}.json")
 
 
 def cached_plans() -> list[dict[str, Any]]:

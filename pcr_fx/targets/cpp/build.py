@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from pcr_fx import disk
+from pcr_fx import artifacts, disk
 from pcr_fx.body.isolation import stop_if_abandoned
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.locks import fork_safe_lock
@@ -82,6 +82,7 @@ def _from_disk(key: str, source: str) -> ctypes.CDLL:
                 continue
             for place, reason in failures.items():
                 disk.give_up(place, reason)
+            artifacts.record(folder, f"{key}.so")
             return library
     except OSError as error:  # there is no further folder
         failures[None] = error
