@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
@@ -64,6 +65,17 @@ def transform(
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule | OptimizedModule):
+        raise UnsupportedError(
+            f"transform takes a model written in Python, got a {type(model).__name__}: give it the model that this was made of"
+        )
+    if isinstance(model, TransformedModule):
+        if model._pcr_packs:
+            raise UnsupportedError(
+                "transform takes a model with parameters of its own, and those of this one are packed"
+            )
+        transformed, model = model, object.__new__(model._pcr_class)
+        model.__dict__.update((name, value) for name, value in transformed.__dict__.items() if name[:5] != "_pcr_")
     if not isinstance(pack_parameters, bool):
         raise UnsupportedError(f"pack_parameters must be True or False, got {pack_parameters!r}")
     made = _remake(type(model))
@@ -76,6 +88,14 @@ class TransformedModule(nn.Module):
 
     # The model's.
     _pcr_class: type[nn.Module]
+    _pcr_changes: Changes
+    _pcr_example_inputs: Any
+    _pcr_options: Options
+    _pcr_signature: inspect.Signature
+    _pcr_places: tuple[str, ...]
+    _pcr_variants: list[_Variant]
+    _pcr_packs: list[Pack]
+    _pcr_notes: list[str]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Another model of the class, as its methods make it: a part of a Sequential, say."""
@@ -86,16 +106,20 @@ class TransformedModule(nn.Module):
         if pack_parameters:
             model = copy_model(model)
         self.__dict__.update(_copy_structure(model).__dict__)
-        self._pcr_changes = Changes()
-        self._pcr_example_inputs = example_inputs
-        self._pcr_options = options
-        self._pcr_signature = inspect.signature(self._model().forward)
-        parameters = self._pcr_signature.parameters.values()
+        signature = inspect.signature(self._model().forward)
+        parameters = signature.parameters.values()
         by_place = all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-        self._pcr_places = tuple(p.name for p in parameters) if by_place else ()
-        self._pcr_variants: list[_Variant] = []
-        self._pcr_packs: list[Pack] = []
-        self._pcr_notes: list[str] = []
+        # Past the `__setattr__` of the model's class, which may allow only attributes that it knows.
+        self.__dict__.update(
+            _pcr_changes=Changes(),
+            _pcr_example_inputs=example_inputs,
+            _pcr_options=options,
+            _pcr_signature=signature,
+            _pcr_places=tuple(p.name for p in parameters) if by_place else (),
+            _pcr_variants=[],
+            _pcr_packs=[],
+            _pcr_notes=[],
+        )
         variant = self._latest()
         if pack_parameters:
             self._pack(variant)
@@ -156,7 +180,8 @@ class TransformedModule(nn.Module):
         operands = [source for source in sources if isinstance(source, StackedAttributes)]
         others = [source.path for source in sources if isinstance(source, Source)]
         others += variant.captured.found_elsewhere
-        self._pcr_packs, self._pcr_notes = pack_operands(self, operands, others)
+        packs, notes = pack_operands(self, operands, others)
+        self.__dict__.update(_pcr_packs=packs, _pcr_notes=notes)
         for pack in self._pcr_packs:
             pack.take_out()
         self._use_packs(variant)
@@ -211,8 +236,8 @@ class TransformedModule(nn.Module):
 
     def _model(self) -> nn.Module:
         """The model again, in this module's state."""
-        model = self._pcr_class.__new__(self._pcr_class)
-        model.__dict__ = self.__dict__
+        model = object.__new__(self._pcr_class)
+        object.__setattr__(model, "__dict__", self.__dict__)
         return model
 
 
@@ -381,11 +406,11 @@ def _copy_structure(model: nn.Module) -> nn.Module:
     copies: dict[int, nn.Module] = {}
     for module in model.modules():
         kind = _own_class(module)
-        copies[id(module)] = kind.__new__(kind)
+        copies[id(module)] = object.__new__(kind)
     for module in model.modules():
-        copies[id(module)].__dict__ = {
-            name: copied(name, _of_copies(value, copies, name)) for name, value in module.__dict__.items()
-        }
+        copies[id(module)].__dict__.update(
+            (name, copied(name, _of_copies(value, copies, name))) for name, value in module.__dict__.items()
+        )
     return copies[id(model)]
 
 

@@ -148,7 +148,7 @@ def _common_name(names: Sequence[str], container: nn.Module) -> str:
 
 def _keep_state_dicts(root: nn.Module, packs: Sequence[Pack], order: list[str]) -> None:
     """Have `state_dict` and `load_state_dict` of the root, and of each block, speak of the blocks' own parameters."""
-    root._pcr_order = order  # type: ignore[assignment]
+    root.__dict__["_pcr_order"] = order
     homes = {id(home.holder) for pack in packs for home in pack.homes}
     for module in root.modules():
         if id(module._parameters) in homes and module is not root:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 from typing import Any
@@ -191,6 +192,39 @@ def test_a_class_that_may_not_be_inherited_from() -> None:
 
     model = Final(DEPTH).double()
     torch.testing.assert_close(pcr_fx.transform(model, some(), QUICK)(some()), model(some()))
+
+
+class Strict(ResidualNet):
+    """Allows no attributes that it does not know."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("stem", "blocks", "head", "training") and not name.startswith("_parameters"):
+            raise AttributeError(f"no {name}")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_class_with_attributes_of_its_own_only(pack: bool) -> None:
+    model = Strict(DEPTH).double()
+    fast = pcr_fx.transform(model, some(), QUICK, pack_parameters=pack)
+    torch.testing.assert_close(fast(some()), model(some()))
+    torch.testing.assert_close(copy.deepcopy(fast).eval()(some()), model(some()))
+
+
+def test_twice() -> None:
+    fast = pcr_fx.transform(pcr_fx.transform(models()["layers"], some(), QUICK), some(), {"solver": "newton", **QUICK})
+    torch.testing.assert_close(fast(some()), models()["layers"](some()))
+    assert fast.report.chains[0].node.record.solver_forward == "newton"
+    packed = pcr_fx.transform(fast, some(), QUICK, pack_parameters=True)
+    torch.testing.assert_close(packed(some()), models()["layers"](some()))
+    with pytest.raises(pcr_fx.UnsupportedError, match="packed"):
+        pcr_fx.transform(packed, some())
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, torch.compile])
+def test_what_is_compiled_already_is_refused(make: Any) -> None:
+    with pytest.raises(pcr_fx.UnsupportedError, match="the model that this was made of"):
+        pcr_fx.transform(make(nn.Linear(3, 3)), some())
 
 
 def test_on_no_device_until_it_is_loaded() -> None:
