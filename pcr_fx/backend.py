@@ -186,7 +186,8 @@ def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any
         parts[node] = part
     if part == 0:
         return graph_module.forward
-    split = split_module(graph_module, None, parts.__getitem__)  # type: ignore[arg-type]
+    # In the order that they have: a part that only writes has nothing that the others depend on.
+    split = split_module(graph_module, None, parts.__getitem__, keep_original_order=True)  # type: ignore[arg-type]
     for name, module in list(split.named_children()):
         if not any(is_called(node) for node in module.graph.nodes):
             inputs = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]

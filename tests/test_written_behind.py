@@ -94,3 +94,30 @@ def test_what_autograd_does_not_see_written_is_read_by_the_backward_as_in_eager(
     for got, true in zip(results(model, fast, x), results(reference, reference, x), strict=True):
         torch.testing.assert_close(got, true, rtol=1e-12, atol=1e-12)
     assert not report_of(fast).chains and "writes to" in str(report_of(fast))
+
+
+class Counted(nn.Module):
+    """Layers that read what is written to behind them, where nothing else depends on the write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
+        self.offset: Tensor
+        self.register_buffer("offset", torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x * 2
+        for layer in self.layers:
+            state = torch.tanh(layer(state) + self.offset)
+        self.offset.add_(1)
+        return state
+
+
+def test_a_write_that_nothing_depends_on_keeps_its_place_around_native_kernels() -> None:
+    model, reference = Counted().double(), Counted().double()
+    x = torch.randn(3, WIDTH, dtype=torch.float64)
+    fast = WAYS["compile"](model, x, {"solver": "sequential"})
+    for got, true in zip(results(model, fast, x), results(reference, reference, x), strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-10)
+    assert report_of(fast).chains
