@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence, Set
+import random
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -74,7 +77,7 @@ def capture_model(model: nn.Module, example_inputs: Any = None, changes: Changes
     arguments, known = _arguments(model, example_inputs), example_inputs is not None
     try:
         # What records reads patches a class, as FX does.
-        with tracing():
+        with tracing(), _refusing_random_numbers():
             tracer = ModelTracer(model, arguments, known)
             graph = tracer.trace(model)
     except CaptureError:
@@ -87,6 +90,16 @@ def capture_model(model: nn.Module, example_inputs: Any = None, changes: Changes
     model_facts = Facts(tracer.read, answers is not None, changes or Changes())
     names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
     return Captured(graph, _facts(arguments, answers is not None), answers, model_facts, tracer.found_elsewhere, names)
+
+
+@contextlib.contextmanager
+def _refusing_random_numbers() -> Iterator[None]:
+    """Numbers that Python or NumPy draw would be the same ever after."""
+    before = random.getstate(), np.random.get_state(legacy=False)["state"]
+    yield
+    after = random.getstate(), np.random.get_state(legacy=False)["state"]
+    if before[0] != after[0] or str(before[1]) != str(after[1]):
+        raise CaptureError(f"the forward draws random numbers of Python or NumPy, which would never change; {ADVICE}")
 
 
 def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import inspect
 import logging
 import operator
@@ -11,7 +12,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
+from types import BuiltinFunctionType, FrameType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -346,16 +347,34 @@ class _Proxy(fx.Proxy):
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
         return attribute
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(Tensor, name):
+            line = _user_line(sys._getframe(1))
+            raise CaptureError(f"the model sets {name} of a tensor{_at(line)}; {ADVICE}")
+        super().__setattr__(name, value)
+
     def register_hook(self, hook: Any) -> Any:
         """The op that does so; `hook` is kept as it is."""
-        held = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or ()]
-        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((held, getattr(hook, "__defaults__", None)))):
+        if not _lasts(hook):
             line = _user_line(sys._getframe(1))
-            raise CaptureError(f"a hook uses a tensor of the forward{_at(line)}; {ADVICE}")
+            raise CaptureError(f"a hook uses what the forward made{_at(line)}, which each call makes anew; {ADVICE}")
         return self.tracer.create_proxy("call_function", TensorHook(hook), (self,), {})
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _lasts(hook: Any) -> bool:
+    """Whether a hook may be kept from one call to the next: what it holds are modules, functions and constants."""
+    if isinstance(hook, MethodType):
+        return isinstance(hook.__self__, nn.Module)
+    if isinstance(hook, FunctionType):
+        held = [cell.cell_contents for cell in hook.__closure__ or ()]
+        held += [*(hook.__defaults__ or ()), *(hook.__kwdefaults__ or {}).values()]
+        return all(isinstance(one, nn.Module) or _lasts(one) for one in held)
+    if isinstance(hook, functools.partial):
+        return all(map(_lasts, (hook.func, *hook.args, *hook.keywords.values())))
+    return isinstance(hook, type | BuiltinFunctionType | int | float | str | None)
 
 
 def _record_inplace(name: str) -> None:

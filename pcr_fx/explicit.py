@@ -78,7 +78,9 @@ def transform(
         model.__dict__.update((name, value) for name, value in transformed.__dict__.items() if name[:5] != "_pcr_")
     if not isinstance(pack_parameters, bool):
         raise UnsupportedError(f"pack_parameters must be True or False, got {pack_parameters!r}")
-    made = _remake(type(model))
+    # What a container holds are its items, and packed parameters are none.
+    is_model = not (pack_parameters and isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict))
+    made = _remake(type(model), is_model)
     TransformedModule.__init__(made, model, example_inputs, Options.of(options), pack_parameters)
     return made
 
@@ -98,8 +100,11 @@ class TransformedModule(nn.Module):
     _pcr_notes: list[str]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Another model of the class, as its methods make it: a part of a Sequential, say."""
-        return cls._pcr_class(*args, **kwargs)
+        """Another model of the class, as its methods make it: a part of a Sequential, say; or one that gets its state later."""
+        return cls._pcr_class(*args, **kwargs) if args or kwargs else object.__new__(cls)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Nothing, and not what the model's class does for another: enter it in a list of models, say."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, options: Options, pack_parameters: bool = False) -> None:
         nn.Module.__init__(self)  # not that of the model's class
@@ -127,6 +132,10 @@ class TransformedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or _may_not_break()):
             # The model as it was written: who compiles it sees to it that what is read of it holds.
+            if not isinstance(self, self._pcr_class):
+                raise UnsupportedError(
+                    f"a {type(self).__name__} with packed parameters cannot be read by another compiler"
+                )
             return self._pcr_class.forward(self, *args, **kwargs)
         return self._pcr_run(args, kwargs)
 
@@ -150,7 +159,7 @@ class TransformedModule(nn.Module):
         return bind_to(self._pcr_signature, self._pcr_class.__name__, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _remake, (self._pcr_class,), self.__getstate__()
+        return _remake, (self._pcr_class, isinstance(self, self._pcr_class)), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy traces itself when it is first called: graphs refer to modules, native code and memory of their own.
@@ -241,13 +250,18 @@ class TransformedModule(nn.Module):
         return model
 
 
-# By the class of the model.
-_classes: weakref.WeakKeyDictionary[type, type[TransformedModule]] = weakref.WeakKeyDictionary()
+# By the class of the model, and whether they are subclasses of that.
+_classes: weakref.WeakKeyDictionary[type, dict[bool, type[TransformedModule]]] = weakref.WeakKeyDictionary()
 
 
-def _class_for(kind: type[nn.Module]) -> type[TransformedModule]:
-    """`TransformedModule` for a class of models. It is a subclass of that: who looks for its methods, or asks for it, finds it."""
-    if kind not in _classes:
+def _class_for(kind: type[nn.Module], is_model: bool) -> type[TransformedModule]:
+    """`TransformedModule` for a class of models. It is a subclass of that: who looks for its methods, or asks for it, finds it.
+
+    Args:
+        is_model: whether it is to be that.
+    """
+    made = _classes.setdefault(kind, {})
+    if is_model not in made:
         plain, model = TransformedModule.forward, kind.forward
         # As trainers and exporters look at it.
         forward = FunctionType(plain.__code__, plain.__globals__, "forward", plain.__defaults__, plain.__closure__)
@@ -261,13 +275,16 @@ def _class_for(kind: type[nn.Module]) -> type[TransformedModule]:
             "_pcr_class": kind,
             "forward": forward,
         }
-        name = f"Transformed{kind.__name__}"
+        if hasattr(kind, "report"):  # the model's own; `pcr_fx.report` gives ours
+            described["report"] = inspect.getattr_static(kind, "report")
+        bases = (TransformedModule, kind) if is_model else (TransformedModule,)
         try:
-            made = types.new_class(name, (TransformedModule, kind), {}, lambda body: body.update(described))
+            made[is_model] = types.new_class(
+                f"Transformed{kind.__name__}", bases, {}, lambda body: body.update(described)
+            )
         except TypeError:  # it may not be inherited from
-            made = type(name, (TransformedModule,), described)
-        _classes[kind] = made
-    return _classes[kind]
+            made[is_model] = _class_for(kind, False)
+    return made[is_model]
 
 
 def _may_not_break() -> bool:
@@ -282,9 +299,9 @@ def _is_one_graph() -> bool:
     return bool(tracing.one_graph or tracing.export)
 
 
-def _remake(kind: type[nn.Module]) -> TransformedModule:
+def _remake(kind: type[nn.Module], is_model: bool) -> TransformedModule:
     """One that is to be given its state."""
-    return object.__new__(_class_for(kind))
+    return object.__new__(_class_for(kind, is_model))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ def report(target: TransformedModule | None = None) -> RewriteReport:
         UnsupportedError: `target` is something else.
     """
     if isinstance(target, TransformedModule):
-        return target.report
+        return TransformedModule.report.fget(target)  # type: ignore[attr-defined, no-any-return]
     if target is not None:
         raise UnsupportedError(
             f"report takes what pcr_fx.transform returned, got {type(target).__name__}; "

@@ -73,6 +73,19 @@ class PartTensor(Tensor):
         gradient = self._packed.grad
         return None if gradient is None else gradient[self.place.index]
 
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        raise UnsupportedError(f"the gradient is part of that of {self.place.name}: write into it, or set that one")
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """As of any tensor; it is not exchanged for another."""
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise UnsupportedError(f"it is part of the packed parameter {self.place.name}: write into it (copy_)")
+
     def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """As of any tensor: `hook` gets this part of the gradient, and may return another."""
 

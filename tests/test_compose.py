@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import importlib.util
 import inspect
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compositions import DEPTH, QUICK, SOLVERS, USES, WAYS, cell, compiled, one_process, some
 from models import ResidualNet
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import pcr_fx
 
@@ -103,9 +106,52 @@ def test_a_hook_in_the_forward(way: str) -> None:
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_a_hook_that_uses_a_tensor_of_the_forward_is_refused() -> None:
-    with pytest.raises(pcr_fx.CaptureError, match="a hook uses a tensor of the forward"):
-        pcr_fx.transform(Hooked(uses_tensor=True).double(), some(), QUICK)
+def test_a_hook_that_uses_what_the_forward_made_is_refused() -> None:
+    class Counted(ResidualNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x, calls = self.stem(x), []
+            x.register_hook(lambda gradient: calls.append(1))
+            return self.blocks(x)
+
+    for model in (Hooked(uses_tensor=True), Counted(DEPTH)):
+        with pytest.raises(pcr_fx.CaptureError, match="a hook uses what the forward made"):
+            pcr_fx.transform(model.double(), some(), QUICK)
+
+
+@pytest.mark.parametrize("name", ["data", "requires_grad", "grad"])
+def test_what_sets_attributes_of_tensors_is_refused(name: str) -> None:
+    class Sets(ResidualNet):
+        def forward(self, x: Tensor) -> Tensor:
+            setattr(self.stem.weight, name, x)
+            return super().forward(x)
+
+    with pytest.raises(pcr_fx.CaptureError, match=f"the model sets {name} of a tensor"):
+        pcr_fx.transform(Sets(DEPTH).double(), some(), QUICK)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_random_numbers_of_others_are_refused(draw: Any) -> None:
+    class Draws(ResidualNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * draw()
+
+    with pytest.raises(pcr_fx.CaptureError, match="random numbers of Python or NumPy"):
+        pcr_fx.transform(Draws(DEPTH).double(), some(), QUICK)
+
+
+class Doubled(TorchFunctionMode):
+    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        return 2 * found if function is torch.tanh else found
+
+
+@pytest.mark.parametrize("way", ["transform", "packed"])  # "eager" in a compiler's place is wrong here by itself
+def test_a_mode_that_changes_functions_changes_those_of_blocks(way: str) -> None:
+    fast = WAYS[way](models()["layers"], QUICK)
+    fast(some())
+    with Doubled():
+        got, expected = fast(some()), models()["layers"](some())
+    torch.testing.assert_close(got, expected)
 
 
 def test_an_ensemble() -> None:
@@ -185,13 +231,44 @@ def test_it_is_a_model_of_its_class() -> None:
     assert fast.report.chains[0].node.record.forward_calls == calls + 1
 
 
+class Sealed(type):
+    def __new__(cls, name: str, bases: tuple[type, ...], body: Any, **how: Any) -> Any:
+        if any(isinstance(base, Sealed) for base in bases):
+            raise TypeError("no classes are made of it")
+        return super().__new__(cls, name, bases, body, **how)
+
+
 def test_a_class_that_may_not_be_inherited_from() -> None:
-    class Final(ResidualNet):
-        def __init_subclass__(cls) -> None:
-            raise TypeError("final")
+    class Final(ResidualNet, metaclass=Sealed):
+        pass
 
     model = Final(DEPTH).double()
     torch.testing.assert_close(pcr_fx.transform(model, some(), QUICK)(some()), model(some()))
+
+
+def test_a_class_with_a_report_and_a_list_of_its_subclasses() -> None:
+    known: list[type] = []
+
+    class Listed(ResidualNet):
+        def __init_subclass__(cls) -> None:
+            known.append(cls)
+
+        def report(self) -> str:
+            return "mine"
+
+    fast = pcr_fx.transform(Listed(DEPTH).double(), some(), QUICK)
+    assert fast.report() == "mine" and len(pcr_fx.report(fast).chains) == 1
+    assert not known
+
+
+def test_a_packed_sequential_has_no_more_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in range(DEPTH) for layer in (nn.Linear(3, 3), nn.Tanh()))).double()
+    fast = pcr_fx.transform(model, some(), QUICK, pack_parameters=True)
+    torch.testing.assert_close(copy.deepcopy(fast)(some()), model(some()))
+    assert not isinstance(fast, nn.Sequential)
+    with pytest.raises(pcr_fx.UnsupportedError, match="packed parameters"):
+        torch.export.export(fast, (some(),))
 
 
 class Strict(ResidualNet):

@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from pcr_fx.locks import fork_safe_lock
@@ -186,6 +188,7 @@ def is_plain_call() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch.is_autocast_enabled("cpu")
         or forward_ad._current_level >= 0
+        or (torch._C._is_torch_function_mode_enabled() and _is_watched_by_a_function_mode())
     )
 
 
@@ -200,7 +203,14 @@ def wants_every_op() -> bool:
         or torch.compiler.is_exporting()
         or any(one.key() in (TransformType.Vmap, TransformType.Jvp) for one in get_interpreter_stack() or ())
         or is_watched_by_a_mode()
+        or _is_watched_by_a_function_mode()
     )
+
+
+def _is_watched_by_a_function_mode() -> bool:
+    """Whether a mode is on that is told of each function called; that of a default device only asks for new tensors."""
+    modes = _get_current_function_mode_stack() if torch._C._is_torch_function_mode_enabled() else []
+    return any(not isinstance(mode, DeviceContext) for mode in modes)
 
 
 def is_watched_by_a_mode() -> bool:
