@@ -203,18 +203,18 @@ def wants_every_op() -> bool:
         or torch.compiler.is_exporting()
         or any(one.key() in (TransformType.Vmap, TransformType.Jvp) for one in get_interpreter_stack() or ())
         or is_watched_by_a_mode()
-        or _is_watched_by_a_function_mode()
     )
 
 
+def is_watched_by_a_mode() -> bool:
+    """Whether a mode is on that is told of ops or functions, and neither belongs to a compiler nor is run by one."""
+    modes = _get_current_dispatch_mode_stack()
+    if any(isinstance(mode, ProxyTorchDispatchMode | FunctionalTensorMode) for mode in modes):
+        return False
+    return any(not isinstance(mode, FakeTensorMode) for mode in modes) or _is_watched_by_a_function_mode()
+
+
 def _is_watched_by_a_function_mode() -> bool:
-    """Whether a mode is on that is told of each function called; that of a default device only asks for new tensors."""
+    """As `is_watched_by_a_mode`, of functions; the mode of a default device only asks for new tensors."""
     modes = _get_current_function_mode_stack() if torch._C._is_torch_function_mode_enabled() else []
     return any(not isinstance(mode, DeviceContext) for mode in modes)
-
-
-def is_watched_by_a_mode() -> bool:
-    """Whether a dispatch mode is on that neither belongs to a compiler nor is run by one."""
-    modes = _get_current_dispatch_mode_stack()
-    compiles = any(isinstance(mode, ProxyTorchDispatchMode | FunctionalTensorMode) for mode in modes)
-    return not compiles and any(not isinstance(mode, FakeTensorMode) for mode in modes)
