@@ -499,7 +499,9 @@ def _dtypes_of(
 
 
 def _every(states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]) -> list[Tensor]:
-    return [*states, *(part for operand in operands for part in parts_of(operand)), *shared]
+    """All tensors of a call. What is stacked stays so: apart, a compiler would see each part."""
+    each = ([operand] if isinstance(operand, Tensor) else parts_of(operand) for operand in operands)
+    return [*states, *(part for parts in each for part in parts), *shared]
 
 
 def refuse_unusual(tensors: Iterable[Tensor | None]) -> BodyError | None:

@@ -270,6 +270,20 @@ def test_a_vmap_over_nothing() -> None:
     assert got.shape == (0, 6, 2, D)
 
 
+def test_what_is_stacked_is_not_taken_apart_to_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler would see thousands of views that nobody needs."""
+    node, inputs = TANH.node(6), TANH.inputs(6, 2)
+    taken: list[Any] = []
+    monkeypatch.setattr("pcr_fx.node.parts_of", taken.append)
+    weight = inputs.operands[0].detach()
+
+    def by(run: Callable[..., tuple[Tensor, ...]]) -> Tensor:
+        return TRANSFORMS["grad"](lambda x: run(node, Inputs([x], [weight], []))[0], inputs.states[0].detach())
+
+    assert_close(by(solve), by(reference))
+    assert not taken
+
+
 def test_deepcopy_is_independent() -> None:
     node, inputs = TANH.node(9), TANH.inputs(9, 2)
     check(node, inputs)
