@@ -18,7 +18,8 @@ from pcr_fx.errors import CaptureError, UnsupportedError
 from pcr_fx.passes.contents import describe
 from pcr_fx.passes.facts import Facts
 from pcr_fx.passes.shapes import Answers
-from pcr_fx.passes.tracer import ADVICE, ModelTracer
+from pcr_fx.passes.stand_ins import ADVICE
+from pcr_fx.passes.tracer import ModelTracer
 from pcr_fx.watched import Changes
 
 # An argument of these types compares by value; any other must be the same object.

@@ -15,7 +15,8 @@ from pcr_fx.body import Signature
 from pcr_fx.body.isolation import wants_every_op
 from pcr_fx.chain import NearMiss, TensorSpec
 from pcr_fx.errors import BodyError
-from pcr_fx.node import SolveNode, refuse_unusual, solved_dtype
+from pcr_fx.looks import refuse_unusual, solved_dtype
+from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
 from pcr_fx.passes.assembly import FoundChain
 from pcr_fx.passes.detect import Detection

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
-import functools
 import inspect
 import logging
-import operator
-import os
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import BuiltinFunctionType, FrameType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -32,17 +27,25 @@ from torch.utils import _pytree as pytree
 from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.attributes import attribute
 from pcr_fx.graphs.effects import draws_by_shape, is_random_name
-from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, TensorHook, is_part_of_forward, tensors_in
-from pcr_fx.locks import fork_safe_lock
+from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
 from pcr_fx.passes.contents import put_back
 from pcr_fx.passes.facts import CONSTANT, Reading
 from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, Sizes
+from pcr_fx.passes.stand_ins import (
+    ADVICE,
+    IN_PLACE,
+    KNOWN,
+    KnownStandIn,
+    StandIn,
+    at,
+    lenient,
+    may_be_number,
+    user_line,
+)
 
 log = logging.getLogger(__name__)
 
-ADVICE = 'torch.compile(model, backend="deeppcr") reads such models'
 
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 # Tensors out of nothing: each call of the model makes its own.
 _FACTORIES = frozenset(
     getattr(torch, name)
@@ -67,9 +70,6 @@ _FACTORIES = frozenset(
         "zeros",
     ]
 )
-# What a fake tensor knows.
-_KNOWN = frozenset("shape dtype device ndim is_cuda layout itemsize nbytes".split())
-_TENSOR_PROPERTIES = frozenset("T mT H mH real imag data".split())
 # Methods that answer from shape and dtype alone.
 _SHAPE_METHODS = frozenset(
     """__len__ dim element_size get_device is_complex is_contiguous is_floating_point is_signed ndimension nelement numel size
@@ -102,7 +102,7 @@ class ModelTracer(fx.Tracer):
         self.module_stack = _ModuleStack()
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self), _lenient():
+        with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self), lenient():
             graph = super().trace(root, concrete_args)
             self._check_stored()
             self.read.refuse_changes(ADVICE)
@@ -197,22 +197,22 @@ class ModelTracer(fx.Tracer):
         return self.create_proxy("get_attr", name, (), {})
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
-        line = _user_line(sys._getframe(1))
+        line = user_line(sys._getframe(1))
         if _settings() != self.settings:
-            raise CaptureError(f"the model switches gradients or autocast on or off{_at(line)}; {ADVICE}")
+            raise CaptureError(f"the model switches gradients or autocast on or off{at(line)}; {ADVICE}")
         # `normalise.py` lets noise take its shape from anything that has the same in this graph.
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         self.questions.every_size |= draws_by_shape(proxy.node)
         proxy.node.meta["stack_trace"] = line
         if self.values is None:
-            proxy.node.meta["may_be_number"] = _may_be_number(proxy.node)
+            proxy.node.meta["may_be_number"] = may_be_number(proxy.node)
             return proxy
         with self.read.listening(False):
             value = proxy.node.meta["example_value"] = self.values.evaluate(proxy.node)
         return proxy if target is getattr or isinstance(target, HookOp) else self._handed_out(proxy, value)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _KnownProxy(node, self) if self.values is not None else _Proxy(node, self)
+        return KnownStandIn(node, self) if self.values is not None else StandIn(node, self)
 
     def _handed_out(self, proxy: fx.Proxy, value: Any) -> Any:
         """What the model gets: a tuple must be one, since it may be unpacked or measured, and a number is a number."""
@@ -239,17 +239,17 @@ class ModelTracer(fx.Tracer):
     # --- what a model may ask of a stand-in -------------------------------------------------------------------------
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        line = _user_line(sys._getframe(1))
+        line = user_line(sys._getframe(1))
         hint = "" if self.values is not None else f"pass example_inputs if it asks for a shape of {_inputs(obj)}; "
-        raise CaptureError(f"the model branches on the value of a tensor{_at(line)}; {hint}{ADVICE}")
+        raise CaptureError(f"the model branches on the value of a tensor{at(line)}; {hint}{ADVICE}")
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value = obj.node.meta.get("example_value")
         if isinstance(value, (Tensor, tuple, list)):
             return iter([obj[index] for index in range(self.questions.length(obj.node, value))])  # type: ignore[index]
-        line = _user_line(sys._getframe(1))
+        line = user_line(sys._getframe(1))
         raise CaptureError(
-            f"the model iterates over a tensor of unknown shape{_at(line)}; pass example_inputs: "
+            f"the model iterates over a tensor of unknown shape{at(line)}; pass example_inputs: "
             f"the shape comes from {_inputs(obj)}"
         )
 
@@ -314,7 +314,7 @@ class _RawTensors(TorchFunctionMode):
         name = func.__name__
         if any(id(tensor) in self.tracer.names or tensor.requires_grad for tensor in raw) or is_random_name(name):
             return True
-        is_write = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+        is_write = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
         return is_write and id(raw[0]) not in self.computed
 
     def _compute(self, func: Any, raw: list[Tensor], args: Any, kwargs: Any) -> Any:
@@ -331,90 +331,6 @@ def _is_shape(value: Any) -> bool:
     return type(value) is Sizes
 
 
-class _Proxy(fx.Proxy):
-    """A proxy that is taken for a tensor by who asks (`_lenient`), and records writes as what they are."""
-
-    _is_param = _is_buffer = False
-
-    def stands_for_tensor(self) -> bool:
-        """Whether the model may take it for a tensor; without example inputs that is not known of what it asks of shapes."""
-        value = self.node.meta.get("example_value", Tensor)
-        return isinstance(value, Tensor) or (value is Tensor and not self.node.meta.get("may_be_number"))
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = super().__getattr__(name)
-        if name in _TENSOR_PROPERTIES:
-            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return attribute
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(Tensor, name):
-            line = _user_line(sys._getframe(1))
-            raise CaptureError(f"the model sets {name} of a tensor{_at(line)}; {ADVICE}")
-        super().__setattr__(name, value)
-
-    def register_hook(self, hook: Any) -> Any:
-        """The op that does so; `hook` is kept as it is."""
-        if not _lasts(hook):
-            line = _user_line(sys._getframe(1))
-            raise CaptureError(f"a hook uses what the forward made{_at(line)}, which each call makes anew; {ADVICE}")
-        return self.tracer.create_proxy("call_function", TensorHook(hook), (self,), {})
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-def _lasts(hook: Any) -> bool:
-    """Whether a hook may be kept from one call to the next: what it holds are modules, functions and constants."""
-    if isinstance(hook, MethodType):
-        return isinstance(hook.__self__, nn.Module)
-    if isinstance(hook, FunctionType):
-        held = [cell.cell_contents for cell in hook.__closure__ or ()]
-        held += [*(hook.__defaults__ or ()), *(hook.__kwdefaults__ or {}).values()]
-        return all(isinstance(one, nn.Module) or _lasts(one) for one in held)
-    if isinstance(hook, functools.partial):
-        return all(map(_lasts, (hook.func, *hook.args, *hook.keywords.values())))
-    return isinstance(hook, type | BuiltinFunctionType | int | float | str | None)
-
-
-def _record_inplace(name: str) -> None:
-    def method(self: _Proxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
-
-    setattr(_Proxy, f"__{name}__", method)
-
-
-_IN_PLACE_NAMES = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor".split()
-_IN_PLACE = frozenset(f"__{name}__" for name in _IN_PLACE_NAMES)
-for _name in _IN_PLACE_NAMES:
-    _record_inplace(_name)
-
-
-class _KnownProxy(_Proxy):
-    """A proxy that answers questions about shape, dtype and device with what it knows, and not with more graph."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name in _KNOWN and isinstance(value := self.node.meta.get("example_value"), Tensor):
-            questions = self.tracer.questions  # type: ignore[attr-defined]
-            if name == "shape":
-                return questions.sizes(self.node, value.shape)
-            return questions.ask("call_function", getattr, (self.node, name), {}, getattr(value, name))
-        return super().__getattribute__(name)
-
-    def __getattr__(self, name: str) -> Any:
-        # Libraries ask a tensor whether it is one of theirs: `hasattr(value, "jax")`.
-        value = self.node.meta.get("example_value")
-        if isinstance(value, Tensor) and not hasattr(value, name):
-            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
-        attribute = super().__getattr__(name)
-        if isinstance(inspect.getattr_static(type(value), name, None), property) and not isinstance(value, Tensor):
-            _ = attribute.node  # computed now, and not where it is first used
-        return attribute
-
-    def __len__(self) -> int:
-        return self.tracer.questions.length(self.node, self.node.meta["example_value"])  # type: ignore[attr-defined]
-
-
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
@@ -424,7 +340,7 @@ def _asks_for_shape(func: Any) -> bool:
     name = func.__name__
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "")
-        return name in _KNOWN or name in UNKNOWN
+        return name in KNOWN or name in UNKNOWN
     return name in _SHAPE_METHODS
 
 
@@ -523,67 +439,3 @@ def _undisturbed(model: nn.Module, read: Reading) -> Iterator[None]:
             module.__dict__.update(state)
         for now, then in [*buffers, *read.copies]:
             put_back(now, then)
-
-
-def _may_be_number(node: fx.Node) -> bool:
-    """Whether a value of an unknown kind comes of a property that is no tensor, by way of Python's own operators."""
-    if node.op == "call_method":
-        return node.target in ("size", "dim", "numel", "item", "stride", "nelement", "ndimension", "__len__")
-    if node.target is getattr:
-        return node.args[1] not in _TENSOR_PROPERTIES
-    is_operator = node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator"
-    return is_operator and any(given.meta.get("may_be_number") for given in node.all_input_nodes)
-
-
-_isinstance = isinstance
-_apply = torch.autograd.Function.__dict__["apply"]
-_lenient_traces = 0
-_lenient_lock = fork_safe_lock()
-
-
-@contextmanager
-def _lenient() -> Iterator[None]:
-    """Have Python take stand-ins for tensors, and functions with derivatives of their own refuse them.
-
-    PyTorch itself must not take them for tensors: it would read memory that they do not have.
-    """
-    global _lenient_traces
-    with _lenient_lock:
-        _lenient_traces += 1
-        builtins.isinstance = _is_or_stands_for
-        torch.autograd.Function.apply = classmethod(_refuse_stand_ins)  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        with _lenient_lock:
-            _lenient_traces -= 1
-            if not _lenient_traces:
-                builtins.isinstance = _isinstance
-                torch.autograd.Function.apply = _apply  # type: ignore[method-assign]
-
-
-def _is_or_stands_for(value: Any, kinds: Any) -> bool:
-    if _isinstance(value, kinds):
-        return True
-    return type(value) in (_Proxy, _KnownProxy) and value.stands_for_tensor() and issubclass(Tensor, kinds)
-
-
-def _refuse_stand_ins(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-        line = _user_line(sys._getframe(1))
-        raise CaptureError(f"{cls.__name__}{_at(line)} has derivatives of its own, which are not read; {ADVICE}")
-    return _apply.__get__(None, cls)(*args, **kwargs)
-
-
-def _at(line: str) -> str:
-    return f" at {line.strip()}" if line else ""
-
-
-def _user_line(frame: FrameType | None) -> str:
-    """The innermost line of the model's own code, in the form of a traceback."""
-    while frame is not None and frame.f_code is not ModelTracer.trace.__code__:
-        name = frame.f_code.co_filename
-        if not name.startswith(_TORCH) and name != __file__:
-            return f'  File "{name}", line {frame.f_lineno}, in {frame.f_code.co_name}\n'
-        frame = frame.f_back
-    return ""

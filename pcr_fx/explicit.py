@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import operator
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pcr_fx.body.isolation import is_watched_by_a_mode
+from pcr_fx.copies import copy_model, copy_structure
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.graphs.attributes import holder_of
 from pcr_fx.graphs.hooks import HookOp
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import Attributes, Source, StackedAttributes, stack_operands
 from pcr_fx.options import Options
-from pcr_fx.packing import CONTAINER, Pack, copy_model, pack_operands
+from pcr_fx.packing import CONTAINER, Pack, pack_operands
 from pcr_fx.passes.capture import Captured, bind_to, capture_model
 from pcr_fx.passes.pipeline import run_passes
 from pcr_fx.passes.plan import PlannedChain
 from pcr_fx.passes.report import warn_without_chains
 from pcr_fx.reports import RewriteReport
-from pcr_fx.watched import Changes, copied, watch
+from pcr_fx.watched import Changes, watch
 
 # How many graphs a module keeps, of those used last: one for each mode, and for each of what the forward asked of its
 # arguments. Whoever needs more in turn pays for tracing each anew.
@@ -110,7 +109,7 @@ class TransformedModule(nn.Module):
         nn.Module.__init__(self)  # not that of the model's class
         if pack_parameters:
             model = copy_model(model)
-        self.__dict__.update(_copy_structure(model).__dict__)
+        self.__dict__.update(copy_structure(model).__dict__)
         signature = inspect.signature(self._model().forward)
         parameters = signature.parameters.values()
         by_place = all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
@@ -416,51 +415,3 @@ def _source(model: nn.Module, path: str) -> Source:
     holder, name = holder_of(model, path)
     assert isinstance(holder, dict), f"the tracer named an attribute that does not exist: {path}"
     return Source(path, holder, name)
-
-
-def _copy_structure(model: nn.Module) -> nn.Module:
-    """The module tree anew, with the same parameters, buffers and other attributes in it, and with hooks of the copies' own."""
-    copies: dict[int, nn.Module] = {}
-    for module in model.modules():
-        kind = _own_class(module)
-        copies[id(module)] = object.__new__(kind)
-    for module in model.modules():
-        copies[id(module)].__dict__.update(
-            (name, copied(name, _of_copies(value, copies, name))) for name, value in module.__dict__.items()
-        )
-    return copies[id(model)]
-
-
-def _own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a copy. A parametrized module has one of its own, which PyTorch changes with the module."""
-    kind = type(module)
-    if not parametrize.is_parametrized(module):
-        return kind
-    held = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    return type(kind.__name__, kind.__bases__, held)
-
-
-def _of_copies(value: Any, copies: Mapping[int, nn.Module], name: str = "") -> Any:
-    """An attribute of a module as it is in a copy: about the copies where it was about the modules."""
-    if isinstance(value, nn.Module):
-        return copies.get(id(value), value)
-    if isinstance(value, MethodType):
-        return MethodType(value.__func__, _of_copies(value.__self__, copies))
-    if type(value) is functools.partial:
-        args, keywords = _of_copies(value.args, copies), _of_copies(value.keywords, copies)
-        other = functools.partial(_of_copies(value.func, copies), *args, **keywords)
-        other.__dict__.update(value.__dict__)
-        return other
-    is_own = name.startswith("_") and isinstance(value, (dict, set))
-    if not is_own and type(value) not in (list, tuple, dict, OrderedDict):
-        return value
-    items = value.values() if isinstance(value, dict) else value
-    renewed_items = [_of_copies(item, copies) for item in items]
-    if not is_own and all(map(operator.is_, items, renewed_items)):
-        return value
-    if isinstance(value, dict):
-        renewed = value.copy()
-        for key, item in zip(value, renewed_items, strict=True):
-            renewed[key] = item
-        return renewed
-    return type(value)(renewed_items)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -21,9 +21,19 @@ from pcr_fx.body.written_out import may_raise
 from pcr_fx.chain import Chain, Head, Leaving, TensorSpec
 from pcr_fx.derivatives import Back, KernelSolve, Outputs, Solve, tapped
 from pcr_fx.errors import BodyError
+from pcr_fx.looks import (
+    SOLVED_DTYPES,
+    autocast_dtype,
+    dtypes_of,
+    every_tensor,
+    plain_look,
+    raised,
+    refuse_mixed,
+    refuse_unusual,
+    signature_of,
+)
 from pcr_fx.operands import (
     Operand,
-    dtype_of,
     first_part,
     in_place,
     is_ordinary,
@@ -39,10 +49,6 @@ from pcr_fx.targets import PointerTable
 from pcr_fx.ways import IN_SEQUENCE, Native, evaluate_whole
 
 log = logging.getLogger(__name__)
-
-# Solved in float32: Newton needs digits to converge by, and a state in float16 or bfloat16 has two or three.
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
-_SOLVED_DTYPES = (torch.float32, torch.float64)
 
 
 # Shapes and dtypes that a node keeps a route for; a model that meets ever new ones plans those anew that it met first.
@@ -161,7 +167,7 @@ class SolveNode(nn.Module):
         if not is_plain and wants_every_op():
             return self._block_by_block(states, whole)
         seen = [look(operand) for operand in operands] if is_plain else []
-        key = _plain_look(states, seen, shared) if is_plain else None
+        key = plain_look(states, seen, shared) if is_plain else None
         is_plain = key is not None
         if key is None:
             key = self._look(states, operands, shared)
@@ -243,7 +249,7 @@ class SolveNode(nn.Module):
         return [torch.stack(values) for values in zip(*found, strict=True)]
 
     def _output_program(self, head: Head, given: Sequence[Tensor], shared: Sequence[Tensor]) -> OutputProgram | None:
-        if _autocast_dtype(given[0].device.type) is not None:
+        if autocast_dtype(given[0].device.type) is not None:
             return None  # each op has a dtype of its own
         groups = tuple(
             tuple(TensorSpec(tuple(int(size) for size in one.shape), one.dtype, one.device) for one in group)
@@ -261,11 +267,11 @@ class SolveNode(nn.Module):
 
     def _look(self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]) -> Any:
         """All that decides where a call goes that something looks on at."""
-        autocast = _autocast_dtype(states[0].device.type)
+        autocast = autocast_dtype(states[0].device.type)
         # A plan made beforehand is for symbolic sizes too, which may not be asked for.
         signature = None if self.plan is not None else signature_of(states, operands, shared)
-        kinds = tuple(type(one) for one in _every(states, operands, shared) if not is_ordinary(one))
-        return signature, torch.is_grad_enabled(), autocast, kinds, *_dtypes_of(states, operands, shared)
+        kinds = tuple(type(one) for one in every_tensor(states, operands, shared) if not is_ordinary(one))
+        return signature, torch.is_grad_enabled(), autocast, kinds, *dtypes_of(states, operands, shared)
 
     def _route(
         self,
@@ -304,7 +310,7 @@ class SolveNode(nn.Module):
         shared: Sequence[Tensor],
     ) -> Route:
         # Low precision is solved in float32, by way of copies.
-        as_it_is = all(dtype == plan.program.dtype for dtype in _dtypes_of(states, operands, shared))
+        as_it_is = all(dtype == plan.program.dtype for dtype in dtypes_of(states, operands, shared))
         if self.plan is None:
             choice = self.choice = self._choose(plan, states, operands, shared)
         elif is_plain and as_it_is:
@@ -362,9 +368,9 @@ class SolveNode(nn.Module):
         plan = route.plan
         assert isinstance(plan, Plan)
         layout = plan.program.layout
-        initial = layout.flatten([_raised(state) for state in states])
+        initial = layout.flatten([raised(state) for state in states])
         self.record.prepare(plan, initial.device)
-        tensors = [_raised(tensor) for tensor in (*map(stacked, operands), *shared)]
+        tensors = [raised(tensor) for tensor in (*map(stacked, operands), *shared)]
         trajectory: Tensor = Solve.apply(initial, plan.key, self.record.id, len(operands), *tensors)
         whole = layout.unflatten(trajectory, leading=1)
         trajectories = [part.to(dtype) for part, dtype in zip(whole, route.dtypes, strict=True)]
@@ -405,10 +411,10 @@ class SolveNode(nn.Module):
         if plan.wants_another_look(samples) and not is_undisturbed():
             return plan.choice(samples)
         with torch.no_grad():
-            initial = plan.program.layout.flatten([_raised(state) for state in states])
-            every = [_raised(stacked(operand)) for operand in operands]
+            initial = plan.program.layout.flatten([raised(state) for state in states])
+            every = [raised(stacked(operand)) for operand in operands]
             are_stacked = not all(isinstance(operand, Tensor) for operand in operands)
-            call = plan.program.call_with(initial, every, [_raised(tensor) for tensor in shared])
+            call = plan.program.call_with(initial, every, [raised(tensor) for tensor in shared])
             # Around a plan made beforehand the model was compiled without the blocks.
             return plan.measure(call, needs_gradient, are_stacked, with_eager=self.plan is None)
 
@@ -428,8 +434,8 @@ class SolveNode(nn.Module):
     ) -> tuple[Signature | None, Plan | BodyError]:
         """What the plan is for, unless it was given; and `plan_for`."""
         signature = None if self.plan is not None else signature_of(states, operands, shared)
-        refusal = refuse_unusual(_every(states, operands, shared)) or _refuse_mixed(
-            _dtypes_of(states, operands, shared), states[0].device.type
+        refusal = refuse_unusual(every_tensor(states, operands, shared)) or refuse_mixed(
+            dtypes_of(states, operands, shared), states[0].device.type
         )
         if refusal is not None:
             log.warning("%s runs block by block: %s", self.record.name, refusal)
@@ -456,9 +462,9 @@ class SolveNode(nn.Module):
         self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
     ) -> tuple[torch.dtype, ...]:
         """The dtypes that the model itself would return, which autocast and low precision decide."""
-        every = _dtypes_of(states, operands, shared)
-        solved = (dtype in _SOLVED_DTYPES for dtype in every if dtype.is_floating_point)
-        if _autocast_dtype(states[0].device.type) is None and all(solved):
+        every = dtypes_of(states, operands, shared)
+        solved = (dtype in SOLVED_DTYPES for dtype in every if dtype.is_floating_point)
+        if autocast_dtype(states[0].device.type) is None and all(solved):
             return tuple(state.dtype for state in states)
         groups = states, [first_part(operand) for operand in operands], shared
         with FakeTensorMode():
@@ -473,87 +479,8 @@ class SolveNode(nn.Module):
         return tuple(state.dtype for state in current)
 
 
-def _plain_look(
-    states: Sequence[Tensor], seen: Sequence[Tensor | PointerTable], shared: Sequence[Tensor]
-) -> tuple[Any, ...] | None:
-    """All that decides where a plain call goes; `None` for tensors that native code cannot read as they are.
-
-    Args:
-        seen: the look of each per-block operand.
-    """
-    looks: list[Any] = [torch.is_grad_enabled()]
-    for tensor in (*states, *seen, *shared):
-        if type(tensor) is PointerTable:
-            looks.append((tensor.shape, tensor.dtype))
-        elif is_plain(tensor):
-            looks.append((tensor.shape, tensor.dtype, tensor.device))
-        else:
-            return None
-    return tuple(looks)
-
-
-def _dtypes_of(
-    states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]
-) -> tuple[torch.dtype, ...]:
-    return tuple(dtype_of(tensor) for tensor in (*states, *operands, *shared))
-
-
-def _every(states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]) -> list[Tensor]:
-    """All tensors of a call. What is stacked stays so: apart, a compiler would see each part."""
-    each = ([operand] if isinstance(operand, Tensor) else parts_of(operand) for operand in operands)
-    return [*states, *(part for parts in each for part in parts), *shared]
-
-
-def refuse_unusual(tensors: Iterable[Tensor | None]) -> BodyError | None:
-    """Why such tensors are left to the model's own ops, if some are of a class with others; `None` is one not known yet."""
-    for tensor in tensors:
-        if tensor is not None and not is_ordinary(tensor):
-            return BodyError(f"its blocks are given a {type(tensor).__name__}, a class of tensors with ops of its own")
-    return None
-
-
-def _refuse_mixed(dtypes: Sequence[torch.dtype], device: str) -> BodyError | None:
-    """Why such tensors are left to the model's own ops, if they are: each then computes in a dtype of its own, or refuses."""
-    floating = sorted({str(dtype) for dtype in dtypes if dtype.is_floating_point})
-    if len(floating) < 2 or not any(dtype in _LOW_PRECISION for dtype in dtypes) or _autocast_dtype(device) is not None:
-        return None
-    return BodyError(f"its tensors are {' and '.join(floating)}, without autocast")
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
 def _may_measure(initial: Tensor) -> bool:
     """Whether time can be taken here, on this tensor's device."""
     if not is_plain_call() or not is_plain(initial):
         return False
     return initial.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-
-
-def signature_of(states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]) -> Signature:
-    """What a plan for these tensors is made for; per-block operands come stacked, `[L, ...]`, or in parts."""
-
-    def spec(tensor: Tensor, shape: Sequence[int]) -> TensorSpec:
-        return TensorSpec(tuple(int(size) for size in shape), solved_dtype(tensor.dtype), tensor.device)
-
-    def block(operand: Operand) -> TensorSpec:
-        if isinstance(operand, Tensor):
-            return spec(operand, operand.shape[1:])
-        part = first_part(operand)
-        return spec(part, part.shape)
-
-    return Signature(
-        tuple(spec(tensor, tensor.shape) for tensor in states),
-        tuple(map(block, operands)),
-        tuple(spec(tensor, tensor.shape) for tensor in shared),
-    )
-
-
-def solved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a tensor is solved in."""
-    return torch.float32 if dtype in _LOW_PRECISION else dtype
-
-
-def _raised(tensor: Tensor) -> Tensor:
-    return tensor.to(solved_dtype(tensor.dtype))

@@ -7,7 +7,6 @@ the chain costs. Packed, those of one operand are one leaf: one gradient, one up
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,21 +56,6 @@ class Pack:
         for index, home in enumerate(self.homes):
             home.holder.parts = {name: part for name, part in home.holder.parts.items() if name != home.name}
             home.holder[home.name] = nn.Parameter(parameter.detach()[index], parameter.requires_grad)
-
-
-def copy_model(model: nn.Module) -> nn.Module:
-    """A model with parameters of its own, which keep their hooks."""
-    # What hooks compute from parameters, such as a normalised weight, is computed anew at each call.
-    computed = [
-        v for module in model.modules() for v in module.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf
-    ]
-    copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
-    for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
-        for hook in (theirs._backward_hooks or {}).values():
-            ours.register_hook(hook)
-        for hook in (theirs._post_accumulate_grad_hooks or {}).values():
-            ours.register_post_accumulate_grad_hook(hook)
-    return copied
 
 
 def pack_operands(

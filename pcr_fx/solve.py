@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from pcr_fx.body.isolation import isolated
 from pcr_fx.chain import Chain, Origin
 from pcr_fx.errors import BodyError, UnsupportedError
-from pcr_fx.node import SolveNode, signature_of
+from pcr_fx.looks import signature_of
+from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
 from pcr_fx.planner import Plan, make_plan
 from pcr_fx.record import SolveRecord

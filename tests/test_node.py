@@ -274,7 +274,7 @@ def test_what_is_stacked_is_not_taken_apart_to_be_looked_at(monkeypatch: pytest.
     """A compiler would see thousands of views that nobody needs."""
     node, inputs = TANH.node(6), TANH.inputs(6, 2)
     taken: list[Any] = []
-    monkeypatch.setattr("pcr_fx.node.parts_of", taken.append)
+    monkeypatch.setattr("pcr_fx.looks.parts_of", taken.append)
     weight = inputs.operands[0].detach()
 
     def by(run: Callable[..., tuple[Tensor, ...]]) -> Tensor:

@@ -12,7 +12,7 @@ import pcr_fx
 from pcr_fx import backend
 from pcr_fx.body import program
 from pcr_fx.chain import Chain
-from pcr_fx.node import signature_of
+from pcr_fx.looks import signature_of
 from pcr_fx.planner import Plan, make_plan, plan
 from pcr_fx.registry import KEPT, Registry
 
