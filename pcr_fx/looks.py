@@ -16,8 +16,6 @@ from pcr_fx.targets import PointerTable
 
 # Solved in float32: Newton needs digits to converge by, and a state in float16 or bfloat16 has two or three.
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
-
-
 SOLVED_DTYPES = (torch.float32, torch.float64)
 
 
