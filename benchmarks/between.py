@@ -1,4 +1,4 @@
-"""`python -m benchmarks.between OLD [NEW] [--rounds 5]`: what native kernels cost in two commits, in one run.
+"""`python -m benchmarks.between OLD [NEW] [--rounds 5] [--only softmax]`: what native kernels cost in two commits, in one run.
 
 Each commit is checked out beside the other, and processes of the two take turns; what is told of a chain is the minimum
 of all its turns, as every other figure holds what else the machine did. NEW is the working tree where it isn't named.
@@ -65,13 +65,19 @@ def cases() -> Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]:
         yield f"GRU w=16 B={batch}", Recurrence(nn.GRUCell(16, 16)), inputs
 
 
-def work() -> None:
-    """What a process of one of the commits does: print the minima in milliseconds, as JSON."""
+def work(only: str) -> None:
+    """What a process of one of the commits does: print the minima in milliseconds, as JSON.
+
+    Args:
+        only: what the names of the chains contain that are measured.
+    """
     import pcr_fx
 
     torch.set_num_threads(1)
     times = {}
     for name, model, inputs in cases():
+        if only not in name:
+            continue
         pack = isinstance(model, nn.Sequential)
         fast = pcr_fx.transform(model, inputs, pack_parameters=pack)
         parameters = list(fast.parameters())
@@ -105,14 +111,14 @@ def minimum_ms(function: Callable[[], None]) -> float:
     return 1e3 * best
 
 
-def times_of(tree: Path, cache: Path) -> dict[str, float]:
+def times_of(tree: Path, cache: Path, only: str) -> dict[str, float]:
     environment = {**os.environ, "PYTHONPATH": str(tree), "PCR_FX_CACHE_DIR": str(cache)}
-    command = [sys.executable, __file__, "--worker"]
+    command = [sys.executable, __file__, "--worker", "--only", only]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, cwd=tree)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def compare(old: str, new: str | None, rounds: int) -> None:
+def compare(old: str, new: str | None, rounds: int, only: str) -> None:
     from tabulate import tabulate
 
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +132,7 @@ def compare(old: str, new: str | None, rounds: int) -> None:
         try:
             for _ in range(rounds):
                 for name, tree in trees.items():
-                    for case, took in times_of(tree, Path(folder, f"cache_{name}")).items():
+                    for case, took in times_of(tree, Path(folder, f"cache_{name}"), only).items():
                         minima[name][case] = min(minima[name].get(case, took), took)
         finally:
             for tree in trees.values():
@@ -145,9 +151,10 @@ if __name__ == "__main__":
     parser.add_argument("old", nargs="?", default="HEAD", help="the commit to compare with")
     parser.add_argument("new", nargs="?", help="the commit that is compared, or the working tree")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="what the names of the chains contain that are measured")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        work()
+        work(arguments.only)
     else:
-        compare(arguments.old, arguments.new, arguments.rounds)
+        compare(arguments.old, arguments.new, arguments.rounds, arguments.only)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -96,6 +97,11 @@ class Leaving:
 
     taps: tuple[tuple[int, int], ...]
     whole: tuple[int, ...] = ()
+
+    @functools.cached_property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks of the taps, in order."""
+        return tuple(sorted({block for _, block in self.taps}))
 
     def of_solve(self, chain: Chain) -> Leaving:
         """What has to be taken of the states: all of them where there are outputs to compute."""

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pcr_fx.body import OutputProgram, Signature, build_outputs
+from pcr_fx.body import OutputProgram, Signature, StateLayout, build_outputs
 from pcr_fx.body.isolation import is_plain_call, is_undisturbed, wants_every_op
 from pcr_fx.body.written_out import may_raise
+from pcr_fx.call import Call
 from pcr_fx.chain import Chain, Head, Leaving, TensorSpec
 from pcr_fx.derivatives import Back, KernelSolve, Outputs, Solve, tapped
 from pcr_fx.errors import BodyError
@@ -337,28 +338,26 @@ class SolveNode(nn.Module):
         layout = plan.program.layout
         initial = layout.flatten(states)
         self.record.forward(way.solver, IN_SEQUENCE)
-        parts = [
-            tensor
-            for operand in given
-            for tensor in (operand.tensors if isinstance(operand, PointerTable) else (operand,))
-        ]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (initial, *parts, *shared)):
-            back = Back(route.way_back or way, route.watch_back, partial(self._doubt, route, states))
-            every = (self.record, self.of_solve, given, shared, initial, *parts, *shared)
-            solved = KernelSolve.apply(plan, way, back, *every)
-            taken = solved[1:] if self.of_solve.whole else solved
-            trajectory = solved[0]
-        else:
-            call = plan.program.call_with(initial, given, shared)
-            if not self.of_solve.whole:
-                # Nothing looks at the other states: no memory is taken for them.
-                wanted = sorted({block for _, block in self.of_solve.taps})
-                kept = way.kernel.solve(call, way.threads, wanted)
-                return tapped(layout, kept, [(index, wanted.index(block)) for index, block in self.of_solve.taps])
-            trajectory = way.kernel.solve(call, way.threads)
-            taken = tapped(layout, trajectory, self.of_solve.taps)
-        if not self.of_solve.whole:
-            return taken
+        leaving = self.of_solve
+        if torch.is_grad_enabled():
+            parts = [
+                tensor
+                for operand in given
+                for tensor in (operand.tensors if type(operand) is PointerTable else (operand,))
+            ]
+            if any(tensor.requires_grad for tensor in (initial, *parts, *shared)):
+                back = Back(route.way_back or way, route.watch_back, partial(self._doubt, route, states))
+                every = (self.record, leaving, given, shared, initial, *parts, *shared)
+                solved: tuple[Tensor, ...] = KernelSolve.apply(plan, way, back, *every)
+                return self._apart(layout, solved[0], solved[1:]) if leaving.whole else solved
+        call = plan.program.call_with(initial, given, shared)
+        if not leaving.whole:
+            return _states_at(leaving, layout, way, call)
+        trajectory = way.kernel.solve(call, way.threads)
+        return self._apart(layout, trajectory, tapped(layout, trajectory, leaving.taps))
+
+    def _apart(self, layout: StateLayout, trajectory: Tensor, taken: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The trajectories that leave the solve, then the taps."""
         trajectories = layout.unflatten(trajectory, leading=1)
         return (*(trajectories[index] for index in self.of_solve.whole), *taken)
 
@@ -477,6 +476,14 @@ class SolveNode(nn.Module):
             for _ in range(min(2, self.chain.length)):
                 current = list(self.chain.body(*current, *each, *literals, *common))
         return tuple(state.dtype for state in current)
+
+
+def _states_at(leaving: Leaving, layout: StateLayout, way: Native, call: Call) -> tuple[Tensor, ...]:
+    """The taps, where nothing looks at the other states: no memory is taken for them."""
+    kept = way.kernel.solve_states(call, leaving.blocks, way.threads)
+    if layout.is_flat and len(leaving.taps) == 1:
+        return (kept[0],)  # nobody else has it
+    return tuple([layout.unflatten(kept[leaving.blocks.index(block)])[index].clone() for index, block in leaving.taps])
 
 
 def _may_measure(initial: Tensor) -> bool:

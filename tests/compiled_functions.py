@@ -46,6 +46,7 @@ def _source(function: Function, dtype: torch.dtype, lanes: str) -> str:
         [
             f"#define REAL {source.REALS[dtype]}",
             f"#define VARYING {lanes}",
+            "#define ALONE false",
             (Path(source.__file__).parent / "native" / "numbers.h").read_text(),
             print_function("apply", function),
             _DRIVER.replace("CALL", ", ".join(call)),

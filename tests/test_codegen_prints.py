@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pcr_fx.codegen import Function, lower
 from pcr_fx.codegen.simplify import restricted
-from pcr_fx.targets.cpp.printer import print_function
+from pcr_fx.targets.cpp.printer import begun_sums, print_function
 from pcr_fx.targets.triton.printer import print_assignments, print_scalar
 from pcr_fx.targets.triton.scalars.unroll import Known, Scalar, Scalars
 from pcr_fx.targets.triton.tiles.printer import Sum, TilePrinter
@@ -71,7 +71,7 @@ def test_the_pullbacks_are_right(name: str) -> None:
 
 
 def in_cpp(function: Function, name: str) -> list[str]:
-    return print_function(name, function).splitlines()
+    return print_function(name, function, begun_sums(function)).splitlines()
 
 
 def in_scalars(function: Function, name: str) -> list[str]:

@@ -46,6 +46,11 @@ _VECTOR_GRADIENTS = 512
 # has them copied at every block: with 8 samples that is slower from 1,000 numbers on, three times so at 4,000.
 _VECTOR_SHARED = 2**15
 
+# Directions and sizes that a kernel knows how to launch without working it out again.
+_LAUNCHES = 256
+# The words of an adjoint or of Newton's method that a forward leaves out.
+_NOTHING = (0, 0, 0, 0, 0)
+
 Run = Callable[[bytes], None]
 
 
@@ -79,7 +84,8 @@ class CppKernel:
     summed: tuple[int, int, int]
     failure: str | None = None
     _shapes: dict[tuple[int, torch.Size], list[tuple[int, ...] | None]] = field(default_factory=dict)
-    _runs: dict[tuple[str, bool], Run | None] = field(default_factory=dict)
+    _runs: dict[tuple[str, bool, bool], Run | None] = field(default_factory=dict)
+    _launches: dict[tuple[str, int, int], tuple[Run, int]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=fork_safe_lock)
     _team: Team = field(default_factory=Team)
 
@@ -147,18 +153,29 @@ class CppKernel:
         tiles = samples if self.why_features(direction, samples) else -(-samples // self._lanes)
         return max(1, min(available_threads(), tiles, operations // _OPERATIONS_A_THREAD))
 
-    def solve(self, call: Call, threads: int | None = None, wanted: Sequence[int] | None = None) -> Tensor:
-        """The trajectory `[L, *batch, d]`, block by block; or the states that are wanted of it, `[len(wanted), *batch, d]`.
+    def solve(self, call: Call, threads: int | None = None) -> Tensor:
+        """The trajectory `[L, *batch, d]`, block by block.
 
         Args:
             threads: as many as may be used; `None` for as many as the work feeds.
-            wanted: numbers of blocks, in order. No memory is taken for the states of others.
         """
         initial = call.initial.contiguous()
-        trajectory = empty(initial, (call.length if wanted is None else len(wanted), *initial.shape))
-        rows = None if wanted is None else _rows(tuple(wanted), call.length)
-        self._call("forward", call, initial, self.operations[0], trajectory, (0, 0, 0, 0, 0), (), threads, rows)
+        trajectory = empty(initial, (call.length, *initial.shape))
+        self._call("forward", call, initial, trajectory, _NOTHING, threads=threads)
         return trajectory
+
+    def solve_states(self, call: Call, blocks: tuple[int, ...], threads: int | None = None) -> Sequence[Tensor]:
+        """The states `[*batch, d]` of some blocks, in order. No memory is taken for those of others.
+
+        Args:
+            blocks: their numbers, in order.
+            threads: as for `solve`.
+        """
+        initial = call.initial.contiguous()
+        # One state alone is not to be a view, which remembers that it was made without gradients.
+        made = empty(initial, initial.shape if len(blocks) == 1 else (len(blocks), *initial.shape))
+        self._call("forward", call, initial, made, _NOTHING, threads=threads, rows=_rows(blocks, call.length))
+        return (made,) if len(blocks) == 1 else made.unbind(0)
 
     def solve_newton(self, call: Call, tolerance: float, max_iterations: int) -> tuple[Tensor, str, int, float]:
         """The trajectory `[L, *batch, d]` by Newton's method, each sample on its own.
@@ -174,8 +191,7 @@ class CppKernel:
         initial = call.initial.contiguous()
         trajectory = empty(initial, (call.length, *initial.shape))
         iteration = (ctypes.c_double * 5)(tolerance, max_iterations)
-        work = self.operations[1] * self.program.dimension
-        self._call("newton", call, initial, work, trajectory, (0, 0, 0, 0, ctypes.addressof(iteration)))
+        self._call("newton", call, initial, trajectory, (0, 0, 0, 0, ctypes.addressof(iteration)))
         _, _, iterations, residual, outcome = iteration
         return trajectory, list(Outcome)[int(outcome)].name, int(iterations), residual
 
@@ -199,16 +215,8 @@ class CppKernel:
         d_initial = torch.empty_like(initial)
         gradients = self._empty_gradients(initial, call.length)
         addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
-        self._call(
-            "adjoint",
-            call,
-            initial,
-            self.operations[1],
-            trajectory,
-            (*given.words, d_initial.data_ptr(), 0),
-            addresses,
-            threads,
-        )
+        words = (*given.words, d_initial.data_ptr(), 0)
+        self._call("adjoint", call, initial, trajectory, words, addresses, threads)
         return [d_initial, *(gradient for gradient in gradients if gradient is not None)]
 
     def _cotangents(self, cotangents: Tensor | Mapping[int, Tensor], length: int) -> _Given:
@@ -230,22 +238,21 @@ class CppKernel:
         """
         words: list[int] = []
         kept: list[Any] = []
-        sizes = iter(self._sizes)
+        dtype, sizes = self.program.dtype, iter(self._sizes)
         for operand in call.operands:
             size, own = next(sizes)
-            if isinstance(operand, Tensor):
-                operand = as_real(operand, self.program.dtype).contiguous()
-                words += _words_of(operand)
-                assert operand.numel() == call.length * size * (samples if own else 1), (
-                    "another kernel is for these sizes"
-                )
-            else:
+            if hasattr(operand, "words"):
                 words += operand.words
+            else:
+                operand = as_real(operand, dtype).contiguous()
+                numbers = size * samples if own else size
+                assert operand.numel() == call.length * numbers, "another kernel is for these sizes"
+                words += operand.data_ptr(), numbers * dtype.itemsize, 0
             kept.append(operand)
         for tensor in call.shared:
             size, own = next(sizes)
-            tensor = as_real(tensor, self.program.dtype).contiguous()
-            assert tensor.numel() == size * (samples if own else 1), "another kernel is for these sizes"
+            tensor = as_real(tensor, dtype).contiguous()
+            assert tensor.numel() == (size * samples if own else size), "another kernel is for these sizes"
             memory = tensor.untyped_storage()  # the tensor may get another from another thread
             words += (address_in(memory, tensor), 0, 0)
             kept += (tensor, memory)
@@ -288,30 +295,23 @@ class CppKernel:
         assert state.numel() % self.body.dimension == 0, "another kernel is for this state"
         return state.numel() // self.body.dimension
 
-    def _threads(self, blocks: int, operations: int) -> int:
-        """As many as PyTorch may use, and as the work feeds: so many operations for each of the blocks of all samples."""
-        work = operations * blocks
-        return max(1, min(available_threads(), work // _OPERATIONS_A_THREAD))
-
     def _call(
         self,
         direction: str,
         call: Call,
         initial: Tensor,
-        operations: int,
         trajectory: Tensor,
         words: tuple[int, ...],
         gradients: Sequence[int] = (),
         threads: int | None = None,
-        rows: Any = None,
+        rows: ctypes.Array[ctypes.c_int64] | None = None,
     ) -> None:
         """Call native code, in the order of the fields of `Call` in call.h."""
         samples = self._samples(initial)
-        run = self._run(direction, samples)
-        assert run is not None, "a kernel that is not ready is not called"
-        places, _kept = self._places(samples, call)
-        fed = min(threads or available_threads(), self._threads(call.length * samples, operations))
         kind = direction, call.length, samples
+        run, fed = self._launches.get(kind) or self._launch(*kind)
+        places, _kept = self._places(samples, call)
+        fed = 1 if fed == 1 else min(threads or fed, available_threads(), fed)
         is_shared = fed > 1 and self._team.may_share(kind)
         where = 0 if rows is None else ctypes.addressof(rows)
         addresses = initial.data_ptr(), trajectory.data_ptr(), where
@@ -322,9 +322,23 @@ class CppKernel:
         else:
             self._team.call(partial(run, packed), kind, is_shared)
 
+    def _launch(self, direction: str, length: int, samples: int) -> tuple[Run, int]:
+        """The compiled function for such calls, and how many threads their work feeds, of however many there are."""
+        run = self._run(direction, samples)
+        assert run is not None, "a kernel that is not ready is not called"
+        operations = self.operations[direction != "forward"]
+        if direction == "newton":
+            operations *= self.program.dimension
+        made = run, max(1, operations * length * samples // _OPERATIONS_A_THREAD)
+        self._launches[direction, length, samples] = made
+        if len(self._launches) > _LAUNCHES:
+            self._launches.pop(next(iter(list(self._launches))), None)  # other threads may be at it, too
+        return made
+
     def _run(self, direction: str, samples: int) -> Run | None:
         """The compiled function for this many samples; `None` where it cannot be had."""
-        key = direction, direction != "newton" and not self.why_features(direction, samples)
+        vectors = direction != "newton" and not self.why_features(direction, samples)
+        key = direction, vectors, direction == "adjoint" and samples == 1 and not vectors
         if key not in self._runs:
             with self._lock:
                 if key not in self._runs:
@@ -356,9 +370,9 @@ class CppKernel:
         return _VECTOR_BYTES // self.program.dtype.itemsize
 
     @isolated
-    def _built(self, direction: str, vectors: bool) -> Run | None:
+    def _built(self, direction: str, vectors: bool, alone: bool) -> Run | None:
         try:
-            return load(chain_source(self.lowered, direction, vectors)).run
+            return load(chain_source(self.lowered, direction, vectors, alone)).run
         except CompilerError as error:
             if self.failure is None:
                 log.warning("%s; the chain runs in PyTorch's ops instead", error)

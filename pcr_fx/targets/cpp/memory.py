@@ -22,7 +22,7 @@ def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     asks (`transparent_hugepage` at its usual setting, `madvise`); elsewhere this is a plain `new_empty`.
     """
     made = like.new_empty(shape)
-    if made.device.type == "cpu" and made.nbytes >= LARGE and (advise := _advice()):
+    if made.nbytes >= LARGE and made.is_cpu and (advise := _advice()):
         start = -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         advise(start, (made.data_ptr() + made.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE)
     return made

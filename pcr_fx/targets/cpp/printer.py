@@ -7,7 +7,7 @@ In the first case the compiler finds its vectors along the features, in the seco
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from pcr_fx.codegen.functions import FUNCTIONS
@@ -18,13 +18,15 @@ from pcr_fx.codegen.ir import Apply, Buffer, Constant, Expression, Function, Loa
 _MATRIX_NUMBERS = 256
 
 
-def print_function(name: str, function: Function) -> str:
+def print_function(name: str, function: Function, begun: Collection[Buffer] = ()) -> str:
     """`template <class V> void name(const V* or const real* in0, ..., V* or real* out0, ..., int64_t count)`.
 
     Outputs that are sums over samples are added to: in `V`, so that lanes are added up once, when all have been; those
-    in `matrix_sums` in `real`, from the first `count` lanes. There is no `count` where there are no sums.
+    in `matrix_sums` in `real`, from the first `count` lanes. There is no `count` where there are no sums. Those of `begun`,
+    some of `begun_sums`, are added to zero instead where `ALONE` says that there is one tile.
     """
     matrices = matrix_sums(function)
+    waiting = {buffer.name for buffer in begun}
     parameters = [f"const {_number(buffer)}* RESTRICT {buffer.name}" for buffer in function.inputs]
     parameters += [f"{'real' if buffer in matrices else 'V'}* RESTRICT {buffer.name}" for buffer in function.outputs]
     sums = {buffer.name for buffer in function.outputs if not buffer.varying}
@@ -35,12 +37,33 @@ def print_function(name: str, function: Function) -> str:
         lines.append(f"  static constexpr real {buffer.name}[] = {{{values}}};")
     lines += [f"  {_number(buffer)} {buffer.name}[{buffer.size}];" for buffer in function.locals]
     for loop in function.loops:
+        out = loop.out.buffer.name
+        begins = out in waiting
+        waiting.discard(out)
         if loop.out.buffer in matrices:
-            printed = [_print_product(term) for term in _terms(loop)]
+            first, *others = _terms(loop)
+            printed = [_print_product(first, begins), *(_print_product(term, False) for term in others)]
         else:
-            printed = _print_loop(loop, loop.out.buffer.name in sums)
+            printed = _print_loop(loop, "" if out not in sums else "k_begin" if begins else "k_add")
         lines += [f"  {line}" for line in printed]
     return "\n".join([*lines, "}"])
+
+
+def begun_sums(function: Function) -> list[Buffer]:
+    """The outputs that are sums over samples, and whole once the first loop that adds to them has run."""
+    first: dict[Buffer, Loop] = {}
+    for loop in function.loops:
+        first.setdefault(loop.out.buffer, loop)
+    return [
+        buffer
+        for buffer in function.outputs
+        if not buffer.varying and buffer in first and _is_whole(first[buffer].out, first[buffer].shape)
+    ]
+
+
+def _is_whole(view: View, shape: Sequence[int]) -> bool:
+    """Whether a view of such a shape is all of its buffer, each number once."""
+    return view.offset == 0 and view.strides == contiguous(shape) and math.prod(shape) == view.buffer.size
 
 
 def matrix_sums(function: Function) -> list[Buffer]:
@@ -77,20 +100,21 @@ def _factors(loop: Loop) -> tuple[View, View] | None:
     return None if left.strides[1] or right.strides[0] else (left, right)
 
 
-def _print_product(loop: Loop) -> str:
+def _print_product(loop: Loop, begins: bool) -> str:
     factors = _factors(loop)
     assert factors is not None
     left, right = factors
     numbers = ", ".join(map(str, (*loop.shape, left.strides[0], right.strides[1])))
     places = ", ".join(f"{view.buffer.name} + {view.offset}" for view in (loop.out, left, right))
-    return f"k_add_products<V, {numbers}>({places}, count);"
+    return f"k_add_products<V, {numbers}, {'k_alone' if begins else 'false'}>({places}, count);"
 
 
 def _number(buffer: Buffer) -> str:
     return "V" if buffer.varying else "real"
 
 
-def _print_loop(loop: Loop, adds: bool) -> list[str]:
+def _print_loop(loop: Loop, adds: str) -> list[str]:
+    """A loop, whose results are set; or, where they are sums, go through the function of numbers.h that `adds` names."""
     if not loop.reduced:
         outer = [f"i{dim}" for dim in range(len(loop.shape))]
         store = _store(loop, outer, _expression(loop.value, outer), adds)
@@ -112,7 +136,7 @@ def _runs_along_the_output(loop: Loop) -> bool:
     return any(view.strides[last] == 1 for view in both) and not any(view.strides[inner] == 1 for view in both)
 
 
-def _print_by_rows(loop: Loop, adds: bool) -> list[str]:
+def _print_by_rows(loop: Loop, adds: str) -> list[str]:
     """The reduced index outside the last one of the output."""
     outer = [f"i{dim}" for dim in range(len(loop.shape))]
     inner = [f"r{dim}" for dim in range(len(loop.reduced))]
@@ -128,7 +152,7 @@ def _print_by_rows(loop: Loop, adds: bool) -> list[str]:
     return _nest(front, ["{", *(f"  {line}" for line in body), "}"])
 
 
-def _print_by_sums(loop: Loop, adds: bool) -> list[str]:
+def _print_by_sums(loop: Loop, adds: str) -> list[str]:
     """The reduced index innermost, some sums at a time."""
     outer = [f"i{dim}" for dim in range(len(loop.shape))]
     front = list(zip(outer, loop.shape, strict=True))
@@ -149,7 +173,7 @@ def _print_by_sums(loop: Loop, adds: bool) -> list[str]:
     return _nest(front, lines)
 
 
-def _sums(loop: Loop, outer: Sequence[str], many: bool, adds: bool) -> list[str]:
+def _sums(loop: Loop, outer: Sequence[str], many: bool, adds: str) -> list[str]:
     """`many` neighbouring sums, or one; one where vectors run along the features, each then in as many parts as a
     vector has.
 
@@ -194,11 +218,9 @@ def _filled(number: str, loop: Loop) -> str:
     return f"k_fill<{number}>({_literal(loop.reduction.start)})"
 
 
-def _store(loop: Loop, indices: Sequence[str], value: str, adds: bool) -> str:
+def _store(loop: Loop, indices: Sequence[str], value: str, adds: str) -> str:
     place = _element(loop.out, indices)
-    if adds:
-        return f"k_add({place}, {value});"
-    return f"k_set({place}, {value});"
+    return f"{adds or 'k_set'}({place}, {value});"
 
 
 def _nest(loops: Sequence[tuple[str, int]], body: Sequence[str]) -> list[str]:

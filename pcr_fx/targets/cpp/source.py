@@ -9,7 +9,8 @@ import torch
 
 from pcr_fx import stopping
 from pcr_fx.codegen import Function
-from pcr_fx.targets.cpp.printer import matrix_sums, print_function
+from pcr_fx.codegen.ir import Buffer
+from pcr_fx.targets.cpp.printer import begun_sums, matrix_sums, print_function
 from pcr_fx.targets.kernel import Input, LoweredBody
 
 _NATIVE = Path(__file__).parent / "native"
@@ -24,13 +25,14 @@ extern "C" __attribute__((visibility("default"))) void run(const Call* call) { k
 """
 
 
-def chain_source(body: LoweredBody, direction: str, vectors_of_samples: bool) -> str:
+def chain_source(body: LoweredBody, direction: str, vectors_of_samples: bool, alone: bool = False) -> str:
     """The source of one shared library with one function `run`.
 
     Args:
         direction: "forward" or "adjoint", block by block; or "newton", forward.
         vectors_of_samples: a sample in each lane of a vector, instead of vectors of one sample's features; not for
             Newton, which puts a row of a Jacobian in each.
+        alone: for one sample, and no vectors of samples. Its gradients need not be added to those of others.
 
     Raises:
         Unprintable: the body has an op that cannot be printed.
@@ -41,9 +43,10 @@ def chain_source(body: LoweredBody, direction: str, vectors_of_samples: bool) ->
             f"#define REAL {REALS[body.program.dtype]}",
             f"#define VARYING {'vec' if vectors_of_samples else 'real'}",
             f"#define {direction.upper()}",
+            f"#define ALONE {'true' if alone else 'false'}",
             (_NATIVE / "numbers.h").read_text(),
             (_NATIVE / "products.h").read_text(),
-            *(print_function(name, function) for name, function in functions.items()),
+            *(print_function(name, function, _begun(body, function)) for name, function in functions.items()),
             _body_struct(body, functions),
             (_NATIVE / "call.h").read_text(),
             *([_stopping(body.program.dtype)] if direction == "newton" else []),
@@ -88,9 +91,27 @@ def _matrices(body: LoweredBody) -> list[bool]:
     return [one.differentiable and next(outputs) in matrices for one in body.inputs]
 
 
+def _begun(body: LoweredBody, function: Function) -> list[Buffer]:
+    """The sums of a function that are a block's alone, and that it need not find set to zero."""
+    if function is not body.pullback:
+        return []
+    of_blocks = {
+        buffer.name
+        for one, buffer in zip(_differentiable(body), function.outputs[1:], strict=True)
+        if _is_summed(one) and not one.shared
+    }
+    return [buffer for buffer in begun_sums(function) if buffer.name in of_blocks]
+
+
+def _differentiable(body: LoweredBody) -> list[Input]:
+    return [one for one in body.inputs if one.differentiable]
+
+
 def _body_struct(body: LoweredBody, functions: dict[str, Function]) -> str:
     inputs, pullback = body.inputs, functions.get("pullback")
     matrix = [False for _ in inputs] if pullback is None else _matrices(body)
+    begun = [] if pullback is None else _begun(body, pullback)
+    gradients = iter(() if pullback is None else pullback.outputs[1:])
     _, own_sums, shared_sums = (0, 0, 0) if pullback is None else summed_numbers(body)
     arguments = [f"static_cast<const {'V' if one.own else 'real'}*>(in[{index}])" for index, one in enumerate(inputs)]
     outputs = [
@@ -123,6 +144,7 @@ def _body_struct(body: LoweredBody, functions: dict[str, Function]) -> str:
         "shared": [one.shared for one in inputs],
         "differentiable": [one.differentiable for one in inputs],
         "matrix": matrix,
+        "begun": [pullback is not None and one.differentiable and next(gradients) in begun for one in inputs],
     }
     return "\n".join(
         [

@@ -34,6 +34,8 @@ typedef real vec __attribute__((vector_size(VECTOR_BYTES)));
 typedef integer ivec __attribute__((vector_size(VECTOR_BYTES)));
 constexpr int k_lanes = VECTOR_BYTES / sizeof(real);
 constexpr bool k_single = sizeof(real) == 4;
+// Whether a call has one tile, so that what samples share is nobody else's.
+constexpr bool k_alone = ALONE;
 
 template <class V> constexpr bool k_is_vector = !std::is_same_v<V, real>;
 // Sums of `size` that are kept in registers at a time where each lane is a sample: enough to hide the latency of a
@@ -53,6 +55,10 @@ template <class V, class A> INLINE V k_fill(A a) {
 }
 template <class V, class A> INLINE void k_set(V& place, A value) { place = k_fill<V>(value); }
 template <class V, class A> INLINE void k_add(V& place, A value) { place = place + k_fill<V>(value); }
+// The first of some that are added, to what is zero so far; with one tile there is no need to have put it there.
+template <class V, class A> INLINE void k_begin(V& place, A value) {
+  if constexpr (k_alone) place = k_fill<V>(real(0)) + k_fill<V>(value); else k_add(place, value);
+}
 
 // All bits set in the first `count` lanes.
 INLINE ivec k_first_lanes(int64_t count) {

@@ -65,12 +65,16 @@ INLINE void k_add_columns(real* RESTRICT out, const real* RESTRICT left, const v
     k_add_block<rows - whole, vectors, width, columns, stride>(out + whole * columns, left + whole * k_lanes, right, lanes);
 }
 
-// `out[i, j] += a[i] * b[j]`, of the first `count` samples where each lane is one. Then it is a product of matrices.
-template <class V, int rows, int columns, int a_stride, int b_stride>
+// `out[i, j] += a[i] * b[j]`, of the first `count` samples where each lane is one. Then it is a product of matrices. Without
+// vectors of samples `out` may be taken for zero, whatever is there: to fill and then to read it costs as much as the product.
+template <class V, int rows, int columns, int a_stride, int b_stride, bool from_zero>
 OUTLINE void k_add_products(real* RESTRICT out, const V* RESTRICT a, const V* RESTRICT b, int64_t count) {
   if constexpr (!k_is_vector<V>) {
     for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < columns; ++j) out[i * columns + j] += a[i * a_stride] * b[j * b_stride];
+      for (int j = 0; j < columns; ++j) {
+        const real before = from_zero ? real(0) : out[i * columns + j];
+        out[i * columns + j] = before + a[i * a_stride] * b[j * b_stride];
+      }
   } else {
     constexpr int stride = (columns + k_lanes - 1) / k_lanes, wide = k_block_vectors * k_lanes;
     constexpr int whole = columns - columns % wide, rest = columns - whole;

@@ -40,7 +40,8 @@ template <class V> struct Adjoint {
   std::vector<V> sums, kept;
   // `kept` before a tile that samples do not fill.
   std::vector<V> before;
-  // Where gradients are summed. What blocks share is zero at first; what they do not is set to zero at each block.
+  // Where gradients are summed. What blocks share is zero at first; what they do not is set to zero at each block,
+  // unless the body begins these sums itself.
   real* gradients[Body::inputs + 1];
 
   Adjoint(const Call& call, Samples<V> samples)
@@ -74,7 +75,7 @@ template <class V> struct Adjoint {
             next += size;
           } else {
             real* place = gradients[k] + (Body::shared[k] ? 0 : (l - origin) * size);
-            if (!Body::shared[k]) std::fill_n(place, size, real(0));
+            if (!Body::shared[k] && !(k_alone && Body::begun[k])) std::fill_n(place, size, real(0));
             out[k] = place;
           }
         }
