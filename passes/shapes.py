@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from pcr_fx.body.isolation import tracing
 from pcr_fx.graphs.effects import RESHAPING_METHODS
 from pcr_fx.graphs.hooks import HookOp
+from pcr_fx.passes.open_sizes import OpenSize
 
 # What only a real tensor would know.
 UNKNOWN = frozenset("requires_grad is_leaf grad grad_fn _version".split())
@@ -102,12 +103,17 @@ class Sizes(tuple[int, ...]):
     """A tensor's shape, which tells a listener which of its sizes are asked for. Otherwise as `torch.Size`."""
 
     listener: Callable[[int], None]
+    node: fx.Node
 
     @classmethod
-    def of(cls, shape: torch.Size, listener: Callable[[int], None]) -> Sizes:
+    def of(cls, shape: torch.Size, node: fx.Node, listener: Callable[[int], None]) -> Sizes:
         made = cls(shape)
-        made.listener = listener
+        made.listener, made.node = listener, node
         return made
+
+    def open(self, index: int) -> OpenSize:
+        """The size of a dimension, not asked for yet."""
+        return OpenSize(tuple.__getitem__(self, index), lambda: self.listener(index), (self.node, index))
 
     def whole(self) -> torch.Size:
         """All of them, asked for."""
@@ -117,13 +123,14 @@ class Sizes(tuple[int, ...]):
 
     def __getitem__(self, index: Any) -> Any:
         chosen = range(len(self))[index]
-        for each in (chosen,) if isinstance(chosen, int) else chosen:
+        if isinstance(chosen, int):
+            return self.open(chosen)
+        for each in chosen:
             self.listener(each)
-        found = tuple.__getitem__(self, index)
-        return found if isinstance(found, int) else torch.Size(found)
+        return torch.Size(tuple.__getitem__(self, index))
 
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.whole())
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.open, range(len(self)))
 
     def __fx_create_arg__(self, tracer: fx.Tracer) -> torch.Size:
         return self.whole()
@@ -172,7 +179,7 @@ class Questions:
         def listen(dim: int) -> None:
             self.ask("call_method", "size", (node, dim), {}, tuple.__getitem__(shape, dim))
 
-        return Sizes.of(shape, listen)
+        return Sizes.of(shape, node, listen)
 
     def length(self, node: fx.Node, value: Any) -> int:
         return self.ask("call_function", len, (node,), {}, len(value))

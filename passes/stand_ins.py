@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.hooks import TensorHook
 from pcr_fx.locks import fork_safe_lock
+from pcr_fx.passes.open_sizes import OpenSize
 
 ADVICE = 'torch.compile(model, backend="deeppcr") reads such models'
 _PASSES = os.path.dirname(__file__) + os.sep
@@ -151,6 +152,8 @@ def lenient() -> Iterator[None]:
 
 
 def _is_or_stands_for(value: Any, kinds: Any) -> bool:
+    if type(value) is OpenSize:
+        return kinds is OpenSize or issubclass(int, kinds)
     if _isinstance(value, kinds):
         return True
     return type(value) in (StandIn, KnownStandIn) and value.stands_for_tensor() and issubclass(Tensor, kinds)

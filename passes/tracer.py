@@ -30,6 +30,7 @@ from pcr_fx.graphs.effects import draws_by_shape, is_random_name
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
 from pcr_fx.passes.contents import put_back
 from pcr_fx.passes.facts import CONSTANT, Reading
+from pcr_fx.passes.open_sizes import OpenSize, close_what_repeats, closed, may_stay_open
 from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, Sizes
 from pcr_fx.passes.stand_ins import (
     ADVICE,
@@ -90,6 +91,8 @@ class ModelTracer(fx.Tracer):
         super().__init__()
         self.arguments = arguments
         self.questions = Questions()
+        # The nodes that take sizes anew at each call, by the tensor and the dimension.
+        self.open_sizes: dict[tuple[fx.Node, int], tuple[fx.Node, OpenSize]] = {}
         # The base class searches all parameters for each one that it meets.
         self.names = {id(value): name for name, value in [*model.named_buffers(), *model.named_parameters()]}
         # Parameters and buffers that the forward came by otherwise than as attributes, by path.
@@ -104,6 +107,7 @@ class ModelTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self), lenient():
             graph = super().trace(root, concrete_args)
+            close_what_repeats(graph, self.open_sizes)
             self._check_stored()
             self.read.refuse_changes(ADVICE)
         return graph
@@ -149,7 +153,7 @@ class ModelTracer(fx.Tracer):
         if not self.read.calls(m):
             return super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
-        args, kwargs = pytree.tree_map_only(Sizes, Sizes.whole, (args, kwargs), is_leaf=_is_shape)
+        args, kwargs = closed(pytree.tree_map_only(Sizes, Sizes.whole, (args, kwargs), is_leaf=_is_shape))
         for hook in m._forward_pre_hooks.values():
             if is_part_of_forward(hook):
                 hook(m, args)
@@ -200,6 +204,8 @@ class ModelTracer(fx.Tracer):
         line = user_line(sys._getframe(1))
         if _settings() != self.settings:
             raise CaptureError(f"the model switches gradients or autocast on or off{at(line)}; {ADVICE}")
+        if may_stay_open(target, args, kwargs):
+            args, kwargs = pytree.tree_map_only(OpenSize, self._taken_anew, (args, kwargs))
         # `normalise.py` lets noise take its shape from anything that has the same in this graph.
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         self.questions.every_size |= draws_by_shape(proxy.node)
@@ -210,6 +216,14 @@ class ModelTracer(fx.Tracer):
         with self.read.listening(False):
             value = proxy.node.meta["example_value"] = self.values.evaluate(proxy.node)
         return proxy if target is getattr or isinstance(target, HookOp) else self._handed_out(proxy, value)
+
+    def _taken_anew(self, size: OpenSize) -> fx.Proxy:
+        """A size as an op of the graph."""
+        if size.source not in self.open_sizes:
+            node = self.create_node("call_method", "size", size.source, {})
+            node.meta["example_value"], node.meta["stack_trace"] = size.value, ""
+            self.open_sizes[size.source] = node, size
+        return self.proxy(self.open_sizes[size.source][0])
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return KnownStandIn(node, self) if self.values is not None else StandIn(node, self)
@@ -222,8 +236,10 @@ class ModelTracer(fx.Tracer):
         if _is_constant(value):
             args, kwargs = node.args, node.kwargs
             self.graph.erase_node(node)
-            if node.op == "call_method" and node.target == "size" and isinstance(value, tuple):
-                return self.questions.sizes(args[0], torch.Size(value))  # type: ignore[arg-type]
+            if node.op == "call_method" and node.target == "size":
+                shape = args[0].meta["example_value"].shape  # type: ignore[union-attr]
+                sizes = self.questions.sizes(args[0], shape)  # type: ignore[arg-type]
+                return sizes if isinstance(value, tuple) else sizes[args[1] if len(args) > 1 else kwargs["dim"]]
             return self.questions.ask(node.op, node.target, args, kwargs, value)
         if type(value) in (tuple, list):
             if node.op != "placeholder":  # how many tensors an argument holds is a fact in any case
@@ -299,6 +315,7 @@ class _RawTensors(TorchFunctionMode):
         args, kwargs = pytree.tree_map_only(Sizes, Sizes.whole, (args, kwargs or {}), is_leaf=_is_shape)
         if func in _FACTORIES:
             return self.tracer.create_proxy("call_function", func, args, kwargs)
+        args, kwargs = closed((args, kwargs))
         if any(issubclass(kind, fx.Proxy) for kind in types):
             return func(*args, **kwargs)
         raw = _tensors((args, kwargs))
@@ -376,6 +393,8 @@ def _literal(value: Any) -> Any:
     """
     if type(value) in _VALUES or type(value) is bool:
         return value
+    if type(value) is OpenSize:
+        return value.asked()
     if isinstance(value, np.generic):
         value = value.item()
     for kind, read in _VALUES.items():

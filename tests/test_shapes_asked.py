@@ -1,10 +1,13 @@
 """What a traced graph takes for granted of its inputs' sizes: what the forward asked for, and no more."""
 
+import copy
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import pcr_fx
 from pcr_fx import explicit
@@ -57,6 +60,116 @@ def test_only_the_sizes_that_were_asked_for_are_facts(kind: str) -> None:
         assert len(fast._pcr_variants) == graphs, (batch, steps)
 
 
+class Begun(nn.Module):
+    """A cell over 12 items, from a state that `begin` makes of `[B, 12, 4]`."""
+
+    def __init__(self, begin: Any) -> None:
+        super().__init__()
+        self.cell, self.begin, self.first = nn.RNNCell(4, 4), begin, nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.begin(self, x)
+        for t in range(12):
+            h = self.cell(x[:, t], h)
+        return h
+
+
+def unpacked(_: Any, x: Tensor) -> Tensor:
+    batch, _, width = x.shape
+    return torch.zeros(batch, width)
+
+
+def collected(_: Any, x: Tensor) -> Tensor:
+    """A result that is filled step by step."""
+    out = x.new_zeros(x.shape[0], 3, 4)
+    for t in range(3):
+        out[:, t] = x[:, t] * t
+    return out.sum(1)
+
+
+HANDED_ON = {
+    "zeros": lambda m, x: torch.zeros(x.shape[0], 4),
+    "a tuple": lambda m, x: torch.zeros((x.size(0), 4), dtype=x.dtype),
+    "by name": lambda m, x: torch.ones(size=(x.size(dim=0), 4)),
+    "counted from behind": lambda m, x: torch.ones(x.shape[-3], x.size(-1)),
+    "new": lambda m, x: x.new_zeros([x.shape[0], 4]),
+    "full": lambda m, x: torch.full((x.shape[0], 4), 0.5),
+    "expand": lambda m, x: m.first.expand(x.shape[0], -1),
+    "repeat": lambda m, x: m.first.repeat(x.shape[0], 1),
+    "unpacked": unpacked,
+    "collected": collected,
+    "as a number": lambda m, x: torch.zeros(x.shape[0], 4) if isinstance(x.shape[0], int) else None,
+}
+
+
+@pytest.mark.parametrize("kind", HANDED_ON)
+def test_a_size_that_is_handed_on_is_no_fact(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Begun(HANDED_ON[kind]).double() if kind == "new" else Begun(HANDED_ON[kind])
+    x = torch.randn(3, 12, 4, dtype=model.first.dtype)
+    fast = pcr_fx.transform(model, x, IN_OPS)
+    assert [entry.chain.length for entry in fast.report.chains] == [12]
+    for batch in (3, 1, 2, 5):
+        x = torch.randn(batch, 12, 4, dtype=x.dtype, requires_grad=True)
+        (theirs,) = torch.autograd.grad(model(x).square().sum(), x)
+        (ours,) = torch.autograd.grad(fast(x).square().sum(), x)
+        torch.testing.assert_close(fast(x), model(x))
+        torch.testing.assert_close(ours, theirs)
+    assert len(fast._pcr_variants) == 1
+
+
+ASKED = {
+    "a product": lambda b: b * 2,
+    "a number times it": lambda b: 0.5 * b,
+    "a share": lambda b: 1 / b,
+    "a power": lambda b: 2**b,
+    "a range": lambda b: len(range(b)),
+    "a list": lambda b: len([0] * b),
+    "the smaller": lambda b: min(b, 4),
+    "a comparison": lambda b: 1.0 if b > 3 else 2.0,
+    "a truth": lambda b: 1.0 if b else 2.0,
+    "a key": lambda b: {n: float(n) for n in range(9)}[b],
+    "text": lambda b: float(f"{b:3d}") + float(str(b)) + float(f"{b:d}"),
+    "a root": lambda b: math.sqrt(b) + float(np.sqrt(b)),
+    "an array": lambda b: float(np.ones(b).sum()),
+    "a tensor": lambda b: torch.tensor([b, 2 * b]).sum(),
+    "a row": lambda b: torch.arange(b).sum(),
+    "a filling": lambda b: torch.full((4,), b).sum(),
+    "a property": lambda b: b.numerator + b.bit_length(),
+    "a copy": lambda b: copy.deepcopy(b) + 0,
+    "a type": lambda b: float(int(b)) + round(b),
+}
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_a_size_whose_value_matters_is_a_fact(kind: str) -> None:
+    model = Begun(lambda _, x: torch.zeros(x.shape[0], 4) + 0.01 * ASKED[kind](x.shape[0]))
+    fast = pcr_fx.transform(model, torch.randn(3, 12, 4), IN_OPS)
+    for graphs, batch in enumerate((3, 1, 5), 1):
+        x = torch.randn(batch, 12, 4)
+        torch.testing.assert_close(fast(x), model(x))
+        assert len(fast._pcr_variants) == graphs
+
+
+def test_a_size_that_every_block_takes_does_not_break_the_chain() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(12):
+                x = torch.tanh(self.inner(x)) + x.new_ones(x.shape[0], 4)
+            return x
+
+    model = Model()
+    fast = pcr_fx.transform(model, torch.randn(3, 4), IN_OPS)
+    assert [entry.chain.length for entry in fast.report.chains] == [12]
+    for batch in (3, 1, 2):
+        x = torch.randn(batch, 4)
+        torch.testing.assert_close(fast(x), model(x))
+
+
 @pytest.mark.parametrize(
     "ask",
     [
@@ -89,19 +202,20 @@ def test_what_hangs_on_the_batch_size_is_traced_for_each(ask: Any) -> None:
 
 def test_a_shape_is_what_torch_size_is_and_tells_what_is_read() -> None:
     heard: list[int] = []
-    shape = Sizes.of(torch.Size([2, 3, 5]), heard.append)
-    assert len(shape) == 3 and not heard
+    shape = Sizes.of(torch.Size([2, 3, 5]), fx.Graph().placeholder("x"), heard.append)
+    assert len(shape) == 3 and len([*shape]) == 3 and not heard
     assert shape[1] == 3 and shape[-1] == 5 and heard == [1, 2]
     assert shape[1:] == torch.Size([3, 5]) and heard == [1, 2, 1, 2]
     for whole in (
-        lambda: (*shape,),
+        lambda: (*shape,) == (2, 3, 5),
         lambda: shape + (1,),  # noqa: RUF005
         lambda: (1,) + shape,  # noqa: RUF005
         lambda: shape == (2, 3, 5),
         lambda: hash(shape),
         lambda: repr(shape),
         lambda: sorted(shape),
-        lambda: torch.Size(shape),
+        lambda: torch.Size(shape) == (2, 3, 5),
+        lambda: list(map(int, shape)),
         lambda: shape.numel(),
         lambda: 5 in shape,
     ):
