@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.attributes import attribute
-from pcr_fx.graphs.effects import draws_by_shape, is_random_name
+from pcr_fx.graphs.effects import RESHAPING_METHODS, draws_by_shape, is_random_name
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
 from pcr_fx.passes.contents import put_back
 from pcr_fx.passes.facts import CONSTANT, Reading
@@ -93,6 +93,8 @@ class ModelTracer(fx.Tracer):
         self.questions = Questions()
         # The nodes that take sizes anew at each call, by the tensor and the dimension.
         self.open_sizes: dict[tuple[fx.Node, int], tuple[fx.Node, OpenSize]] = {}
+        # Whether tensors were given other shapes, so that sizes may be others than when they were read.
+        self.reshapes = False
         # The base class searches all parameters for each one that it meets.
         self.names = {id(value): name for name, value in [*model.named_buffers(), *model.named_parameters()]}
         # Parameters and buffers that the forward came by otherwise than as attributes, by path.
@@ -204,7 +206,8 @@ class ModelTracer(fx.Tracer):
         line = user_line(sys._getframe(1))
         if _settings() != self.settings:
             raise CaptureError(f"the model switches gradients or autocast on or off{at(line)}; {ADVICE}")
-        if may_stay_open(target, args, kwargs):
+        self.reshapes |= kind == "call_method" and target in RESHAPING_METHODS
+        if not self.reshapes and may_stay_open(target, args, kwargs):
             args, kwargs = pytree.tree_map_only(OpenSize, self._taken_anew, (args, kwargs))
         # `normalise.py` lets noise take its shape from anything that has the same in this graph.
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)

@@ -151,6 +151,20 @@ def test_a_size_whose_value_matters_is_a_fact(kind: str) -> None:
         assert len(fast._pcr_variants) == graphs
 
 
+def test_a_size_is_what_it_was_when_it_was_read() -> None:
+    def begin(_: Any, x: Tensor) -> Tensor:
+        copy = x[:, 0].clone()
+        batch = copy.shape[0]
+        copy.t_()
+        return torch.zeros(batch, 4) + copy.sum()
+
+    model = Begun(begin)
+    fast = pcr_fx.transform(model, torch.randn(3, 12, 4), IN_OPS)
+    for batch in (3, 5):
+        x = torch.randn(batch, 12, 4)
+        torch.testing.assert_close(fast(x), model(x))
+
+
 def test_a_size_that_every_block_takes_does_not_break_the_chain() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
