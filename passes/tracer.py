@@ -29,8 +29,8 @@ from pcr_fx.graphs.attributes import attribute
 from pcr_fx.graphs.effects import RESHAPING_METHODS, draws_by_shape, is_random_name
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
 from pcr_fx.passes.contents import put_back
-from pcr_fx.passes.facts import CONSTANT, Reading
 from pcr_fx.passes.open_sizes import OpenSize, close_what_repeats, closed, may_stay_open
+from pcr_fx.passes.reading import CONSTANT, Reading
 from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, Sizes
 from pcr_fx.passes.stand_ins import (
     ADVICE,
