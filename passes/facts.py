@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -59,6 +59,33 @@ class Facts:
             self._held, self._has_looked = self._hold_inside(), False
             self._checked = count
         return self._held and self._hold_elsewhere()
+
+    def changed(self) -> str:
+        """What is not as it was in the midst of a call, in words; empty where all is.
+
+        Tensors are read anew there: others may stand in their places, of other classes too, as those of sharded weights.
+        """
+        return "" if self.hold() else next(self._changed(), "")
+
+    def _changed(self) -> Iterator[str]:
+        yield from (f"the class of a {kind.__name__}" for module, kind in self._types if type(module) is not kind)
+        for module, hooked in self._hooked:
+            if has_hooks(module) and not hooked:
+                yield f"the hooks of a {type(module).__name__}"
+        for module, name, items in self._contents:
+            if contents_of(module, name) != items:
+                yield f"the {name[1:]} of a {type(module).__name__}, which the forward goes through"
+        for held, place, name, value in [*self._inside, *self._outside]:
+            now = find(held, place, name)
+            if not (value.holds(now, self.with_shapes, False) if isinstance(value, Kept) else self._holds(now, value)):
+                yield f"{name}, which the forward reads"
+        for holder, name, value in self._elsewhere:
+            if not self._holds(holder.get(name, ABSENT), value):
+                yield f"{name}, which the forward reads"
+        if any(function(*given) != value for (function, given), value in self._settings):
+            yield "a setting of PyTorch, which the forward asks for"
+        if any(tensor._version != version for tensor, version in self._versions):
+            yield "a tensor, with which the forward computed when it was traced"
 
     def _look(self) -> None:
         """Take down which objects stand where, for `_hold_elsewhere`."""

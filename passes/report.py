@@ -29,9 +29,9 @@ def report_chains(
     return report
 
 
-def warn_without_chains(report: RewriteReport) -> None:
-    """Say loudly that nothing was found, and the first reason for it."""
+def warn_without_chains(report: RewriteReport, reason: str = "") -> None:
+    """Say loudly that nothing was found, and the reason for it: by default the first in the report."""
     if not report.chains:
         first = next(iter(report.rejected), None)
-        reason = "nothing in it repeats" if first is None else f"{first.modules}: {first.reason}"
+        reason = reason or ("nothing in it repeats" if first is None else f"{first.modules}: {first.reason}")
         log.warning("no chain found in %d ops; the model runs as it was (%s)", report.nodes, reason)

@@ -8,7 +8,7 @@ import operator
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -23,15 +23,17 @@ from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.copies import copy_model, copy_structure
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.graphs.attributes import holder_of
-from pcr_fx.graphs.hooks import HookOp
+from pcr_fx.graphs.hooks import HookOp, TensorHook
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import Attributes, Source, StackedAttributes, stack_operands
 from pcr_fx.options import Options
 from pcr_fx.packing import CONTAINER, Pack, pack_operands
 from pcr_fx.passes.capture import Captured, bind_to, capture_model
+from pcr_fx.passes.facts import Facts
 from pcr_fx.passes.pipeline import run_passes
 from pcr_fx.passes.plan import PlannedChain
 from pcr_fx.passes.report import warn_without_chains
+from pcr_fx.rehearsal import Rehearsal
 from pcr_fx.reports import RewriteReport
 from pcr_fx.watched import Changes, watch
 
@@ -148,6 +150,8 @@ class TransformedModule(nn.Module):
         else:
             variant = self._rewrite(inspect.BoundArguments(self._pcr_signature, OrderedDict(arguments)))
         self._put_first(variant)
+        if variant.rehearsal is not None and variant.rehearsal.takes_over:
+            return variant.rehearsal.run(self._as_written(), args, kwargs)
         # Past the graph module's own call machinery: hooks were traced, or are this module's own.
         return variant.run.forward(*variant.captured.inputs(arguments))
 
@@ -224,9 +228,20 @@ class TransformedModule(nn.Module):
         unseen = _disable_current_modes() if is_watched_by_a_mode() else contextlib.nullcontext()
         with self._unpacked(), unseen:
             captured, run, report = rewrite_model(self._model(), example_inputs, self._pcr_options, self._pcr_changes)
-        variant = _Variant(captured.without_graph(), run, report)
+        rehearsal = _rehearse(captured.model_facts, run.graph, report)
+        warn_without_chains(report, "" if rehearsal is None else rehearsal.reason)
+        variant = _Variant(captured.without_graph(), run, report, rehearsal)
         self._use_packs(variant)
         return variant
+
+    def _as_written(self) -> Callable[..., Any]:
+        """The model's own forward."""
+        if isinstance(self, self._pcr_class):
+            return types.MethodType(self._pcr_class.forward, self)
+        model = object.__new__(self._pcr_class)
+        own = {name: module for name, module in dict.items(self._modules) if name != CONTAINER}
+        object.__setattr__(model, "__dict__", {**self.__dict__, "_modules": own})
+        return model.forward  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def _unpacked(self) -> Iterator[None]:
@@ -310,14 +325,17 @@ class _Variant:
     captured: Captured
     run: fx.GraphModule
     report: RewriteReport
+    rehearsal: Rehearsal | None
 
     def holds(self) -> bool:
-        """Whether the model is still what was traced."""
-        return self.captured.model_facts.hold()
+        """Whether the model is still what was traced, or it runs as it was written."""
+        return self.captured.model_facts.hold() or (self.rehearsal is not None and self.rehearsal.binds)
 
     def holds_for(self, arguments: dict[str, Any]) -> bool:
         """Whether that is so, and it was traced for such arguments."""
-        return self.captured.model_facts.hold() and self.captured.holds_for(arguments)
+        if self.captured.model_facts.hold() and self.captured.holds_for(arguments):
+            return True
+        return self.rehearsal is not None and self.rehearsal.binds
 
 
 def rewrite_model(
@@ -326,14 +344,31 @@ def rewrite_model(
     """`model` as it was captured, rewritten, and what is to be said of that; its attributes are read at each call."""
     way_in = _TracedModel(model, example_inputs, options, changes)
     rewritten = run_passes(way_in, options)
-    warn_without_chains(rewritten.report)
     attributes = _fetch_attributes(rewritten.graph, model, way_in.stacked)
     run = fx.GraphModule({**rewritten.nodes, "attributes": attributes}, rewritten.graph)
-    hooked = list(dict.fromkeys(node.target.path for node in rewritten.graph.nodes if isinstance(node.target, HookOp)))
-    if hooked:
-        names = ", ".join(hooked[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
-        rewritten.report.notes.append(f"hooks run at each call of {names}; no chain reaches across them")
     return way_in.captured, run, rewritten.report
+
+
+def _rehearse(facts: Facts, graph: fx.Graph, report: RewriteReport) -> Rehearsal | None:
+    """How to find out whether a graph follows the hooks that it runs, if there are any."""
+    ops = [node.target for node in graph.nodes if isinstance(node.target, HookOp)]
+    hooked = {op.path: op.module for op in ops if not isinstance(op, TensorHook)}
+    if any(isinstance(op, TensorHook) for op in ops):
+        report.notes.append(
+            "hooks of tensors that the forward registers run at each call; no chain reaches across them"
+        )
+    if not hooked:
+        return None
+    names = ", ".join(list(hooked)[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
+    words = f"hooks run at each call of {names}"
+    reason = "" if report.chains else f"{words}, and leave no chain between them"
+    report.notes.append(
+        f"{reason}: the model runs as it was written" if reason else f"{words}; no chain reaches across them"
+    )
+    rehearsal = Rehearsal(facts, list(hooked.values()), report.notes, bool(reason), reason)
+    for op in ops:
+        op.watch = rehearsal
+    return rehearsal
 
 
 class _TracedModel:

@@ -33,7 +33,7 @@ FLOORS = (
     {"node"},
     {"reports"},
     {"passes"},
-    {"packing", "copies"},
+    {"packing", "copies", "rehearsal"},
     {"explicit", "backend", "solve"},
     {"introspect"},
     {"__init__"},

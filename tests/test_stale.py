@@ -280,7 +280,7 @@ def test_a_hook_that_looks_on_looks_on_at_each_call() -> None:
     assert len(seen) == 3 and seen[0][0] is fast.blocks[5]
     for got, expected in zip(seen[1][1:], seen[2][1:], strict=True):
         torch.testing.assert_close(got, expected)
-    assert fast.report.notes == ["hooks run at each call of blocks.5; no chain reaches across them"]
+    assert "hooks run at each call of blocks.5" in fast.report.notes[0]
 
 
 def test_global_hooks_run() -> None:
@@ -293,15 +293,6 @@ def test_global_hooks_run() -> None:
     finally:
         handle.remove()
     assert_follows(fast, model)
-
-
-def test_a_hook_that_changes_a_shape_is_refused() -> None:
-    fast, _ = pair()
-    fast.blocks[3].register_forward_hook(lambda module, given, result: result[:1])
-    with pytest.raises(
-        pcr_fx.CaptureError, match=r"a hook of blocks.3 \(Block\) changes more than the values of tensors"
-    ):
-        fast(inputs())
 
 
 def test_a_hook_of_the_old_kind_is_refused() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,21 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def numbers_of_hooks(module: nn.Module) -> list[tuple[int, ...]]:
+    """Which hooks a module has: PyTorch numbers all that are ever registered."""
+    return [tuple(module.__dict__.get(kind) or ()) for kind in _KINDS]
+
+
+class HookWatch(Protocol):
+    """Who looks after the graph that a hook op is part of."""
+
+    def changed(self) -> str:
+        """What hooks changed of what the graph takes for granted, in words; empty if nothing."""
+
+    def blame(self, reason: str) -> None:
+        """The graph is not used any more, since hooks do what it cannot follow."""
+
+
 class HookOp:
     """An op that runs hooks of a module: those that it has when the op runs.
 
@@ -45,6 +60,7 @@ class HookOp:
     """
 
     __module__ = "pcr_fx.graphs.hooks"
+    watch: HookWatch | None = None
 
     def __init__(self, module: nn.Module, path: str, values: Any) -> None:
         self.module, self.path = module, path
@@ -71,18 +87,15 @@ class HookOp:
         Raises:
             CaptureError: something else than the values of tensors is another than before.
         """
-        leaves, spec = pytree.tree_flatten(values)
-        if spec == self.spec:
-            tensors = [leaves[index] for index in self.places]
-            others = [index for index in range(len(leaves)) if index not in self.places]
-            if all(map(_are_alike, tensors, given)) and all(
-                leaves[index] is self.leaves[index] or leaves[index] == self.leaves[index] for index in others
-            ):
-                return tensors
-        raise CaptureError(
-            f"a hook of {self.path} ({type(self.module).__name__}) changes more than the values of tensors: from "
-            f"{_say(self.values(given))} to {_say(values)}; the transformed module was traced for the former"
-        )
+        before = self.values(given)
+        if (words := difference(before, values)) or (words := self.watch.changed() if self.watch else ""):
+            reason = f"a hook of {self.path} ({type(self.module).__name__}) changes {words}"
+            if self.watch is not None:
+                self.watch.blame(reason)
+            raise CaptureError(
+                f"{reason}; the graph of this call was another. Later calls run the model as it was written"
+            )
+        return tensors_in(values)
 
 
 class BeforeForward(HookOp):
@@ -165,13 +178,19 @@ def _refuse_old_hooks(module: nn.Module) -> None:
         )
 
 
+def difference(before: Any, after: Any) -> str:
+    """What else than the values of tensors is another, in words; empty if nothing is."""
+    (ours, spec), (theirs, other) = pytree.tree_flatten(before), pytree.tree_flatten(after)
+    if spec == other and all(map(_are_alike, theirs, ours)):
+        return ""
+    return f"more than the values of tensors: from {_say(before)} to {_say(after)}"
+
+
 def _are_alike(ours: Any, theirs: Any) -> bool:
-    """Whether a tensor has the shape, dtype and device of another."""
-    return isinstance(ours, Tensor) and (ours.shape, ours.dtype, ours.device) == (
-        theirs.shape,
-        theirs.dtype,
-        theirs.device,
-    )
+    """Whether one is the other, or a tensor of the shape, dtype and device of the other."""
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        return (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+    return ours is theirs or (not isinstance(ours, Tensor) and not isinstance(theirs, Tensor) and bool(ours == theirs))
 
 
 def _say(values: Any) -> str:
