@@ -89,7 +89,9 @@ class Facts:
 
     def _look(self) -> None:
         """Take down which objects stand where, for `_hold_elsewhere`."""
-        self._seen = [(holder, name, holder.get(name, ABSENT)) for holder, name, _ in self._elsewhere]
+        found = [(holder, name, holder.get(name, ABSENT)) for holder, name, _ in self._elsewhere]
+        self._seen = _columns([entry for entry in found if entry[2] is not ABSENT])
+        self._missing = _columns([entry for entry in found if entry[2] is ABSENT])
         views: list[Any] = []
         self._arrays: list[tuple[Any, Any]] = []
         present = [
@@ -99,7 +101,7 @@ class Facts:
         ]
         present += [
             now
-            for (_, _, now), (_, _, value) in zip(self._seen, self._elsewhere, strict=True)
+            for (_, _, now), (_, _, value) in zip(found, self._elsewhere, strict=True)
             if id(value) in self._described
         ]
         for value in {id(value): value for value in present}.values():
@@ -134,10 +136,13 @@ class Facts:
         if not self._has_looked:
             return False
         try:
-            # One by one, and nothing where there is nothing: this is most of what a call of a small model costs here.
-            for holder, name, value in self._seen:
-                if holder[name] is not value:
-                    return False
+            # By iterators that are not Python's, and nothing where there is nothing: this is most of what a call of a small
+            # model costs here.
+            holders, names, values = self._seen
+            if not all(map(operator.is_, map(operator.getitem, holders, names), values)):
+                return False
+            if self._missing[0] and any(map(operator.contains, *self._missing[:2])):
+                return False
             if self._views and not (
                 list(map(len, self._views)) == self._sizes
                 and all(map(operator.is_, itertools.chain.from_iterable(self._views), self._items))
@@ -180,3 +185,8 @@ class Facts:
 
 # What a module holds, the place there, the name, and the value.
 _Fact: TypeAlias = tuple[dict[str, Any], str | None, str, Any]
+
+
+def _columns(rows: Sequence[tuple[Any, str, Any]]) -> tuple[Any, Any, Any]:
+    """Holders, names and values, each by itself."""
+    return tuple(zip(*rows, strict=True)) or ((), (), ())  # type: ignore[return-value]

@@ -8,7 +8,7 @@ import inspect
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -28,9 +28,16 @@ _SETTINGS = """are_deterministic_algorithms_enabled get_autocast_cpu_dtype get_a
 get_default_dtype get_default_device is_autocast_cache_enabled is_autocast_cpu_enabled is_autocast_enabled is_grad_enabled
 is_inference_mode_enabled""".split()
 _ASKED = [getattr(torch, name) for name in _SETTINGS if hasattr(torch, name)]
+_ASKED_NAMES = frozenset(_SETTINGS)
 
 
-_WRAPPERS = ((functools.partial, "func"), (MethodType, "__func__"), (property, "fget"), (classmethod, "__func__"))
+_WRAPPERS = (
+    (functools.partial, "func"),
+    (MethodType, "__func__"),
+    (property, "fget"),
+    (classmethod, "__func__"),
+    (staticmethod, "__func__"),
+)
 
 
 class Kept:
@@ -57,7 +64,8 @@ class Reading:
     Attributes:
         before: what each module kept when that began.
         attributes: what was read of modules: the module, the name, and the value that stood there before.
-        elsewhere: what was found in a class, in a module of Python or in a closure: the dict, the name, the value.
+        elsewhere: what was found in a class, in a module of Python or in a closure, or not found in a class: the dict, the
+            name, the value.
         contents: submodules, or the names of parameters or buffers, of modules that were asked for all.
         modules: every module that anything was read of.
         hooked: the modules that were called, each with whether it has hooks.
@@ -82,7 +90,7 @@ class Reading:
         self.described: dict[int, Any] = {}
         self.tied = _tied(model)
         self.copies: list[tuple[Any, Any]] = []
-        self.codes: set[FunctionType] = set()
+        self.codes: set[tuple[FunctionType, type | None]] = set()
         self._listens = False
         self.asked_for_shapes = False
         for module in model.modules():
@@ -148,47 +156,85 @@ class Reading:
         ):  # else it is the forward's own doing
             self.attributes[key] = module, name, value
             self._describe(value)
-            self._read_code(value)
+            self._read_code(value, type(module))
         if value is ABSENT:
             self._read_of_class(type(module), name)
 
-    def _read_of_class(self, kind: type, name: str) -> None:
-        owner = next((owner for owner in kind.__mro__ if name in owner.__dict__), None)
-        if owner not in (None, nn.Module, object):
-            self._note(owner.__dict__, name, owner)
+    def _read_of_class(self, kind: type, name: str, every: bool = False) -> None:
+        """What a class has under a name, and that no class before it has; by `super()` it may be any (`every`)."""
+        for owner in kind.__mro__:
+            if owner in (nn.Module, object):
+                return
+            if name in owner.__dict__:
+                self._note(owner.__dict__, name, owner, kind)
+                if not every:
+                    return
+            else:
+                self.elsewhere.setdefault((id(owner), name), (owner.__dict__, name, ABSENT))
 
-    def _note(self, holder: Mapping[str, Any], name: str, kept_by: Any) -> None:
-        """That a name stands for a value; of a function also for what it finds by the names in its code."""
-        key = id(kept_by), name
+    def _note(self, holder: Mapping[str, Any], name: str, kept_by: Any, kind: type | None = None) -> None:
+        """That a name stands for a value; of a function also for what it finds by the names in its code.
+
+        Args:
+            kind: the class that it was found by, if it is a method.
+        """
+        key, value = (id(kept_by), name), holder[name]
         if key not in self.elsewhere:
-            value = holder[name]
             self.elsewhere[key] = holder, name, value
             self._describe(value)
-            self._read_code(value)
+        self._read_code(value, kind)
 
-    def _read_code(self, function: Any) -> None:
-        """Of a function of the model what it finds by the names in its code."""
-        for kind, wrapped in _WRAPPERS:
-            function = getattr(function, wrapped) if isinstance(function, kind) else function
-        if not isinstance(function, FunctionType) or function in self.codes or not _is_of_model(function.__module__):
+    def _read_code(self, function: Any, kind: type | None = None) -> None:
+        """Of a function of the model what it finds by the names in its code; of PyTorch's only which functions it calls."""
+        for wrapper, wrapped in _WRAPPERS:
+            function = getattr(function, wrapped) if isinstance(function, wrapper) else function
+        if not isinstance(function, FunctionType):
             return
-        self.codes.add(function)
-        code, known = function.__code__, function.__globals__
-        for name in code.co_names:
-            if name in known:
-                value = known[name]
-                if isinstance(value, (ModuleType, type)):
-                    # `settings.rate`: the names in a function's code do not tell which belongs to which.
-                    within = vars(value) if _is_of_model(getattr(value, "__module__", value.__name__)) else {}
-                    for inner in set(code.co_names) & set(within):
-                        if isinstance(within[inner], (*LASTING, FunctionType)):
-                            self._note(within, inner, value)
-                elif any(value is setting for setting in _ASKED):  # under a name of the module's own
-                    with contextlib.suppress(TypeError):  # it asks for something in particular
-                        self.settings[value, ()] = value()
-                elif not isinstance(value, Tensor):
-                    self._note(known, name, known)
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        calls_super = kind is not None and "__class__" in function.__code__.co_freevars
+        key = function, kind if calls_super else None
+        is_of_model = _is_of_model(function.__module__)
+        if key in self.codes or not (is_of_model or str(function.__module__).startswith("torch.nn.modules.")):
+            return
+        self.codes.add(key)
+        self._read_functions(function)
+        if is_of_model:
+            self._read_globals(function)
+            self._read_closure(function)
+        if calls_super:
+            for name in function.__code__.co_names:
+                if any(name in owner.__dict__ for owner in kind.__mro__):  # type: ignore[union-attr]
+                    self._read_of_class(kind, name, every=True)  # type: ignore[arg-type]
+
+    def _read_functions(self, function: FunctionType) -> None:
+        """PyTorch's functions, which may be exchanged for others: `F.linear = ...`."""
+        names = set(function.__code__.co_names)
+        for name in names:
+            value = function.__globals__.get(name)
+            if value is torch or value is torch.nn.functional:
+                for inner in names - _ASKED_NAMES:
+                    if isinstance(vars(value).get(inner), FunctionType | BuiltinFunctionType):
+                        self._note(vars(value), inner, value)
+
+    def _read_globals(self, function: FunctionType) -> None:
+        names, known = function.__code__.co_names, function.__globals__
+        for name in names:
+            if name not in known:
+                continue
+            value = known[name]
+            if isinstance(value, (ModuleType, type)):
+                # `settings.rate`: the names in a function's code do not tell which belongs to which.
+                within = vars(value) if _is_of_model(getattr(value, "__module__", value.__name__)) else {}
+                for inner in set(names) & set(within):
+                    if isinstance(within[inner], (*LASTING, FunctionType, staticmethod, classmethod)):
+                        self._note(within, inner, value)
+            elif any(value is setting for setting in _ASKED):  # under a name of the module's own
+                with contextlib.suppress(TypeError):  # it asks for something in particular
+                    self.settings[value, ()] = value()
+            elif not isinstance(value, Tensor):
+                self._note(known, name, known)
+
+    def _read_closure(self, function: FunctionType) -> None:
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             with contextlib.suppress(ValueError):  # not set yet
                 if not isinstance(cell.cell_contents, (Tensor, nn.Module)):
                     self._note(_Cell(cell), name, cell)
