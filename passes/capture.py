@@ -39,6 +39,7 @@ class Captured:
         model_facts: what it takes for granted of the model.
         found_elsewhere: parameters and buffers, by path, that the forward came by otherwise than as attributes of modules.
         names: the arguments that the graph takes, in order.
+        notes: what there is to say of what it does not do as the forward does.
     """
 
     graph: fx.Graph
@@ -47,6 +48,7 @@ class Captured:
     model_facts: Facts
     found_elsewhere: Set[str]
     names: Sequence[str]
+    notes: Sequence[str]
 
     def holds_for(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the graph computes the forward for these arguments, as `bind_arguments` returns them."""
@@ -90,7 +92,15 @@ def capture_model(model: nn.Module, example_inputs: Any = None, changes: Changes
     answers = tracer.answers(graph)
     model_facts = Facts(tracer.read, answers is not None, changes or Changes())
     names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
-    return Captured(graph, _facts(arguments, answers is not None), answers, model_facts, tracer.found_elsewhere, names)
+    return Captured(
+        graph,
+        _facts(arguments, answers is not None),
+        answers,
+        model_facts,
+        tracer.found_elsewhere,
+        names,
+        list(tracer.notes),
+    )
 
 
 @contextlib.contextmanager

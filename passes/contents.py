@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,14 @@ def put_back(container: Any, copy: Any) -> None:
     """Have a container hold again what its copy holds."""
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(copy)
+
+
+def only_grew(container: Any, copy: Any, evolves: Callable[[Any], bool]) -> bool:
+    """Whether a container holds all that its copy holds, and beside that keys or elements of which none evolves."""
+    if isinstance(container, dict):
+        new = [value for key, value in container.items() if key not in copy]
+        return all(container.get(key, copy) is value for key, value in copy.items()) and not any(map(evolves, new))
+    return copy <= container if isinstance(container, set) else list(map(id, container)) == list(map(id, copy))
 
 
 def describe(value: Any, views: list[Any] | None = None, arrays: list[tuple[Any, Any]] | None = None) -> Any:

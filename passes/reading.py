@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Set
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 
 from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.hooks import has_hooks
-from pcr_fx.passes.contents import LASTING, copies_of, describe, items_in
+from pcr_fx.passes.contents import LASTING, copies_of, describe, items_in, only_grew
 from pcr_fx.passes.places import ABSENT, CONTENTS, attribute_of, contents_of
+from pcr_fx.passes.stores import Stores, names_stored
 from pcr_fx.watched import Part
 
 # What is read by PyTorch itself.
@@ -74,6 +75,7 @@ class Reading:
         versions: tensors whose values were computed with, each with its version.
         described: the values of `attributes` and `elsewhere` that may change, as they were, by their ids.
         codes: the functions that were looked into.
+        stores: what the forward stores.
         copies: the containers in what was read, each with a copy.
         tied: the ids of parameters and buffers that are in several places, of which a graph reads one.
     """
@@ -91,6 +93,7 @@ class Reading:
         self.tied = _tied(model)
         self.copies: list[tuple[Any, Any]] = []
         self.codes: set[tuple[FunctionType, type | None]] = set()
+        self.stores = Stores()
         self._listens = False
         self.asked_for_shapes = False
         for module in model.modules():
@@ -217,8 +220,11 @@ class Reading:
 
     def _read_globals(self, function: FunctionType) -> None:
         names, known = function.__code__.co_names, function.__globals__
+        stored, read, _ = names_stored(function)
+        for name in stored:
+            self.stores.watch(known, known, name)
         for name in names:
-            if name not in known:
+            if name not in known or name in stored - read:
                 continue
             value = known[name]
             if isinstance(value, (ModuleType, type)):
@@ -234,7 +240,10 @@ class Reading:
                 self._note(known, name, known)
 
     def _read_closure(self, function: FunctionType) -> None:
+        _, _, stored = names_stored(function)
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if name in stored:
+                self.stores.watch(_Cell(cell), cell, name)
             with contextlib.suppress(ValueError):  # not set yet
                 if not isinstance(cell.cell_contents, (Tensor, nn.Module)):
                     self._note(_Cell(cell), name, cell)
@@ -271,50 +280,65 @@ class Reading:
         self.attributes[id(module), name] = module, name, tensor
         self.modules[id(module)] = module
 
-    def set_by_forward(self) -> Iterator[tuple[nn.Module, str, fx.Proxy]]:
-        """Tensors that the forward keeps for its next call: buffers, and attributes that it reads before it sets them."""
-        for module in self.modules.values():
-            for name, now in dict.items(module._buffers):
-                if isinstance(now, fx.Proxy):
-                    yield module, name, now
-        for module, name, value in self.attributes.values():
-            now = vars(module).get(name)
-            if not isinstance(now, fx.Proxy) or now.node.op == "get_attr":
-                continue
-            # What is made of no input, such as a mask of some size, is made to save time, and is made anew at each call.
-            if isinstance(value, Tensor) or _depends_on_inputs(now):
-                yield module, name, now
+    def reads(self, key: tuple[int, str]) -> bool:
+        """Whether the forward reads what somebody, by id, keeps under a name."""
+        return key in self.attributes or key in self.elsewhere
 
-    def refuse_changes(self, advice: str) -> None:
+    def refuse_changes(self, stored: Set[tuple[int, str]], advice: str) -> list[str]:
         """A forward that reads what is no tensor, and changes it, is another one at each call.
+
+        Args:
+            stored: what is stored at each call, by who keeps it and name.
+
+        Returns:
+            The names of what is no module's and only grows, as what is kept to save time does.
 
         Raises:
             CaptureError: it is such a one.
         """
         for module, name, value in self.attributes.values():
             now = attribute_of(module, name)
-            if isinstance(value, Tensor) or isinstance(now, fx.Proxy):
+            if isinstance(value, Tensor) or isinstance(now, fx.Proxy) or (id(module), name) in stored:
                 continue
             if now is value:
                 # Not what it keeps to save time: see above.
                 proxies = [item for item in items_in(value) if isinstance(item, fx.Proxy)]
                 evolves = id(value) in self.described and describe(value) != self.described[id(value)]
-                evolves = evolves and (not proxies or any(map(_depends_on_inputs, proxies)))
+                evolves = evolves and (not proxies or any(map(depends_on_inputs, proxies)))
             else:
                 if value is ABSENT:
                     value = inspect.getattr_static(type(module), name, ABSENT)
                 evolves = (value is ABSENT or isinstance(value, LASTING)) and describe(now) != describe(value)
             if evolves:
-                raise CaptureError(
-                    f"the model keeps {type(module).__name__}.{name} from call to call: it reads it and changes it; {advice}"
-                )
+                raise CaptureError(_keeps(f"{type(module).__name__}.{name}", advice))
+        grown = []
+        for holder, name, value in self.elsewhere.values():
+            if (
+                holder.get(name) is value
+                and id(value) in self.described
+                and describe(value) != self.described[id(value)]
+            ):
+                inner = {id(container) for container, _ in copies_of(value)}
+                if not all(only_grew(*pair, _evolves) for pair in self.copies if id(pair[0]) in inner):
+                    raise CaptureError(_keeps(name, advice))
+                grown.append(name)
+        return grown
 
 
-def _depends_on_inputs(value: fx.Proxy) -> bool:
+def _evolves(value: Any) -> bool:
+    """Whether a tensor in a value is another one at each call."""
+    return any(isinstance(item, fx.Proxy) and depends_on_inputs(item) for item in items_in([value]))
+
+
+def _keeps(name: str, advice: str) -> str:
+    return f"the model keeps {name} from call to call: it reads it and changes it; {advice}"
+
+
+def depends_on_inputs(value: fx.Proxy) -> bool:
     return any(node.op == "placeholder" for node in _sources(value.node))
 
 
-class _Cell(Mapping[str, Any]):
+class _Cell(MutableMapping[str, Any]):
     """What a closure holds under a name."""
 
     def __init__(self, cell: CellType) -> None:
@@ -325,6 +349,12 @@ class _Cell(Mapping[str, Any]):
             return self.cell.cell_contents
         except ValueError:
             raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.cell.cell_contents = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.cell.cell_contents
 
     def __iter__(self) -> Iterator[str]:
         return iter(())

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,9 +27,9 @@ from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.attributes import attribute
 from pcr_fx.graphs.effects import RESHAPING_METHODS, draws_by_shape, is_random_name
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
-from pcr_fx.passes.contents import put_back
+from pcr_fx.passes.contents import items_in, put_back
 from pcr_fx.passes.open_sizes import OpenSize, close_what_repeats, closed, may_stay_open
-from pcr_fx.passes.reading import CONSTANT, Reading
+from pcr_fx.passes.reading import CONSTANT, Reading, depends_on_inputs
 from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, Sizes
 from pcr_fx.passes.stand_ins import (
     ADVICE,
@@ -43,9 +42,7 @@ from pcr_fx.passes.stand_ins import (
     may_be_number,
     user_line,
 )
-
-log = logging.getLogger(__name__)
-
+from pcr_fx.passes.stores import Place, buffers_set, store_of
 
 # Tensors out of nothing: each call of the model makes its own.
 _FACTORIES = frozenset(
@@ -105,13 +102,16 @@ class ModelTracer(fx.Tracer):
         self.settings = _settings()
         self.read = Reading(model)
         self.module_stack = _ModuleStack()
+        # Where the graph stores something, by who keeps it and name; and what there is to say of what it does not.
+        self.is_stored: set[tuple[int, str]] = set()
+        self.notes: dict[str, None] = {}
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self), lenient():
             graph = super().trace(root, concrete_args)
             close_what_repeats(graph, self.open_sizes)
-            self._check_stored()
-            self.read.refuse_changes(ADVICE)
+            grown = self.read.refuse_changes(self.is_stored, ADVICE)
+            self.notes |= dict.fromkeys(f"{name}, to which the forward adds, is not added to" for name in grown)
         return graph
 
     def answers(self, graph: fx.Graph) -> Answers | None:
@@ -137,11 +137,14 @@ class ModelTracer(fx.Tracer):
                     self.stored[place] = value
                     module.__dict__[name] = self.create_proxy("get_attr", place, (), {})
 
+        self.read.stores.begin(self.root.modules())
+
         def run() -> Any:
             with self.read.listening(True):
                 result = forward(*args, **kwargs)
-            for module, name, value in list(self.read.set_by_forward()):
-                self.create_node("call_function", SetAttribute(module, name), (value.node,), {})
+            self._store(self.root.modules())
+            for place in list(self.read.stores.elsewhere()):
+                self._store_one(place)
             return result
 
         return run, []
@@ -155,6 +158,7 @@ class ModelTracer(fx.Tracer):
         if not self.read.calls(m):
             return super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
+        self._store(m.modules())  # hooks may look at it
         args, kwargs = closed(pytree.tree_map_only(Sizes, Sizes.whole, (args, kwargs), is_leaf=_is_shape))
         for hook in m._forward_pre_hooks.values():
             if is_part_of_forward(hook):
@@ -163,6 +167,7 @@ class ModelTracer(fx.Tracer):
         *tensors, state = self._run_hooks(before, tensors_in((args, kwargs)), len(before.places) + 1)
         args, kwargs = before.values(tensors)
         result = super().call_module(m, m.forward, args, kwargs)
+        self._store(m.modules())
         after = AfterForward(m, path, result)
         return after.values(self._run_hooks(after, [state, *tensors_in(result)], len(after.places)))
 
@@ -272,27 +277,28 @@ class ModelTracer(fx.Tracer):
             f"the shape comes from {_inputs(obj)}"
         )
 
-    def _check_stored(self) -> None:
-        """A tensor that the forward stores in a module, and does not read again, is lost."""
-        kept = {(id(module), name) for module, name, _ in self.read.set_by_forward()}
-        for path, module in self.root.named_modules():
-            for name, value in module.__dict__.items():
-                place = f"{path}.{name}".lstrip(".")
-                is_kept = (id(module), name) in kept or place in self.stored
-                if isinstance(value, fx.Proxy) and not is_kept:
-                    log.warning("self.%s, which the forward sets, is not set by the transformed module", place)
+    # --- what a model stores ------------------------------------------------------------------------------------------
 
+    def _store(self, modules: Iterable[nn.Module]) -> None:
+        """Have the graph store what the forward stored in modules since this was last asked for."""
+        modules = list(modules)
+        for place in [*buffers_set(modules), *self.read.stores.in_modules(modules)]:
+            if not place.name.startswith(CONSTANT):
+                self._store_one(place)
 
-class SetAttribute:
-    """An op that has a module keep a tensor for the next call."""
-
-    __module__, __name__ = __name__, "set_attribute"
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name = module, name
-
-    def __call__(self, value: Tensor) -> None:
-        setattr(self.module, self.name, value)
+    def _store_one(self, place: Place) -> None:
+        value = place.now
+        if isinstance(value, fx.Proxy) and value.node.op == "get_attr":
+            return
+        proxies = [item for item in items_in([value]) if isinstance(item, fx.Proxy)]
+        # What is made of no input, such as a mask of some size, is made to save time, and is made anew at each call.
+        evolves = not proxies or isinstance(place.before, Tensor | fx.Proxy) or any(map(depends_on_inputs, proxies))
+        store = store_of(place, self.read.reads(place.key), ADVICE) if evolves else None
+        if store is not None:
+            self.is_stored.add(place.key)
+            self.create_node("call_function", store[0], tuple(store[1]), {})
+        else:
+            self.notes[f"{place}, which the forward sets, is not set by the transformed module"] = None
 
 
 class _ModuleStack(OrderedDict[str, Any]):
@@ -461,3 +467,4 @@ def _undisturbed(model: nn.Module, read: Reading) -> Iterator[None]:
             module.__dict__.update(state)
         for now, then in [*buffers, *read.copies]:
             put_back(now, then)
+        read.stores.put_back()

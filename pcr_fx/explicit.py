@@ -346,6 +346,7 @@ def rewrite_model(
     rewritten = run_passes(way_in, options)
     attributes = _fetch_attributes(rewritten.graph, model, way_in.stacked)
     run = fx.GraphModule({**rewritten.nodes, "attributes": attributes}, rewritten.graph)
+    rewritten.report.notes += way_in.captured.notes
     return way_in.captured, run, rewritten.report
 
 
