@@ -35,7 +35,7 @@ from pcr_fx.passes.plan import PlannedChain
 from pcr_fx.passes.report import warn_without_chains
 from pcr_fx.rehearsal import Rehearsal
 from pcr_fx.reports import RewriteReport
-from pcr_fx.watched import Changes, watch
+from pcr_fx.watched import Changes, converting, watch
 
 # How many graphs a module keeps, of those used last: one for each mode, and for each of what the forward asked of its
 # arguments. Whoever needs more in turn pays for tracing each anew.
@@ -160,6 +160,10 @@ class TransformedModule(nn.Module):
         if not kwargs and len(args) == len(self._pcr_places):
             return dict(zip(self._pcr_places, args, strict=True))
         return bind_to(self._pcr_signature, self._pcr_class.__name__, args, kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        with converting():
+            return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _remake, (self._pcr_class, isinstance(self, self._pcr_class)), self.__getstate__()

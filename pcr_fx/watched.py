@@ -7,9 +7,12 @@ attribute, and that is counted as well.
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +68,7 @@ class PartTensor(Tensor):
     """A view of a packed parameter, of which hooks and gradient are the parameter's: they would be lost with a view."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _is_param = True  # who looks for one takes it for an `nn.Parameter`
     place: Part
 
     @property
@@ -75,7 +79,37 @@ class PartTensor(Tensor):
 
     @grad.setter
     def grad(self, value: Any) -> None:
-        raise UnsupportedError(f"the gradient is part of that of {self.place.name}: write into it, or set that one")
+        if value is not None:
+            raise UnsupportedError(f"the gradient is part of that of {self.place.name}: write into it, or set that one")
+        if self.grad is not None:
+            self.grad.zero_()
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        """As the packed parameter; it is not another for a part."""
+        return Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined, no-any-return]
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if bool(value) != self._packed.requires_grad:
+            raise UnsupportedError(
+                f"it is part of the packed parameter {self.place.name}, which requires gradients as a whole or not at all: freeze "
+                "that one, or freeze blocks of the model before it is transformed, which are not packed with others then"
+            )
+
+    def requires_grad_(self, requires_grad: bool = True) -> PartTensor:
+        """As setting `requires_grad`."""
+        self.requires_grad = requires_grad
+        return self
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        """As of any tensor; no other module registers it as a parameter of its own."""
+        if sys._getframe(1).f_code is nn.Module.register_parameter.__code__:
+            raise UnsupportedError(
+                f"this is part of the packed parameter {self.place.name}, and cannot be one of another module"
+            )
+        return Tensor.grad_fn.__get__(self)  # type: ignore[attr-defined]
 
     @property
     def data(self) -> Tensor:  # type: ignore[override]
@@ -124,19 +158,66 @@ class Watched(dict[Any, Any]):
         return type(self), (dict(dict.items(self)),), {**self.__dict__, "watchers": ()}
 
 
+class _Here(threading.local):
+    """Of this thread: how many conversions of whole models are under way."""
+
+    conversions = 0
+
+
+_here = _Here()
+# PyTorch does not say for whom it goes through parameters: it is seen by what is running.
+_CONVERTING, _LISTING = nn.Module._apply.__code__, nn.Module._named_members.__code__
+_WITH_PACKED, _WITHOUT_PACKED = object(), object()
+
+
+@contextlib.contextmanager
+def converting() -> Iterator[None]:
+    """While a whole model is converted or moved, its packed parameters with it."""
+    _here.conversions += 1
+    try:
+        yield
+    finally:
+        _here.conversions -= 1
+
+
 class Parameters(Watched):
     """Parameters. Whoever goes through them may put other data into each, as `Module._apply` does.
 
     Attributes:
-        parts: parameters that are kept elsewhere. They are found here when they are asked for by name, and are not among the
-            items.
+        parts: parameters that are kept elsewhere. They are found here when they are asked for by name, and are among the items
+            where those of a part of the model are listed that does not have the ones they are kept in.
     """
 
     parts: Mapping[str, Part] = {}
 
     def items(self) -> Any:
         _count(self)
-        return super().items()
+        if not self.parts:
+            return super().items()
+        asker = sys._getframe(1)
+        if asker.f_code is _CONVERTING and not _here.conversions:
+            raise UnsupportedError(
+                f"{', '.join(self.parts)} of this module are parts of packed parameters, which are converted and moved as a whole: "
+                "convert or move what transform returned"
+            )
+        listing = asker.f_back
+        if listing is None or listing.f_code is not _LISTING or not self._is_listed_alone(listing.f_locals):
+            return super().items()
+        return {**dict(super().items()), **{name: part() for name, part in self.parts.items()}}.items()
+
+    def _is_listed_alone(self, listing: dict[str, Any]) -> bool:
+        """Whether what PyTorch goes through has this module, and not that which keeps the packed parameters.
+
+        The own parameters of one module alone are listed by those who go through all modules themselves.
+        """
+        root, seen = listing["self"], listing["memo"]
+        if not listing["recurse"] or _WITH_PACKED in seen:
+            return False
+        if _WITHOUT_PACKED not in seen:  # found out once a listing, and kept with it
+            holder = next(iter(self.parts.values())).holder
+            is_whole = any(module._parameters is holder for module in root.modules())
+            seen.add(_WITH_PACKED if is_whole else _WITHOUT_PACKED)
+        return _WITHOUT_PACKED in seen
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or name in self.parts

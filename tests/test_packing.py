@@ -166,7 +166,7 @@ def test_a_block_with_one_that_is_missing_is_refused() -> None:
 )
 def test_a_part_of_a_pack_is_not_exchanged(exchange: Callable[[Any], Any]) -> None:
     fast, model = pair()
-    with pytest.raises(pcr_fx.UnsupportedError, match="weight is part of the packed parameter blocks_inner_weight"):
+    with pytest.raises(pcr_fx.UnsupportedError, match="is part of the packed parameter blocks_inner_weight"):
         exchange(fast)
     with torch.no_grad():
         assert relative_error(fast(some()), model(some())) <= 1e-11
@@ -228,3 +228,84 @@ def test_on_no_device_and_loaded_later() -> None:
     fast = pcr_fx.transform(empty, options=QUICK, pack_parameters=True)
     fast.load_state_dict(model.state_dict(), assign=True)
     assert_follows(fast, model)
+
+
+# --- a part of the model by itself ------------------------------------------------------------------------------------
+
+
+def test_parameters_of_blocks_are_listed() -> None:
+    fast, model = pair()
+    assert fast.get_parameter("blocks.3.inner.weight").shape == model.blocks[3].inner.weight.shape
+    for part in (
+        lambda m: m.blocks[3],
+        lambda m: m.blocks[:6],
+        lambda m: m.blocks,
+        lambda m: nn.Sequential(m.blocks[2]),
+    ):
+        listed = dict(part(fast).named_parameters())
+        assert listed and all(isinstance(value, nn.Parameter) for value in listed.values())
+        torch.testing.assert_close(
+            {name: value.detach() for name, value in listed.items()},
+            {name: value.detach() for name, value in part(model).named_parameters()},
+        )
+    # Where those that they are parts of are listed, or each module is asked for its own, they are none.
+    for whole in (fast, nn.Sequential(fast), nn.ModuleDict({"first": fast.blocks[0], "all": fast})):
+        assert all(value.is_leaf for value in whole.parameters())
+    assert not [name for name, _ in fast.blocks[3].inner.named_parameters(recurse=False)]
+
+
+def test_gradients_of_blocks_are_clipped_and_cleared() -> None:
+    fast, model = pair()
+    norms = []
+    for module in (fast, model):
+        module(some()).sum().backward()
+        norms.append(nn.utils.clip_grad_norm_(module.blocks[3].parameters(), 1e-3))
+        module.blocks[2].zero_grad()
+    torch.testing.assert_close(*norms)
+    for ours, theirs in zip(fast.blocks.parameters(), model.blocks.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, torch.zeros_like(theirs) if theirs.grad is None else theirs.grad)
+
+
+@pytest.mark.parametrize(
+    "freeze",
+    [
+        lambda m: m.blocks[:6].requires_grad_(False),
+        lambda m: m.blocks[3].inner.requires_grad_(False),
+        lambda m: m.get_parameter("blocks.3.inner.weight").requires_grad_(False),
+        lambda m: setattr(m.blocks[3].inner.weight, "requires_grad", False),
+        lambda m: [value.requires_grad_(False) for value in m.blocks[3].parameters()],
+    ],
+)
+def test_a_part_of_a_pack_is_not_frozen(freeze: Callable[[Any], Any]) -> None:
+    fast, _ = pair()
+    with pytest.raises(pcr_fx.UnsupportedError, match="requires gradients as a whole or not at all"):
+        freeze(fast)
+    fast.blocks[3].requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda m: m.blocks[0].float(),
+        lambda m: m.blocks[:2].to("meta"),
+        lambda m: m.blocks[0].inner.double(),
+        lambda m: nn.Sequential(m.blocks[1]).bfloat16(),
+    ],
+)
+@pytest.mark.parametrize("swaps", [False, True])
+def test_a_part_of_a_pack_is_not_converted(convert: Callable[[Any], Any], swaps: bool) -> None:
+    fast, model = pair()
+    torch.__future__.set_swap_module_params_on_conversion(swaps)
+    try:
+        with pytest.raises(pcr_fx.UnsupportedError, match="converted and moved as a whole"):
+            convert(fast)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_follows(fast, model)
+    torch.testing.assert_close(nn.Sequential(fast).float()(some().float()), model.float()(some().float()))
+
+
+def test_an_optimiser_does_not_take_parts() -> None:
+    fast, _ = pair()
+    with pytest.raises(ValueError, match="non-leaf"):
+        torch.optim.SGD(fast.blocks[3].parameters(), lr=0.1)
