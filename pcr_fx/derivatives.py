@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from pcr_fx import ops
 from pcr_fx.body import OutputProgram, Program, StateLayout
@@ -283,17 +284,21 @@ def _gradients(
     tensors: Sequence[Tensor],
 ) -> Sequence[Tensor | None]:
     """Those of the initial state, then of the operands and shared operands that have any."""
-    if not is_legacy_batchedtensor(cotangents):
+    if not is_legacy_batchedtensor(cotangents) and not _has_tangent(cotangents):
         found: Sequence[Tensor] = _Adjoint.apply(
             initial, trajectory, cotangents, plan.key, record, num_operands, *tensors
         )
         return found
-    # `is_grads_batched` pulls many cotangents back at once, through ops that have a rule for that.
+    # `is_grads_batched` pulls many cotangents back at once, through ops that have a rule for that; so have they for tangents.
     twice = torch.is_grad_enabled()
     with torch.enable_grad():
         active, evaluate = _unrolling(plan.program, num_operands, [initial, *tensors])
         leaves = [tensor if twice and tensor.requires_grad else tensor.detach().requires_grad_() for tensor in active]
         return torch.autograd.grad(evaluate(*leaves), leaves, cotangents, allow_unused=True, create_graph=twice)
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _unrolling(

@@ -76,6 +76,15 @@ def tangent(run: Any, x: Tensor) -> Any:
         return forward_ad.unpack_dual(run(forward_ad.make_dual(x, x.cos()))).tangent
 
 
+def tangent_of_a_gradient(run: Any, x: Tensor, **how: Any) -> Any:
+    leaf = x.clone().requires_grad_()
+    found = run(leaf)
+    with forward_ad.dual_level():
+        cotangent = forward_ad.make_dual(found.detach().cos(), found.detach().sin())
+        (gradient,) = torch.autograd.grad(found, leaf, cotangent, **how)
+        return tuple(forward_ad.unpack_dual(gradient))
+
+
 def batched_gradients(run: Any, x: Tensor) -> Any:
     leaf = x.clone().requires_grad_()
     found = run(leaf)
@@ -325,6 +334,8 @@ USES: dict[str, Use] = {
     "`hessian(vectorize=True)`": Use(
         lambda f, x: torch.autograd.functional.hessian(lambda y: f(y).sin().sum(), x, vectorize=True)
     ),
+    "`forward_ad` of a gradient": Use(tangent_of_a_gradient),
+    "`forward_ad` of a gradient, `create_graph`": Use(functools.partial(tangent_of_a_gradient, create_graph=True)),
     "`is_grads_batched`": Use(batched_gradients),
     "`create_graph`": Use(second_derivatives),
     "`torch.vmap`": Use(lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x]))),
