@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
@@ -11,10 +12,11 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pcr_fx import ops
 from pcr_fx.body import OutputProgram, Program, StateLayout
-from pcr_fx.body.isolation import is_plain_call
+from pcr_fx.body.isolation import is_plain_call, is_watched_by_a_mode
 from pcr_fx.chain import Leaving
 from pcr_fx.planner import Plan, Watch, plan_by_key
 from pcr_fx.record import SolveRecord, record_of
@@ -284,17 +286,25 @@ def _gradients(
     tensors: Sequence[Tensor],
 ) -> Sequence[Tensor | None]:
     """Those of the initial state, then of the operands and shared operands that have any."""
-    if not is_legacy_batchedtensor(cotangents) and not _has_tangent(cotangents):
+    watched = is_watched_by_a_mode()
+    if not (watched or is_legacy_batchedtensor(cotangents) or _has_tangent(cotangents)):
         found: Sequence[Tensor] = _Adjoint.apply(
             initial, trajectory, cotangents, plan.key, record, num_operands, *tensors
         )
         return found
     # `is_grads_batched` pulls many cotangents back at once, through ops that have a rule for that; so have they for tangents.
+    # A mode sees the ops of this backward, and none of the forward that was.
     twice = torch.is_grad_enabled()
     with torch.enable_grad():
         active, evaluate = _unrolling(plan.program, num_operands, [initial, *tensors])
         leaves = [tensor if twice and tensor.requires_grad else tensor.detach().requires_grad_() for tensor in active]
-        return torch.autograd.grad(evaluate(*leaves), leaves, cotangents, allow_unused=True, create_graph=twice)
+        if watched and not initial.requires_grad:
+            leaves[0] = initial.detach()
+        with _disable_current_modes() if watched else contextlib.nullcontext():
+            states = evaluate(*leaves)
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        gradients = iter(torch.autograd.grad(states, asked, cotangents, allow_unused=True, create_graph=twice))
+    return [next(gradients) if leaf.requires_grad else None for leaf in leaves]
 
 
 def _has_tangent(tensor: Tensor) -> bool:

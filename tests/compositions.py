@@ -99,6 +99,15 @@ def flops(run: Any, x: Tensor) -> Any:
     return torch.tensor(counter.get_total_flops())
 
 
+def flops_of_the_backward(run: Any, x: Tensor) -> Any:
+    leaf = x.clone().requires_grad_()
+    run(leaf)
+    found = run(leaf)
+    with FlopCounterMode(display=False) as counter:
+        found.sum().backward()
+    return torch.tensor(counter.get_total_flops()), leaf.grad
+
+
 def gradients(run: Any, x: Tensor, **how: Any) -> Any:
     """The value and the gradient of the input, of parameters their sum: packed, they are others."""
     leaf = x.clone().requires_grad_()
@@ -352,6 +361,7 @@ USES: dict[str, Use] = {
     "`no_grad`": Use(under(torch.no_grad)),
     "anomaly mode": Use(lambda f, x: under(torch.autograd.detect_anomaly)(f, x)),
     "`FlopCounterMode`": Use(flops),
+    "`FlopCounterMode`, backward alone": Use(flops_of_the_backward),
     "profiler": Use(profiled),
     "`.float()`": Use(another_dtype),
     "`.float()`, parameters swapped": Use(swapped, _MODULE),

@@ -66,7 +66,7 @@ def evaluate(
     literals = list(zip(*chain.literals, strict=True)) or [()] * chain.length
     found = {}
     for index, (block, numbers) in enumerate(zip(blocks(operands, chain.length), literals, strict=True)):
-        states = tuple(chain.body(*states, *block, *numbers, *shared))
+        states = tuple(chain.body.forward(*states, *block, *numbers, *shared))
         if wanted is None or index in wanted:
             found[index] = states
     return found
