@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import fx, nn
 
 from pcr_fx.chain import NearMiss
-from pcr_fx.graphs.attributes import attributes_of
+from pcr_fx.graphs.attributes import attributes_of, values_of
+from pcr_fx.graphs.memory import note_memory
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
 from pcr_fx.passes.collect import collect_states
@@ -26,10 +27,14 @@ class WayIn(Protocol):
 
     Attributes:
         root: the module whose attributes the graph reads.
+        values: the tensors that the graph is given, by its inputs, as far as they are known.
     """
 
     @property
     def root(self) -> nn.Module: ...
+
+    @property
+    def values(self) -> Mapping[fx.Node, Any]: ...
 
     def capture(self) -> fx.Graph:
         """The model's graph: functions and methods only, all modules and marked regions written out."""
@@ -63,6 +68,7 @@ class Rewritten:
 def run_passes(way_in: WayIn, options: Options) -> Rewritten:
     """Capture, normalise, detect, plan, rewrite, collect, report."""
     graph = way_in.capture()
+    note_memory({**way_in.values, **values_of(way_in.root, graph)})
     normalise_graph(graph)
     attributes = attributes_of(way_in.root, graph)
     detection = find_chains(graph, attributes, options.min_length)

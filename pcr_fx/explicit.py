@@ -381,6 +381,7 @@ class _TracedModel:
 
     Attributes:
         root: the model.
+        values: none, since later calls have other inputs.
         captured: its graph.
         stacked: the per-block operands that are attributes of it, by the names that the rewritten graph reads them by.
     """
@@ -389,6 +390,7 @@ class _TracedModel:
 
     def __init__(self, model: nn.Module, example_inputs: Any, options: Options, changes: Changes) -> None:
         self.root, self.example_inputs, self.options, self.changes = model, example_inputs, options, changes
+        self.values: dict[fx.Node, Any] = {}
         self.stacked: dict[str, StackedAttributes] = {}
 
     def capture(self) -> fx.Graph:

@@ -121,3 +121,46 @@ def test_a_write_that_nothing_depends_on_keeps_its_place_around_native_kernels()
     for got, true in zip(results(model, fast, x), results(reference, reference, x), strict=True):
         torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-10)
     assert report_of(fast).chains
+
+
+class Table(nn.Module):
+    """Layers whose offsets are rows of a table, which is written to at some place."""
+
+    def __init__(self, write: Callable[[Any], Any], at: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.write, self.at = write, at
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH).double() for _ in range(DEPTH))
+        self.register_buffer("table", torch.randn(DEPTH, WIDTH, dtype=torch.float64))
+        for block in range(DEPTH):
+            self.register_buffer(f"row_{block}", self.table[block])  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x * 2
+        for block, layer in enumerate(self.layers):
+            if block == self.at:
+                self.write(self)
+            state = torch.tanh(layer(state)) + getattr(self, f"row_{block}")
+        if self.at == DEPTH:
+            self.write(self)
+        return state
+
+
+TABLE_WRITES: dict[str, Callable[[Any], Any]] = {
+    "the table": lambda model: model.table.add_(1),
+    "a view of it": lambda model: model.table.view(-1)[5:].mul_(2),
+    "a row": lambda model: model.row_7.add_(1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("at", [0, DEPTH // 2, DEPTH])
+@pytest.mark.parametrize("write", TABLE_WRITES)
+def test_rows_of_a_table_that_is_written_to(write: str, at: int, way: str) -> None:
+    model, reference = Table(TABLE_WRITES[write], at), Table(TABLE_WRITES[write], at)
+    x = torch.randn(3, WIDTH, dtype=torch.float64)
+    fast = WAYS[way](model, x, {"planning": "estimated", "min_length": 4})
+    for _ in range(2):
+        for got, true in zip(results(model, fast, x), results(reference, reference, x), strict=True):
+            torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-10)
+    assert report_of(fast).chains or 0 < at < DEPTH

@@ -12,6 +12,12 @@ def attributes_of(root: nn.Module, graph: fx.Graph) -> dict[str, Any]:
     return {str(node.target): attribute(root, str(node.target)) for node in graph.find_nodes(op="get_attr")}
 
 
+def values_of(root: nn.Module, graph: fx.Graph) -> dict[fx.Node, Any]:
+    """The same by the nodes that read it."""
+    found = attributes_of(root, graph)
+    return {node: found[str(node.target)] for node in graph.find_nodes(op="get_attr")}
+
+
 def attribute(root: nn.Module, path: str) -> Any:
     """`root.a.b.c`, past `Module.__getattr__`, which a tracer at work has replaced.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from pcr_fx.graphs.hooks import HookOp
+from pcr_fx.graphs.memory import same_memory
 from pcr_fx.graphs.nodes import argument, arguments_of, declared_writes, is_pytorchs, nodes_in, op_name
 
 _INPLACE_OPERATORS = {
@@ -229,22 +231,20 @@ def written_memory(graph: fx.Graph) -> list[tuple[set[fx.Node], list[fx.Node]]]:
 
     A write to a view writes to what it is a view of, and shows in every other view of it.
     """
-    attributes: dict[Any, list[fx.Node]] = {}
-    for node in graph.find_nodes(op="get_attr"):
-        attributes.setdefault(node.target, []).append(node)
+    same = same_memory(graph)
     found: list[tuple[set[fx.Node], list[fx.Node]]] = []
     writers_of: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         for target in writes(node):
             if target not in writers_of:
-                found.append((_aliases(target, attributes), []))
+                found.append((_aliases(target, same), []))
                 writers_of.update(dict.fromkeys(found[-1][0], found[-1][1]))
             if node not in writers_of[target][-1:]:
                 writers_of[target].append(node)
     return found
 
 
-def _aliases(node: fx.Node, attributes: dict[Any, list[fx.Node]]) -> set[fx.Node]:
+def _aliases(node: fx.Node, same: Mapping[fx.Node, Sequence[fx.Node]]) -> set[fx.Node]:
     aliases: set[fx.Node] = set()
     pending = [node]
     while pending:
@@ -252,8 +252,7 @@ def _aliases(node: fx.Node, attributes: dict[Any, list[fx.Node]]) -> set[fx.Node
         if alias in aliases:
             continue
         aliases.add(alias)
-        if alias.op == "get_attr":
-            pending += attributes[alias.target]
+        pending += same.get(alias, ())
         pending += shared_inputs(alias)
         pending += [user for user in alias.users if user.op != "output" and alias in shared_inputs(user)]
     return aliases
