@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import random
+import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,8 @@ from pcr_fx.passes.stand_ins import ADVICE
 from pcr_fx.passes.tracer import ModelTracer
 from pcr_fx.watched import Changes
 
+# How often a model is traced while random numbers are drawn that may be another thread's.
+_TRIES = 4
 # An argument of these types compares by value; any other must be the same object.
 _COMPARED_BY_VALUE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
@@ -80,9 +83,8 @@ def capture_model(model: nn.Module, example_inputs: Any = None, changes: Changes
     arguments, known = _arguments(model, example_inputs), example_inputs is not None
     try:
         # What records reads patches a class, as FX does.
-        with tracing(), _refusing_random_numbers():
-            tracer = ModelTracer(model, arguments, known)
-            graph = tracer.trace(model)
+        with tracing():
+            tracer, graph = _trace(model, arguments, known)
     except CaptureError:
         raise
     except Exception as error:
@@ -103,14 +105,43 @@ def capture_model(model: nn.Module, example_inputs: Any = None, changes: Changes
     )
 
 
+def _trace(model: nn.Module, arguments: dict[str, Any], known: bool) -> tuple[ModelTracer, fx.Graph]:
+    """A tracer, and what it made. Numbers that the forward draws of Python or NumPy would be the same ever after.
+
+    Other threads may draw some at the same time. Those that this one draws of Python are seen; as to NumPy, a forward draws some
+    each time that it is traced.
+    """
+    for attempt in range(_TRIES):
+        before, tracer = _states_of_random_numbers(), ModelTracer(model, arguments, known)
+        with _draws_of_this_thread() if attempt else contextlib.nullcontext([]) as drawn:
+            graph = tracer.trace(model)
+        pythons, numpys = (now != then for now, then in zip(_states_of_random_numbers(), before, strict=True))
+        if not numpys and not (drawn if attempt else pythons):
+            return tracer, graph
+        if drawn:
+            break
+    raise CaptureError(f"the forward draws random numbers of Python or NumPy, which would never change; {ADVICE}")
+
+
+def _states_of_random_numbers() -> tuple[Any, Any]:
+    """That of Python's, and NumPy's."""
+    return random.getstate(), str(np.random.get_state(legacy=False))
+
+
 @contextlib.contextmanager
-def _refusing_random_numbers() -> Iterator[None]:
-    """Numbers that Python or NumPy draw would be the same ever after."""
-    before = random.getstate(), np.random.get_state(legacy=False)["state"]
-    yield
-    after = random.getstate(), np.random.get_state(legacy=False)["state"]
-    if before[0] != after[0] or str(before[1]) != str(after[1]):
-        raise CaptureError(f"the forward draws random numbers of Python or NumPy, which would never change; {ADVICE}")
+def _draws_of_this_thread() -> Iterator[list[str]]:
+    """The names of those functions that draw random numbers of Python, as they are called."""
+    before, drawn = sys.getprofile(), list[str]()
+
+    def look(frame: Any, event: str, called: Any) -> None:
+        if event == "c_call" and isinstance(getattr(called, "__self__", None), random.Random):
+            drawn.append(called.__name__)
+
+    sys.setprofile(look)
+    try:
+        yield drawn
+    finally:
+        sys.setprofile(before)
 
 
 def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:

@@ -161,9 +161,9 @@ class Reading:
             self._describe(value)
             self._read_code(value, type(module))
         if value is ABSENT:
-            self._read_of_class(type(module), name)
+            self.of_class(type(module), name)
 
-    def _read_of_class(self, kind: type, name: str, every: bool = False) -> None:
+    def of_class(self, kind: type, name: str, every: bool = False) -> None:
         """What a class has under a name, and that no class before it has; by `super()` it may be any (`every`)."""
         for owner in kind.__mro__:
             if owner in (nn.Module, object):
@@ -206,7 +206,7 @@ class Reading:
         if calls_super:
             for name in function.__code__.co_names:
                 if any(name in owner.__dict__ for owner in kind.__mro__):  # type: ignore[union-attr]
-                    self._read_of_class(kind, name, every=True)  # type: ignore[arg-type]
+                    self.of_class(kind, name, every=True)  # type: ignore[arg-type]
 
     def _read_functions(self, function: FunctionType) -> None:
         """PyTorch's functions, which may be exchanged for others: `F.linear = ...`."""

@@ -155,6 +155,8 @@ class ModelTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Hooks are ops of the graph, since what they do beside computing is to be done at each call."""
+        if hasattr(m, "_pcr_class"):
+            forward = self._forward_of_transformed(m)
         if not self.read.calls(m):
             return super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
@@ -166,10 +168,20 @@ class ModelTracer(fx.Tracer):
         before = BeforeForward(m, path, (args, kwargs))
         *tensors, state = self._run_hooks(before, tensors_in((args, kwargs)), len(before.places) + 1)
         args, kwargs = before.values(tensors)
-        result = super().call_module(m, m.forward, args, kwargs)
+        result = super().call_module(m, forward if hasattr(m, "_pcr_class") else m.forward, args, kwargs)
         self._store(m.modules())
         after = AfterForward(m, path, result)
         return after.values(self._run_hooks(after, [state, *tensors_in(result)], len(after.places)))
+
+    def _forward_of_transformed(self, module: Any) -> Any:
+        """The forward of the model that a transformed module within was made of: the whole is transformed."""
+        if module._pcr_packs:
+            raise CaptureError(
+                f"{self.path_of_module(module)} is a transformed module with packed parameters, which cannot be part of another: "
+                "transform the whole model, and pack it there"
+            )
+        self.read.of_class(module._pcr_class, "forward")
+        return module._as_written()
 
     def _run_hooks(self, op: HookOp, given: list[Any], count: int) -> list[Any]:
         unknown = [leaf for leaf in op.leaves if not _may_be_constant(leaf)]

@@ -112,6 +112,9 @@ class TransformedModule(nn.Module):
         if pack_parameters:
             model = copy_model(model)
         self.__dict__.update(copy_structure(model).__dict__)
+        for module in self.modules():
+            if isinstance(module, TransformedModule):  # a copy of one within, of which graphs of the other know nothing
+                module.__dict__.update(_pcr_changes=Changes(), _pcr_variants=[])
         signature = inspect.signature(self._model().forward)
         parameters = signature.parameters.values()
         by_place = all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import inspect
 import random
+import threading
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,9 @@ def test_what_sets_attributes_of_tensors_is_refused(name: str) -> None:
         pcr_fx.transform(Sets(DEPTH).double(), some(), QUICK)
 
 
-@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+@pytest.mark.parametrize(
+    "draw", [random.random, lambda: random.choice([1, 2]), np.random.rand, np.random.standard_normal]
+)
 def test_random_numbers_of_others_are_refused(draw: Any) -> None:
     class Draws(ResidualNet):
         def forward(self, x: Tensor) -> Tensor:
@@ -137,6 +140,22 @@ def test_random_numbers_of_others_are_refused(draw: Any) -> None:
 
     with pytest.raises(pcr_fx.CaptureError, match="random numbers of Python or NumPy"):
         pcr_fx.transform(Draws(DEPTH).double(), some(), QUICK)
+
+
+def test_random_numbers_that_another_thread_draws_are_no_hindrance() -> None:
+    ended = threading.Event()
+
+    def draw() -> None:
+        while not ended.is_set():
+            random.random()
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        assert pcr_fx.transform(models()["layers"], some(), QUICK).report.chains
+    finally:
+        ended.set()
+        thread.join()
 
 
 class Doubled(TorchFunctionMode):
@@ -296,6 +315,51 @@ def test_twice() -> None:
     torch.testing.assert_close(packed(some()), models()["layers"](some()))
     with pytest.raises(pcr_fx.UnsupportedError, match="packed"):
         pcr_fx.transform(packed, some())
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(2, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x.sin()))
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_within_another(later: bool) -> None:
+    torch.manual_seed(0)
+    model = Around(models()["layers"])
+    twin = copy.deepcopy(model)
+    if not later:
+        twin.inner = pcr_fx.transform(twin.inner, some(), QUICK)
+    fast = pcr_fx.transform(twin, some(), QUICK)
+    if later:
+        fast.inner = pcr_fx.transform(fast.inner, some(), QUICK)
+    torch.testing.assert_close(USES["backward"].act(fast, some()), USES["backward"].act(model, some()))
+    assert [chain["length"] for chain in fast.report.to_dict()["chains"]] == [DEPTH]
+    for module in (fast, model):
+        module.inner.blocks[3].inner = nn.Identity()
+    torch.testing.assert_close(fast(some()), model(some()))
+    torch.testing.assert_close(fast.inner(some()), model.inner(some()))
+    for module in (fast, model):
+        module.inner.register_forward_hook(lambda module, given, result: 2 * result)
+    torch.testing.assert_close(fast(some()), model(some()))
+
+
+def test_blocks_that_are_transformed() -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double() for _ in range(DEPTH)]
+    fast = pcr_fx.transform(nn.Sequential(*(pcr_fx.transform(block, some(), QUICK) for block in blocks)), some(), QUICK)
+    torch.testing.assert_close(fast(some()), nn.Sequential(*blocks)(some()))
+    assert [chain["length"] for chain in fast.report.to_dict()["chains"]] == [DEPTH]
+
+
+def test_one_with_packed_parameters_within_another_is_refused() -> None:
+    with pytest.raises(pcr_fx.CaptureError, match="inner is a transformed module with packed parameters"):
+        pcr_fx.transform(
+            Around(pcr_fx.transform(models()["layers"], some(), QUICK, pack_parameters=True)), some(), QUICK
+        )
 
 
 @pytest.mark.parametrize("make", [torch.jit.script, torch.compile])
