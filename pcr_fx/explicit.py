@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import operator
 import types
@@ -17,6 +18,7 @@ import torch
 from torch import fx, nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pcr_fx.body.isolation import is_watched_by_a_mode
@@ -75,13 +77,15 @@ def transform(
             raise UnsupportedError(
                 "transform takes a model with parameters of its own, and those of this one are packed"
             )
-        transformed, model = model, object.__new__(model._pcr_class)
+        transformed, model = model, object.__new__(_parametrized(model._pcr_class, model))
         model.__dict__.update((name, value) for name, value in transformed.__dict__.items() if name[:5] != "_pcr_")
     if not isinstance(pack_parameters, bool):
         raise UnsupportedError(f"pack_parameters must be True or False, got {pack_parameters!r}")
     # What a container holds are its items, and packed parameters are none.
     is_model = not (pack_parameters and isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict))
-    made = _remake(type(model), is_model)
+    is_parametrized = parametrize.is_parametrized(model)
+    made = _remake(type(model).__bases__[0] if is_parametrized else type(model), is_model)
+    made.__class__ = _parametrized(type(made), model)
     TransformedModule.__init__(made, model, example_inputs, Options.of(options), pack_parameters)
     return made
 
@@ -168,6 +172,14 @@ class TransformedModule(nn.Module):
         with converting():
             return super()._apply(fn, recurse)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        models_own = getattr(super(), "__deepcopy__", None)
+        if models_own is not None:
+            return models_own(memo)
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__dict__.update(copy.deepcopy({**self.__dict__, "_pcr_variants": []}, memo))
+        return made
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _remake, (self._pcr_class, isinstance(self, self._pcr_class)), self.__getstate__()
 
@@ -245,7 +257,7 @@ class TransformedModule(nn.Module):
         """The model's own forward."""
         if isinstance(self, self._pcr_class):
             return types.MethodType(self._pcr_class.forward, self)
-        model = object.__new__(self._pcr_class)
+        model = object.__new__(_parametrized(self._pcr_class, self))
         own = {name: module for name, module in dict.items(self._modules) if name != CONTAINER}
         object.__setattr__(model, "__dict__", {**self.__dict__, "_modules": own})
         return model.forward  # type: ignore[no-any-return]
@@ -266,7 +278,7 @@ class TransformedModule(nn.Module):
 
     def _model(self) -> nn.Module:
         """The model again, in this module's state."""
-        model = object.__new__(self._pcr_class)
+        model = object.__new__(_parametrized(self._pcr_class, self))
         object.__setattr__(model, "__dict__", self.__dict__)
         return model
 
@@ -306,6 +318,17 @@ def _class_for(kind: type[nn.Module], is_model: bool) -> type[TransformedModule]
         except TypeError:  # it may not be inherited from
             made[is_model] = _class_for(kind, False)
     return made[is_model]
+
+
+_NOT_INHERITED = ("__dict__", "__weakref__", "__doc__", "__deepcopy__")
+
+
+def _parametrized(kind: type, model: nn.Module) -> type:
+    """A class of models for one that is parametrized, as PyTorch makes them: with a property for each such parameter."""
+    if not parametrize.is_parametrized(model):
+        return kind
+    held = {name: value for name, value in vars(type(model)).items() if name not in _NOT_INHERITED}
+    return type(f"Parametrized{kind.__name__}", (kind,), held)
 
 
 def _may_not_break() -> bool:
