@@ -43,6 +43,7 @@ class Captured:
         found_elsewhere: parameters and buffers, by path, that the forward came by otherwise than as attributes of modules.
         names: the arguments that the graph takes, in order.
         notes: what there is to say of what it does not do as the forward does.
+        gradients: what it takes for granted to require gradients, or not to: see `ModelTracer`.
     """
 
     graph: fx.Graph
@@ -52,11 +53,15 @@ class Captured:
     found_elsewhere: Set[str]
     names: Sequence[str]
     notes: Sequence[str]
+    gradients: Sequence[tuple[Mapping[str, Any] | None, str, bool]]
 
     def holds_for(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the graph computes the forward for these arguments, as `bind_arguments` returns them."""
         if _facts(arguments, self.answers is not None) != self.facts:
             return False
+        for holder, name, answer in self.gradients:
+            if (arguments if holder is None else holder)[name].requires_grad != answer:
+                return False
         return self.answers is None or self.answers.hold_for(arguments)
 
     def without_graph(self) -> Captured:
@@ -102,6 +107,7 @@ def capture_model(model: nn.Module, example_inputs: Any = None, changes: Changes
         tracer.found_elsewhere,
         names,
         list(tracer.notes),
+        tracer.gradients,
     )
 
 

@@ -98,6 +98,8 @@ class KnownStandIn(StandIn):
             if name == "shape":
                 return questions.sizes(self.node, value.shape)
             return questions.ask("call_function", getattr, (self.node, name), {}, getattr(value, name))
+        if name == "requires_grad" and (answer := self.tracer.requires_grad(self.node)) is not None:  # type: ignore[attr-defined]
+            return answer
         return super().__getattribute__(name)
 
     def __getattr__(self, name: str) -> Any:

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pcr_fx.errors import CaptureError
-from pcr_fx.graphs.attributes import attribute
+from pcr_fx.graphs.attributes import attribute, holder_of
 from pcr_fx.graphs.effects import RESHAPING_METHODS, draws_by_shape, is_random_name
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
 from pcr_fx.passes.contents import items_in, put_back
@@ -105,6 +105,8 @@ class ModelTracer(fx.Tracer):
         # Where the graph stores something, by who keeps it and name; and what there is to say of what it does not.
         self.is_stored: set[tuple[int, str]] = set()
         self.notes: dict[str, None] = {}
+        # What was asked for whether it requires gradients: who keeps it, or `None` for an argument; its name; the answer.
+        self.gradients: list[tuple[Mapping[str, Any] | None, str, bool]] = []
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self), lenient():
@@ -274,8 +276,26 @@ class ModelTracer(fx.Tracer):
 
     # --- what a model may ask of a stand-in -------------------------------------------------------------------------
 
+    def requires_grad(self, node: fx.Node) -> bool | None:
+        """Whether an argument or an attribute does, which is taken for granted from now on; `None` for what is computed."""
+        name, value = str(node.target), None
+        if node.op == "placeholder":
+            value = self.arguments[name]
+            holder = None
+        elif node.op == "get_attr":
+            holder, name = holder_of(self.root, name)
+            value = holder[name] if isinstance(holder, dict) else None
+        if not isinstance(value, Tensor):
+            return None
+        self.gradients.append((holder, name, value.requires_grad))
+        return value.requires_grad
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         line = user_line(sys._getframe(1))
+        if obj.node.target is getattr and obj.node.args[1] in UNKNOWN:
+            what = f"the model asks for {obj.node.args[1]} of a tensor{at(line)}"
+            hint = "" if self.values is not None else f"pass example_inputs if it is one of {_inputs(obj)}; "
+            raise CaptureError(f"{what}, which is not known while it is read; {hint}{ADVICE}")
         hint = "" if self.values is not None else f"pass example_inputs if it asks for a shape of {_inputs(obj)}; "
         raise CaptureError(f"the model branches on the value of a tensor{at(line)}; {hint}{ADVICE}")
 

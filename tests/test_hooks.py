@@ -239,3 +239,31 @@ def test_hooks_of_tensors_are_called_so() -> None:
     assert fast.report.notes == [
         "hooks of tensors that the forward registers run at each call; no chain reaches across them"
     ]
+
+
+def move_weight(module: Any, given: Any) -> None:
+    """As old ways to normalise weights do, at the first call."""
+    if "weight" in module._parameters:
+        module.kept = module._parameters.pop("weight")
+    module.__dict__["weight"] = module.kept * 2
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("count", [1, 12])
+def test_a_hook_that_takes_a_weight_out_of_the_parameters(count: int, before: bool) -> None:
+    def register(model: Any) -> None:
+        for block in model.blocks[:count]:
+            block.inner.register_forward_pre_hook(move_weight)
+
+    torch.manual_seed(0)
+    model = Net().double()
+    twin = copy.deepcopy(model)
+    if before:
+        register(twin)
+    fast = pcr_fx.transform(twin, inputs(), OPTIONS)
+    register(model)
+    if not before:
+        fast(inputs())
+        register(fast)
+    model(inputs())
+    assert_follows(fast, model)

@@ -256,3 +256,45 @@ def test_graphs_of_many_lengths_are_let_go(monkeypatch: pytest.MonkeyPatch) -> N
     for steps in range(8, 14):
         fast(torch.randn(3, steps, 4), torch.zeros(3, 4))
     assert len(fast._pcr_variants) == 3
+
+
+class AsksForGradients(nn.Module):
+    """Doubles its result for inputs that require gradients, and for a first weight that does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(9))
+
+    def forward(self, x: Tensor, others: tuple[Tensor, ...] = ()) -> Tensor:
+        factor = (2 if x.requires_grad else 1) * (3 if self.layers[0].weight.requires_grad else 1)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return factor * x
+
+
+def test_whether_inputs_and_weights_require_gradients() -> None:
+    torch.manual_seed(0)
+    model, plain = AsksForGradients(), torch.randn(2, 3)
+    fast = pcr_fx.transform(model, plain, {"kernels": False, "planning": "estimated"})
+    for _ in range(2):
+        for x in (plain, plain.clone().requires_grad_(), plain.clone()):
+            torch.testing.assert_close(fast(x), model(x))
+        for module in (fast, model):
+            module.layers[0].weight.requires_grad_(not module.layers[0].weight.requires_grad)
+            if module.layers[0].weight is model.layers[0].weight:
+                break  # they share it
+    assert len(fast._pcr_variants) == 4
+
+
+def test_what_is_computed_is_not_known_to_require_gradients() -> None:
+    class Asks(AsksForGradients):
+        def forward(self, x: Tensor, others: tuple[Tensor, ...] = ()) -> Tensor:
+            y = super().forward(x)
+            return 2 * y if y.requires_grad else y
+
+    with pytest.raises(
+        pcr_fx.CaptureError, match=r"the model asks for requires_grad of a tensor at .* not known while it is read"
+    ):
+        pcr_fx.transform(Asks(), torch.randn(2, 3))
+    with pytest.raises(pcr_fx.CaptureError, match="pass example_inputs if it is one of x"):
+        pcr_fx.transform(AsksForGradients())
