@@ -119,7 +119,7 @@ def _trace(model: nn.Module, arguments: dict[str, Any], known: bool) -> tuple[Mo
     """
     for attempt in range(_TRIES):
         before, tracer = _states_of_random_numbers(), ModelTracer(model, arguments, known)
-        with _draws_of_this_thread() if attempt else contextlib.nullcontext([]) as drawn:
+        with _draws_of_this_thread(bool(attempt)) as drawn:
             graph = tracer.trace(model)
         pythons, numpys = (now != then for now, then in zip(_states_of_random_numbers(), before, strict=True))
         if not numpys and not (drawn if attempt else pythons):
@@ -135,19 +135,21 @@ def _states_of_random_numbers() -> tuple[Any, Any]:
 
 
 @contextlib.contextmanager
-def _draws_of_this_thread() -> Iterator[list[str]]:
-    """The names of those functions that draw random numbers of Python, as they are called."""
+def _draws_of_this_thread(looks: bool) -> Iterator[list[str]]:
+    """The names of those functions that draw random numbers of Python, as they are called; looking for them takes time."""
     before, drawn = sys.getprofile(), list[str]()
 
     def look(frame: Any, event: str, called: Any) -> None:
         if event == "c_call" and isinstance(getattr(called, "__self__", None), random.Random):
             drawn.append(called.__name__)
 
-    sys.setprofile(look)
+    if looks:
+        sys.setprofile(look)
     try:
         yield drawn
     finally:
-        sys.setprofile(before)
+        if looks:
+            sys.setprofile(before)
 
 
 def _arguments(model: nn.Module, example_inputs: Any) -> dict[str, Any]:

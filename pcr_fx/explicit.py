@@ -257,7 +257,7 @@ class TransformedModule(nn.Module):
         """The model's own forward."""
         if isinstance(self, self._pcr_class):
             return types.MethodType(self._pcr_class.forward, self)
-        model = object.__new__(_parametrized(self._pcr_class, self))
+        model: Any = object.__new__(_parametrized(self._pcr_class, self))
         own = {name: module for name, module in dict.items(self._modules) if name != CONTAINER}
         object.__setattr__(model, "__dict__", {**self.__dict__, "_modules": own})
         return model.forward  # type: ignore[no-any-return]
@@ -278,7 +278,7 @@ class TransformedModule(nn.Module):
 
     def _model(self) -> nn.Module:
         """The model again, in this module's state."""
-        model = object.__new__(_parametrized(self._pcr_class, self))
+        model: Any = object.__new__(_parametrized(self._pcr_class, self))
         object.__setattr__(model, "__dict__", self.__dict__)
         return model
 
