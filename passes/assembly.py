@@ -109,7 +109,8 @@ class _Assembly:
         head = self._head(heads, outputs) if outputs else None
         self._check_unwritten()
         counts = len(self.components), len(self.inputs.operands), len(self.inputs.shared)
-        chain = Chain(body, self.length, *counts, tuple(self.inputs.literals), self._origin(), head)
+        is_checkpoint = any("recompute" in self.blocks.op(0, index).meta for index in self.body)
+        chain = Chain(body, self.length, *counts, tuple(self.inputs.literals), self._origin(), head, is_checkpoint)
         numbered = [(number, index) for number, (index, lag) in enumerate(self.components) if lag == 1]
         numbered += enumerate(outputs, len(self.components))
         values = {number: tuple(self.blocks.column(index, self.length)) for number, index in numbered}

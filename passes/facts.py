@@ -41,7 +41,13 @@ is_inference_mode_enabled""".split()
 _ASKED = [getattr(torch, name) for name in _SETTINGS if hasattr(torch, name)]
 
 
-_WRAPPERS = ((functools.partial, "func"), (MethodType, "__func__"), (property, "fget"), (classmethod, "__func__"))
+_WRAPPERS = (
+    (functools.partial, "func"),
+    (MethodType, "__func__"),
+    (property, "fget"),
+    (classmethod, "__func__"),
+    (staticmethod, "__func__"),
+)
 
 
 class Facts:
@@ -334,6 +340,14 @@ class Reading:
             with contextlib.suppress(ValueError):  # not set yet
                 if not isinstance(cell.cell_contents, (Tensor, nn.Module)):
                     self._note(_Cell(cell), name, cell)
+
+    def uses(self, function: type) -> None:
+        """That a class of functions is called, by what its methods are and read."""
+        for kind in function.__mro__:
+            if _is_of_model(kind.__module__):
+                for name, value in list(vars(kind).items()):
+                    if isinstance(value, (*LASTING, staticmethod)):
+                        self._note(vars(kind), name, kind)
 
     def _describe(self, value: Any) -> None:
         if value is not _ABSENT and not isinstance(value, (*LASTING, Tensor)) and id(value) not in self.described:

@@ -31,6 +31,7 @@ from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_
 from pcr_fx.passes.contents import put_back
 from pcr_fx.passes.facts import CONSTANT, Reading
 from pcr_fx.passes.open_sizes import OpenSize, close_what_repeats, closed, may_stay_open
+from pcr_fx.passes.own_functions import record_call
 from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, Sizes
 from pcr_fx.passes.stand_ins import (
     ADVICE,
@@ -105,6 +106,7 @@ class ModelTracer(fx.Tracer):
         self.settings = _settings()
         self.read = Reading(model)
         self.module_stack = _ModuleStack()
+        self.checkpoint: object = None
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self), lenient():
@@ -166,6 +168,18 @@ class ModelTracer(fx.Tracer):
         after = AfterForward(m, path, result)
         return after.values(self._run_hooks(after, [state, *tensors_in(result)], len(after.places)))
 
+    def call_with_derivative(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return record_call(self, function, args, kwargs)
+
+    @contextmanager
+    def in_checkpoint(self) -> Iterator[None]:
+        """For the ops whose results are to be computed again in the backward."""
+        before, self.checkpoint = self.checkpoint, self.checkpoint or object()
+        try:
+            yield
+        finally:
+            self.checkpoint = before
+
     def _run_hooks(self, op: HookOp, given: list[Any], count: int) -> list[Any]:
         unknown = [leaf for leaf in op.leaves if not _may_be_constant(leaf)]
         if unknown:
@@ -213,6 +227,8 @@ class ModelTracer(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         self.questions.every_size |= draws_by_shape(proxy.node)
         proxy.node.meta["stack_trace"] = line
+        if self.checkpoint is not None:
+            proxy.node.meta["recompute"] = self.checkpoint
         if self.values is None:
             proxy.node.meta["may_be_number"] = may_be_number(proxy.node)
             return proxy

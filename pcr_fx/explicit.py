@@ -333,6 +333,11 @@ def rewrite_model(
     if hooked:
         names = ", ".join(hooked[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
         rewritten.report.notes.append(f"hooks run at each call of {names}; no chain reaches across them")
+    kept = sum("recompute" in node.meta for node in rewritten.graph.nodes)
+    if kept:
+        rewritten.report.notes.append(
+            f"{kept} ops of checkpoints lie in no chain, and keep their results for the backward"
+        )
     return way_in.captured, run, rewritten.report
 
 

@@ -6,7 +6,7 @@ Two dialects meet here. A *captured* graph holds what a model's author wrote: fu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
@@ -89,6 +89,22 @@ def nodes_in(value: Any) -> Iterator[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(value, found.append)
     yield from found
+
+
+def hashable(value: Any, leaf: Callable[[Any], Any] = lambda one: one) -> Hashable:
+    """Arguments as a key: 1, 1.0 and True are three. It has no hash if anything in it has none.
+
+    Args:
+        leaf: what stands for whatever is no tuple, list, dict or slice.
+    """
+    if isinstance(value, slice):
+        return slice, *(hashable(item, leaf) for item in (value.start, value.stop, value.step))
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, *(hashable(item, leaf) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, hashable(item, leaf)) for name, item in value.items())
+    found = leaf(value)
+    return type(found), found
 
 
 # --- values -----------------------------------------------------------------------------------------------------
