@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from pcr_fx.graphs.effects import hides_ops, is_random, updates_statistics, writes
-from pcr_fx.graphs.nodes import op_name
+from pcr_fx.graphs.nodes import lookup, op_name
 from pcr_fx.passes.bindings import (
     Binding,
     Blocks,
@@ -220,7 +220,9 @@ class Isomorphism:
                     self._stop(broken)
                 elif broken is not None:
                     hoisted.add(index)
-            if index not in dependent and any(map(self._stays, self.blocks.column(index, self.length))):
+            if index in dependent:
+                continue
+            if self._looks_up(index) or any(map(self._stays, self.blocks.column(index, self.length))):
                 hoisted.add(index)
         return self._ancestors(hoisted)
 
@@ -229,6 +231,16 @@ class Isomorphism:
         return (
             is_random(node) or bool(writes(node)) or node in self.blocks.sequence.written or not self._is_tensor(node)
         )
+
+    def _looks_up(self, index: int) -> bool:
+        """Whether an op takes from a table of all blocks what it looks up in it: all at once, before the blocks."""
+        columns = [set(map(id, self.columns[index, slot])) for slot in range(len(self.bindings[index]))]
+        nodes = [lookup(node) for node in self.blocks.column(index, self.length)]
+        if any(found is None for found in nodes):
+            return False
+        slots = self.blocks.sequence.leaves(self.blocks.op(0, index))
+        table = next(slot for slot, leaf in enumerate(slots) if leaf is nodes[0][0])  # type: ignore[index]
+        return len(columns[table]) == 1 and isinstance(self.bindings[index][table], Outside)
 
     def _varying_literal(self, index: int, slot: int) -> Broken | None:
         if not isinstance(self.bindings[index][slot], Literal):

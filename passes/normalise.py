@@ -38,9 +38,7 @@ def normalise_graph(graph: fx.Graph) -> None:
     """Remove what does nothing, and write in-place ops as ordinary ones where nobody can tell the difference."""
     write_out(graph)
     _join_at_once(graph)
-    for node in reversed(list(graph.nodes)):
-        if not node.users and _only_computes(node):
-            graph.erase_node(node)
+    _remove_unread(graph)
     for node in list(graph.nodes):
         if is_idle_dropout(node):
             node.replace_all_uses_with(node.args[0])
@@ -51,6 +49,12 @@ def normalise_graph(graph: fx.Graph) -> None:
     _free_from_values(graph)
     for node in list(graph.nodes):
         _take_all_results(node)
+
+
+def _remove_unread(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if not node.users and _only_computes(node):
+            graph.erase_node(node)
 
 
 def _join_at_once(graph: fx.Graph) -> None:

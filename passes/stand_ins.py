@@ -143,7 +143,7 @@ def lenient() -> Iterator[None]:
         _lenient_traces += 1
         builtins.isinstance = _is_or_stands_for
         torch.autograd.Function.apply = classmethod(_record_call)  # type: ignore[method-assign, assignment]
-        torch.utils.checkpoint._checkpoint_without_reentrant_generator = _record_checkpoint
+        torch.utils.checkpoint._checkpoint_without_reentrant_generator = _record_checkpoint  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -149,7 +149,7 @@ def _trace_sample(program: Program, batch_dims: tuple[int, ...], own: tuple[bool
         return result
 
     with tracer.mode:
-        runs = {
+        runs: dict[str, tuple[Run, Sequence[Tensor]]] = {
             "step": (step, tensors),
             "pullback": (tracer.pullback_of(step), [*tensors, torch.empty_like(tracer.state)]),
         }

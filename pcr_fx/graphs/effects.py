@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ _INPLACE_OPERATORS = {
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "imod", "iand", "ior", "ixor")
 }
 _RANDOM_NAMES = frozenset(
-    """bernoulli binomial cauchy exponential fractional_max_pool2d fractional_max_pool3d geometric gumbel_softmax
+    """bernoulli binomial cauchy drawn exponential fractional_max_pool2d fractional_max_pool3d geometric gumbel_softmax
     log_normal multinomial normal poisson rand rand_like randint randint_like randn randn_like random randperm
     rrelu_with_noise uniform""".split()
 )
@@ -137,6 +138,18 @@ def dropout_noise(like: torch.Tensor, p: float, name: str = "dropout") -> torch.
     return noise
 
 
+# Methods that fill a tensor with random numbers, whatever was in it.
+FILLING = frozenset("bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_".split())
+
+
+def drawn(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, name: str, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """A new tensor, filled by one of `FILLING`."""
+    filled: torch.Tensor = getattr(torch.empty(shape, dtype=dtype, device=device), name)(*args, **kwargs)
+    return filled
+
+
 # Dropouts that multiply their input by noise of their own.
 MULTIPLYING_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
@@ -148,7 +161,8 @@ def is_noise_like(function: Any) -> bool:
 
 def draws_by_shape(node: fx.Node) -> bool:
     """Whether an op draws numbers that depend on no more of its first argument than `is_noise_like` says."""
-    return is_noise_like(node.target) or (node.target in MULTIPLYING_DROPOUTS and is_random(node))
+    is_fill = node.op == "call_method" and node.target in FILLING
+    return is_fill or is_noise_like(node.target) or (node.target in MULTIPLYING_DROPOUTS and is_random(node))
 
 
 def is_random(node: fx.Node) -> bool:
@@ -204,6 +218,8 @@ def is_fresh(node: fx.Node) -> bool:
     """Whether the result surely shares no memory with any input."""
     if node.op == "call_function" and node.target is operator.getitem:
         return _names_places(node.args[1])
+    if node.target in (drawn, dropout_noise):
+        return True
     if op_name(node) not in _FRESH_NAMES or not (node.op == "call_method" or is_pytorchs(node.target)):
         return False
     return updates_statistics(node) or not writes(node)

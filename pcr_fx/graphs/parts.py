@@ -46,7 +46,7 @@ class OwnDerivative(Part):
     def __init__(self, graph: fx.GraphModule, backward: fx.GraphModule, fixed: Sequence[int]) -> None:
         super().__init__(graph, "autograd_function")
         self.backward, self.fixed = backward, frozenset(fixed)
-        outputs, saved = graph.graph.output_node().args[0]  # type: ignore[misc]
+        outputs, saved = graph.graph.output_node().args[0]  # type: ignore[misc, str-unpack]
         inputs = {node: index for index, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
         self.count = len(outputs)  # type: ignore[arg-type]
         # Of what is saved, what is an input: which one.
