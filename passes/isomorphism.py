@@ -136,10 +136,8 @@ class Isomorphism:
             return f"mutation: {op_name(node)} in training mode updates its statistics"
         if writes(node):
             return f"mutation: {op_name(node)} writes to {names_of(writes(node))}"
-        if node in self.blocks.sequence.written:
-            writer = self.blocks.sequence.written[node]
-            return f"mutation: {describe_node(writer)} writes to a value of the block"
-        return ""
+        writer = self.blocks.sequence.writer_behind(node)
+        return f"mutation: {describe_node(writer)} writes to a value of the block" if writer is not None else ""
 
     # --- how they are wired -----------------------------------------------------------------------------------------
 

@@ -37,16 +37,19 @@ _BARRIERS = frozenset(
 )
 # Results of these never share memory with an input.
 _FRESH_NAMES = frozenset(
-    """abs add addcdiv addcmul addmm amax amin arange argmax argmin atan baddbmm batch_norm bilinear bmm cat ceil
-    celu clamp clip clone conv1d conv2d conv3d cos cosh cumprod cumsum div dot elu embedding empty empty_like eq
-    erf erfc exp expm1 flip floor floordiv full full_like gather ge gelu glu group_norm gru_cell gt hardsigmoid
-    hardswish hardtanh index_select instance_norm layer_norm le leaky_relu lerp linear log log1p log_softmax
-    logaddexp logsigmoid logsumexp lstm_cell lt masked_fill matmul max_pool1d max_pool2d max_pool3d maximum mean
-    minimum mish mm mod mul mv ne neg new_empty new_full new_ones new_zeros normalize ones ones_like outer pow
-    prelu prod rand rand_like randn randn_like reciprocal relu relu6 remainder repeat rms_norm rnn_relu_cell
-    rnn_tanh_cell roll round rrelu rsqrt scaled_dot_product_attention selu sigmoid sign silu sin sinh softmax
-    softmin softplus softsign sqrt square stack std sub sum tan tanh tanhshrink tensor threshold truediv var
-    where zeros zeros_like""".split()
+    """abs acos acosh add addcdiv addcmul addmm all amax amin and any arange argmax argmin argsort asin asinh atan atan2
+    atanh baddbmm batch_norm bilinear bmm cat cdist ceil celu clamp clip clone conv1d conv2d conv3d copysign cos cosh
+    count_nonzero cross cummax cummin cumprod cumsum deg2rad digamma div dot elu embedding empty empty_like eq erf
+    erfc erfinv exp exp2 expm1 flip floor floordiv fmod frac full full_like gather ge gelu glu group_norm gru_cell gt
+    hardsigmoid hardswish hardtanh heaviside hypot i0 index_add index_copy index_fill index_select instance_norm
+    isfinite isinf isnan kron layer_norm le leaky_relu lerp lgamma linear log log10 log1p log2 log_softmax logaddexp
+    logcumsumexp logical_and logical_not logical_or logical_xor logsigmoid logsumexp lstm_cell lt masked_fill
+    masked_scatter matmul max max_pool1d max_pool2d max_pool3d maximum mean median min minimum mish mm mod mul mv
+    nan_to_num ne neg new_empty new_full new_ones new_zeros normalize one_hot ones ones_like or outer polygamma pow
+    prelu prod rad2deg rand rand_like randn randn_like reciprocal relu relu6 remainder renorm repeat rms_norm
+    rnn_relu_cell rnn_tanh_cell roll round rrelu rsqrt scaled_dot_product_attention scatter scatter_add selu sgn
+    sigmoid sign signbit silu sin sinc sinh softmax softmin softplus softsign sort sqrt square stack std sub sum tan
+    tanh tanhshrink tensor tensordot threshold topk tril triu truediv trunc var where xlogy xor zeros zeros_like""".split()
 )
 
 
