@@ -132,6 +132,8 @@ class Isomorphism:
             return f"random op {op_name(node)}: each evaluation would draw other numbers"
         if hides_ops(node):
             return f"{op_name(node)} holds ops that are not looked into"
+        if op_name(node) == "autograd_grad":
+            return "a gradient is taken of what other ops computed; torch.func.grad takes it of a function"
         if updates_statistics(node):
             return f"mutation: {op_name(node)} in training mode updates its statistics"
         if writes(node):

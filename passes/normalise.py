@@ -21,6 +21,7 @@ from pcr_fx.graphs.effects import (
     written_nodes,
 )
 from pcr_fx.graphs.nodes import argument, hashable, is_pytorchs, op_name
+from pcr_fx.passes.fold import fold_stretches
 from pcr_fx.passes.writes import write_out
 
 # Ops that do no more than compute or view, beside those that give fresh results. One that nobody reads would set its
@@ -36,6 +37,7 @@ _CELL_NAMES = frozenset("lstm_cell lstm gru rnn_tanh rnn_relu".split())
 
 def normalise_graph(graph: fx.Graph) -> None:
     """Remove what does nothing, and write in-place ops as ordinary ones where nobody can tell the difference."""
+    fold_stretches(graph)
     write_out(graph)
     _join_at_once(graph)
     _remove_unread(graph)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from pcr_fx.graphs.parts import Part
+
 Weights = Tensor | None
 
 
@@ -204,16 +206,29 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
 
 def may_raise(body: fx.GraphModule) -> bool:
     """Whether a body has ops that raise for some matrices, where what is written out is not finite."""
-    return any(node.target in _RAISING for node in body.graph.nodes)
+    return any(
+        node.target in _RAISING or (isinstance(node.target, Part) and may_raise(node.target.graph))
+        for node in body.graph.nodes
+    )
 
 
 def write_out_fused(body: fx.GraphModule) -> fx.GraphModule:
     """`body` with its fused ops written out; it is left as it is."""
-    if not any(node.target in _WRITTEN_OUT for node in body.graph.nodes):
+    changed = {node.target: _written_out(node.target) for node in body.graph.nodes}
+    if all(target is new for target, new in changed.items()):
         return body
     graph = fx.Graph()
     graph.output(graph.graph_copy(body.graph, {}))
     for node in graph.nodes:
-        if node.target in _WRITTEN_OUT:
-            node.op, node.target = "call_function", _WRITTEN_OUT[node.target]
+        new = changed.get(node.target, node.target)
+        if new is not node.target:
+            node.op, node.target = "call_function", new
     return fx.GraphModule(body, graph)
+
+
+def _written_out(target: Any) -> Any:
+    """What stands for an op, or the op itself."""
+    if type(target) is not Part:
+        return _WRITTEN_OUT.get(target, target)
+    graph = write_out_fused(target.graph)
+    return target if graph is target.graph else Part(graph, target.__name__, target.with_gradients)

@@ -23,15 +23,20 @@ class Part:
     Args:
         graph: takes what the op takes; holds no tensors of its own.
         name: what reports call it.
+        with_gradients: whether gradients were on where it stood: operators that call it have switched them off.
     """
 
     __module__ = __name__
 
-    def __init__(self, graph: fx.GraphModule, name: str) -> None:
-        self.graph, self.__name__ = graph, name
+    def __init__(self, graph: fx.GraphModule, name: str, with_gradients: bool = True) -> None:
+        self.graph, self.__name__, self.with_gradients = graph, name, with_gradients
 
     def __call__(self, *args: Any) -> Any:
-        return self.graph(*args)
+        with torch.set_grad_enabled(self.with_gradients):
+            result = self.graph(*args)
+        if torch.is_grad_enabled() or not self.with_gradients:
+            return result
+        return result.detach() if isinstance(result, Tensor) else tuple(one.detach() for one in result)
 
 
 class OwnDerivative(Part):
@@ -82,6 +87,7 @@ class OwnFunction(Part):
 
     def __init__(self, function: Any, arguments: Sequence[Any]) -> None:
         self.function, self.arguments, self.__name__ = function, tuple(arguments), function.__name__
+        self.graph = fx.GraphModule({}, fx.Graph())  # nobody knows
 
     def __call__(self, *tensors: Any) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is None:
@@ -193,15 +199,15 @@ class _Derived(torch.autograd.Function):
 _parts: Registry[Hashable, Part] = Registry()
 
 
-def part(graph: fx.Graph, name: str) -> Part:
+def part(graph: fx.Graph, name: str, with_gradients: bool) -> Part:
     """The part that has this content.
 
     Raises:
         TypeError: an argument of its ops cannot be compared.
     """
-    key = name, content_of(graph)
+    key = name, with_gradients, content_of(graph)
     known = _parts.get(key)
-    return known if known is not None else _parts.keep(key, Part(fx.GraphModule({}, graph), name))
+    return known if known is not None else _parts.keep(key, Part(fx.GraphModule({}, graph), name, with_gradients))
 
 
 def own_derivative(forward: fx.Graph, backward: fx.Graph, fixed: Sequence[int]) -> Part:
