@@ -135,7 +135,8 @@ class Isomorphism:
         if op_name(node) == "autograd_grad":
             return "a gradient is taken of what other ops computed; torch.func.grad takes it of a function"
         if updates_statistics(node):
-            return f"mutation: {op_name(node)} in training mode updates its statistics"
+            advice = "in evaluation, or with track_running_stats=False, it has none to update"
+            return f"mutation: {op_name(node)} in training mode updates its statistics; {advice}"
         if writes(node):
             return f"mutation: {op_name(node)} writes to {names_of(writes(node))}"
         writer = self.blocks.sequence.writer_behind(node)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.parts import HOLE, own_function
+from pcr_fx.passes.open_sizes import closed
 from pcr_fx.passes.stand_ins import ADVICE, at, user_line
 
 
@@ -27,6 +28,7 @@ def record_call(tracer: Any, function: Any, args: tuple[Any, ...], kwargs: dict[
         with tracer.in_checkpoint():
             return computed(*given)
     refusal = f"{function.__name__}{at(user_line(sys._getframe(3)))} has derivatives of its own, which are not read"
+    args, kwargs = closed((args, kwargs))
     tensors = [one for one in args if _is_tensor(one)]
     nested = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _is_tensor(leaf)]
     if tracer.values is None:

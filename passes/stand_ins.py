@@ -27,7 +27,9 @@ ADVICE = 'torch.compile(model, backend="deeppcr") reads such models'
 _PASSES = os.path.dirname(__file__) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 # What a fake tensor knows.
-KNOWN = frozenset("shape dtype device ndim is_cuda layout itemsize nbytes".split())
+KNOWN = frozenset(
+    "shape dtype device ndim is_cuda is_mkldnn is_nested is_quantized is_sparse layout itemsize nbytes".split()
+)
 TENSOR_PROPERTIES = frozenset("T mT H mH real imag data".split())
 
 

@@ -104,6 +104,57 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     return torch.where(input > 0, torch.ones_like(input), weight) * input
 
 
+def transformer_encoder_layer(
+    x: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Tensor,
+    norm_bias_1: Tensor,
+    norm_weight_2: Tensor,
+    norm_bias_2: Tensor,
+    ffn_weight_1: Tensor,
+    ffn_bias_1: Tensor,
+    ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor,
+    mask: Weights = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """`torch._transformer_encoder_layer_fwd`, which evaluation without gradients takes; `x` `[N, T, E]`."""
+    if mask is not None:
+        raise NotImplementedError("the fused layer of an encoder with a mask is not written out")
+
+    def attend(x: Tensor) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
+            for part in F.linear(x, qkv_weight, qkv_bias).chunk(3, -1)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(-2, -3).flatten(-2)
+        return F.linear(attended, proj_weight, proj_bias)
+
+    def feed(x: Tensor) -> Tensor:
+        inner = F.linear(x, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(inner) if use_gelu else torch.relu(inner), ffn_weight_2, ffn_bias_2)
+
+    def first(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+
+    def second(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+
+    if norm_first:
+        x = x + attend(first(x))
+        return x + feed(second(x))
+    x = first(x + attend(x))
+    return second(x + feed(x))
+
+
 def inv(A: Tensor) -> Tensor:
     """`torch.linalg.inv`."""
     return torch.linalg.inv_ex(A)[0]
@@ -194,6 +245,7 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     F.batch_norm: batch_norm,
     F.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,
     torch._weight_norm: weight_norm,
+    torch._transformer_encoder_layer_fwd: transformer_encoder_layer,
     torch.prelu: prelu,
     F.prelu: prelu,
     "prelu": prelu,
