@@ -81,13 +81,14 @@ def fold_stretches(graph: fx.Graph) -> None:
     level = _stretches(nodes)
     # By op: all nodes that may lie in memory that it writes to.
     written = {writer: aliases for aliases, writers in written_memory(graph) for writer in writers}
+    replaced: dict[fx.Node, fx.Node] = {}
     while level:
         _extend(nodes, level)
         made = {stretch: _folded(nodes[stretch.first : stretch.last + 1], stretch, written) for stretch in level}
         often = Counter(found.part for found in made.values() if found is not None)
         for stretch, found in made.items():
             if found is not None and often[found.part] >= _OFTEN:
-                _replace(graph, nodes[stretch.first : stretch.last + 1], found)
+                _replace(graph, nodes[stretch.first : stretch.last + 1], found, replaced)
                 stretch.within = []
         level = [inner for stretch in level for inner in stretch.within]
 
@@ -200,14 +201,16 @@ def _does_more(node: fx.Node, written: set[fx.Node]) -> bool:
     return is_random(node) or hides_ops(node) or isinstance(node.target, HookOp) or bool(written)
 
 
-def _replace(graph: fx.Graph, nodes: Sequence[fx.Node], found: _Folded) -> None:
+def _replace(graph: fx.Graph, nodes: Sequence[fx.Node], found: _Folded, replaced: dict[fx.Node, fx.Node]) -> None:
+    """Put a part in place of its nodes; `replaced` are those that others have taken the place of."""
     inside = {node for node in nodes if node.op not in ("get_attr", "placeholder")}
     with graph.inserting_after(nodes[-1]):
-        node = graph.call_function(found.part, tuple(found.inputs))
+        node = graph.call_function(found.part, tuple(replaced.get(one, one) for one in found.inputs))
     last = found.results[-1]
     node.meta = dict(last.meta)
     if len(found.results) == 1:
         last.replace_all_uses_with(node, lambda user: user not in inside)
+        replaced[last] = node
     else:
         node.meta["example_value"] = tuple(result.meta.get("example_value") for result in found.results)
         before = node
@@ -216,6 +219,7 @@ def _replace(graph: fx.Graph, nodes: Sequence[fx.Node], found: _Folded) -> None:
                 before = graph.call_function(operator.getitem, (node, index))
             before.meta = dict(result.meta)
             result.replace_all_uses_with(before, lambda user: user not in inside)
+            replaced[result] = before
     for old in reversed(nodes):
         if old in inside:
             graph.erase_node(old)

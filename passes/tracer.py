@@ -21,6 +21,7 @@ from torch import (
     is_inference_mode_enabled,
     nn,
 )
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -48,6 +49,7 @@ from pcr_fx.passes.stand_ins import (
 log = logging.getLogger(__name__)
 
 
+_DEVICES = "cpu", "cuda"
 # Tensors out of nothing: each call of the model makes its own.
 _FACTORIES = frozenset(
     getattr(torch, name)
@@ -103,7 +105,9 @@ class ModelTracer(fx.Tracer):
         # Tensors that modules keep as neither parameters nor buffers, by path.
         self.stored: dict[str, Tensor] = {}
         self.values = FakeValues(arguments, self._attribute) if known else None
-        self.settings = _settings()
+        self.settings = self.present = _settings()
+        # How to close what the graph has switched, in the order that it did.
+        self.opened: list[tuple[Any, Any]] = []
         self.read = Reading(model)
         self.module_stack = _ModuleStack()
         self.checkpoint: object = None
@@ -142,6 +146,7 @@ class ModelTracer(fx.Tracer):
         def run() -> Any:
             with self.read.listening(True):
                 result = forward(*args, **kwargs)
+            self._follow_settings("")
             for module, name, value in list(self.read.set_by_forward()):
                 self.create_node("call_function", SetAttribute(module, name), (value.node,), {})
             return result
@@ -218,8 +223,7 @@ class ModelTracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         line = user_line(sys._getframe(1))
-        if _settings() != self.settings:
-            raise CaptureError(f"the model switches gradients or autocast on or off{at(line)}; {ADVICE}")
+        self._follow_settings(line)
         self.reshapes |= kind == "call_method" and target in RESHAPING_METHODS
         if not self.reshapes and may_stay_open(target, args, kwargs):
             args, kwargs = pytree.tree_map_only(OpenSize, self._taken_anew, (args, kwargs))
@@ -235,6 +239,30 @@ class ModelTracer(fx.Tracer):
         with self.read.listening(False):
             value = proxy.node.meta["example_value"] = self.values.evaluate(proxy.node)
         return proxy if target is getattr or isinstance(target, HookOp) else self._handed_out(proxy, value)
+
+    def _follow_settings(self, line: str) -> None:
+        """Have the graph switch gradients and autocast as the model has done since the last op."""
+        now = _settings()
+        if now == self.present:
+            return
+        (gradients, inference, *autocast), (_, usual, *usually) = now, self.settings
+        if inference != usual:
+            raise CaptureError(f"the model switches inference mode on or off{at(line)}; {ADVICE}")
+        for close, argument in reversed(self.opened):
+            self._switch(close, (argument,), line)
+        self.opened, self.present = [], now
+        for device, (enabled, dtype), before in zip(_DEVICES, autocast, usually, strict=True):
+            if (enabled, dtype) != before:
+                entered = self._switch(_enter_autocast, (device, dtype, enabled, None), line)
+                self.opened.append((_exit_autocast, entered))
+        if gradients != self.settings[0]:
+            self._switch(torch._C._set_grad_enabled, (gradients,), line)
+            self.opened.append((torch._C._set_grad_enabled, not gradients))
+
+    def _switch(self, function: Any, args: tuple[Any, ...], line: str) -> fx.Node:
+        node = self.create_node("call_function", function, args, {})
+        node.meta["stack_trace"] = line
+        return node
 
     def _taken_anew(self, size: OpenSize) -> fx.Proxy:
         """A size as an op of the graph."""
@@ -457,7 +485,7 @@ def _settings() -> tuple[Any, ...]:
     return (
         is_grad_enabled(),
         is_inference_mode_enabled(),
-        *((is_autocast_enabled(device), get_autocast_dtype(device)) for device in ("cpu", "cuda")),
+        *((is_autocast_enabled(device), get_autocast_dtype(device)) for device in _DEVICES),
     )
 
 

@@ -23,6 +23,7 @@ from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.copies import copy_model, copy_structure
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.graphs.attributes import holder_of
+from pcr_fx.graphs.effects import is_barrier
 from pcr_fx.graphs.hooks import HookOp
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import Attributes, Source, StackedAttributes, stack_operands
@@ -149,7 +150,8 @@ class TransformedModule(nn.Module):
             variant = self._rewrite(inspect.BoundArguments(self._pcr_signature, OrderedDict(arguments)))
         self._put_first(variant)
         # Past the graph module's own call machinery: hooks were traced, or are this module's own.
-        return variant.run.forward(*variant.captured.inputs(arguments))
+        with kept_settings() if variant.switches else contextlib.nullcontext():
+            return variant.run.forward(*variant.captured.inputs(arguments))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name; where each is given by its place there is nothing to find out."""
@@ -224,7 +226,8 @@ class TransformedModule(nn.Module):
         unseen = _disable_current_modes() if is_watched_by_a_mode() else contextlib.nullcontext()
         with self._unpacked(), unseen:
             captured, run, report = rewrite_model(self._model(), example_inputs, self._pcr_options, self._pcr_changes)
-        variant = _Variant(captured.without_graph(), run, report)
+        switches = any(map(is_barrier, run.graph.nodes))
+        variant = _Variant(captured.without_graph(), run, report, switches)
         self._use_packs(variant)
         return variant
 
@@ -247,6 +250,26 @@ class TransformedModule(nn.Module):
         model = object.__new__(self._pcr_class)
         object.__setattr__(model, "__dict__", self.__dict__)
         return model
+
+
+@contextlib.contextmanager
+def kept_settings() -> Iterator[None]:
+    """Have gradients and autocast afterwards be what they were, whatever happens."""
+    devices = [
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+    ]
+    depth = torch.autocast_increment_nesting()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        while torch.autocast_decrement_nesting() >= depth:
+            pass
+        if depth == 1:
+            torch.clear_autocast_cache()
+        for device, enabled, dtype in devices:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
 
 
 # By the class of the model, and whether they are subclasses of that.
@@ -305,11 +328,16 @@ def _remake(kind: type[nn.Module], is_model: bool) -> TransformedModule:
 
 @dataclass(frozen=True, eq=False)
 class _Variant:
-    """One traced and rewritten graph."""
+    """One traced and rewritten graph.
+
+    Attributes:
+        switches: whether it switches gradients or autocast, and would leave them so if an op raised an error.
+    """
 
     captured: Captured
     run: fx.GraphModule
     report: RewriteReport
+    switches: bool = False
 
     def holds(self) -> bool:
         """Whether the model is still what was traced."""

@@ -194,3 +194,61 @@ def test_a_stretch_that_draws_stays_where_it_is() -> None:
         return torch.tanh(linear(x)) * kept
 
     check(Model(noisy), example(), length=0)
+
+
+def check_transformed(model: nn.Module, x: Tensor, length: int = LENGTH, tolerance: float = 1e-11) -> None:
+    fast = pcr_fx.transform(model, x, options={"solver": "sequential", "kernels": False})
+    wanted = gradients(model, model, x)
+    torch.testing.assert_close(gradients(fast, model, x), wanted, rtol=tolerance, atol=tolerance)
+    assert [chain["length"] for chain in fast.report.to_dict()["chains"]] == [length], str(fast.report)
+
+
+@pytest.mark.parametrize("step", [norm_without, gate_without_gradients, with_gradients, cell_without_gradients])
+def test_a_step_that_is_transformed(step: Callable[..., Any]) -> None:
+    check_transformed(Model(step), example())
+
+
+def test_a_dtype_within_the_block_that_is_transformed() -> None:
+    check_transformed(Model(linear_with, torch.float32), example().float(), tolerance=0.02)
+
+
+def test_steps_without_gradients_and_one_with() -> None:
+    class Fixed(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            z, linear = torch.zeros_like(x), self.linears[0]
+            with torch.no_grad():
+                for _ in range(LENGTH):
+                    z = torch.tanh(0.5 * linear(z) + x)
+            return torch.tanh(0.5 * linear(z) + x)
+
+    check_transformed(Fixed(norm_without), example())
+
+
+def test_called_under_autocast_after_it_was_traced_without() -> None:
+    model, x = Model(norm_without, torch.float32), example().float()
+    fast = pcr_fx.transform(model, x, options={"solver": "sequential", "kernels": False})
+    torch.testing.assert_close(fast(x), model(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(fast(x), model(x), rtol=0.2, atol=0.2)
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_an_error_leaves_nothing_switched() -> None:
+    class Failing(nn.Module):
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                return torch.tanh(x) + x[index]
+
+    x, good = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    model = Failing()
+    fast = pcr_fx.transform(model, (x, good))
+    torch.testing.assert_close(fast(x, good), model(x, good))
+    with pytest.raises(IndexError):
+        fast(x, good + 5)
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_function_transform_that_is_transformed_is_refused() -> None:
+    with pytest.raises(pcr_fx.CaptureError, match=r"torch.func.*torch.compile"):
+        pcr_fx.transform(Model(descent), example())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from pcr_fx.graphs.nodes import hashable
 from pcr_fx.registry import Registry
@@ -36,7 +37,7 @@ class Part:
             result = self.graph(*args)
         if torch.is_grad_enabled() or not self.with_gradients:
             return result
-        return result.detach() if isinstance(result, Tensor) else tuple(one.detach() for one in result)
+        return pytree.tree_map_only(Tensor, Tensor.detach, result)
 
 
 class OwnDerivative(Part):
