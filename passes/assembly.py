@@ -109,7 +109,8 @@ class _Assembly:
         head = self._head(heads, outputs) if outputs else None
         self._check_unwritten()
         counts = len(self.components), len(self.inputs.operands), len(self.inputs.shared)
-        chain = Chain(body, self.length, *counts, tuple(self.inputs.literals), self._origin(), head)
+        is_checkpoint = any("recompute" in self.blocks.op(0, index).meta for index in self.body)
+        chain = Chain(body, self.length, *counts, tuple(self.inputs.literals), self._origin(), head, is_checkpoint)
         numbered = [(number, index) for number, (index, lag) in enumerate(self.components) if lag == 1]
         numbered += enumerate(outputs, len(self.components))
         values = {number: tuple(self.blocks.column(index, self.length)) for number, index in numbered}
@@ -174,7 +175,11 @@ class _Assembly:
         for value in map(self.sequence.value, nodes):
             if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
                 got = say_spec(self.sequence.kinds.spec(nodes[0]))
-                raise Broken(1, f"the value carried from block to block is no floating tensor but {got}")
+                is_complex = isinstance(value, torch.Tensor) and value.is_complex()
+                advice = (
+                    "; carry its real and imaginary parts instead, as torch.view_as_real has them" if is_complex else ""
+                )
+                raise Broken(1, f"the value carried from block to block is no floating tensor but {got}{advice}")
         before, after = map(self.sequence.kinds.spec, nodes)
         if before is not None and after is not None and before[0] != after[0]:
             words = f"the first block changes the shape of its state from {say_spec(before)} to {say_spec(after)}"

@@ -82,6 +82,11 @@ class OpSequence:
         """The value of a node, as far as it is known."""
         return self.attributes.get(str(node.target)) if node.op == "get_attr" else node.meta.get("example_value")
 
+    def writer_behind(self, node: fx.Node) -> fx.Node | None:
+        """The first op that may write to what `node` has computed."""
+        position = self.position[node]
+        return next((writer for writer in self.writers.get(node, ()) if self.position[writer] > position), None)
+
     def _is_constant(self, node: fx.Node) -> bool:
         return not node.all_input_nodes and isinstance(self.value(node), torch.Tensor) and not is_random(node)
 

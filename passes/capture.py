@@ -95,6 +95,8 @@ def capture_model(model: nn.Module, example_inputs: Any = None, changes: Changes
     except Exception as error:
         hint = "" if known else f" (pass example_inputs if it needs the shapes of {', '.join(arguments)})"
         what = str(error).strip().rstrip(".;")
+        if "_wrap_for_grad" in what or "_add_batch_dim" in what:
+            what = "it transforms functions (torch.func), of which only their results would be read"
         raise CaptureError(f"{type(model).__name__} cannot be traced{hint}: {what}. If it runs, {ADVICE}") from error
     answers = tracer.answers(graph)
     model_facts = Facts(tracer.read, answers is not None, changes or Changes())

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from pcr_fx.graphs.effects import hides_ops, is_random, updates_statistics, writes
-from pcr_fx.graphs.nodes import op_name
+from pcr_fx.graphs.nodes import lookup, op_name
 from pcr_fx.passes.bindings import (
     Binding,
     Blocks,
@@ -132,14 +132,15 @@ class Isomorphism:
             return f"random op {op_name(node)}: each evaluation would draw other numbers"
         if hides_ops(node):
             return f"{op_name(node)} holds ops that are not looked into"
+        if op_name(node) == "autograd_grad":
+            return "a gradient is taken of what other ops computed; torch.func.grad takes it of a function"
         if updates_statistics(node):
-            return f"mutation: {op_name(node)} in training mode updates its statistics"
+            advice = "in evaluation, or with track_running_stats=False, it has none to update"
+            return f"mutation: {op_name(node)} in training mode updates its statistics; {advice}"
         if writes(node):
             return f"mutation: {op_name(node)} writes to {names_of(writes(node))}"
-        if node in self.blocks.sequence.written:
-            writer = self.blocks.sequence.written[node]
-            return f"mutation: {describe_node(writer)} writes to a value of the block"
-        return ""
+        writer = self.blocks.sequence.writer_behind(node)
+        return f"mutation: {describe_node(writer)} writes to a value of the block" if writer is not None else ""
 
     # --- how they are wired -----------------------------------------------------------------------------------------
 
@@ -220,7 +221,9 @@ class Isomorphism:
                     self._stop(broken)
                 elif broken is not None:
                     hoisted.add(index)
-            if index not in dependent and any(map(self._stays, self.blocks.column(index, self.length))):
+            if index in dependent:
+                continue
+            if self._looks_up(index) or any(map(self._stays, self.blocks.column(index, self.length))):
                 hoisted.add(index)
         return self._ancestors(hoisted)
 
@@ -229,6 +232,16 @@ class Isomorphism:
         return (
             is_random(node) or bool(writes(node)) or node in self.blocks.sequence.written or not self._is_tensor(node)
         )
+
+    def _looks_up(self, index: int) -> bool:
+        """Whether an op takes from a table of all blocks what it looks up in it: all at once, before the blocks."""
+        columns = [set(map(id, self.columns[index, slot])) for slot in range(len(self.bindings[index]))]
+        nodes = [lookup(node) for node in self.blocks.column(index, self.length)]
+        if any(found is None for found in nodes):
+            return False
+        slots = self.blocks.sequence.leaves(self.blocks.op(0, index))
+        table = next(slot for slot, leaf in enumerate(slots) if leaf is nodes[0][0])  # type: ignore[index]
+        return len(columns[table]) == 1 and isinstance(self.bindings[index][table], Outside)
 
     def _varying_literal(self, index: int, slot: int) -> Broken | None:
         if not isinstance(self.bindings[index][slot], Literal):

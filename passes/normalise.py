@@ -20,7 +20,8 @@ from pcr_fx.graphs.effects import (
     writes,
     written_nodes,
 )
-from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
+from pcr_fx.graphs.nodes import argument, hashable, is_pytorchs, op_name
+from pcr_fx.passes.fold import fold_stretches
 from pcr_fx.passes.writes import write_out
 
 # Ops that do no more than compute or view, beside those that give fresh results. One that nobody reads would set its
@@ -36,11 +37,10 @@ _CELL_NAMES = frozenset("lstm_cell lstm gru rnn_tanh rnn_relu".split())
 
 def normalise_graph(graph: fx.Graph) -> None:
     """Remove what does nothing, and write in-place ops as ordinary ones where nobody can tell the difference."""
+    fold_stretches(graph)
     write_out(graph)
     _join_at_once(graph)
-    for node in reversed(list(graph.nodes)):
-        if not node.users and _only_computes(node):
-            graph.erase_node(node)
+    _remove_unread(graph)
     for node in list(graph.nodes):
         if is_idle_dropout(node):
             node.replace_all_uses_with(node.args[0])
@@ -51,6 +51,12 @@ def normalise_graph(graph: fx.Graph) -> None:
     _free_from_values(graph)
     for node in list(graph.nodes):
         _take_all_results(node)
+
+
+def _remove_unread(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if not node.users and _only_computes(node):
+            graph.erase_node(node)
 
 
 def _join_at_once(graph: fx.Graph) -> None:
@@ -133,7 +139,7 @@ def _compute_once(graph: fx.Graph) -> None:
             continue  # what is returned twice is two tensors
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: first.get(one, one))
         try:
-            same = alike.setdefault((node.op, node.target, _hashable(args), _hashable(kwargs)), [])
+            same = alike.setdefault((node.op, node.target, hashable(args), hashable(kwargs)), [])
         except TypeError:
             continue
         fixed.add(node)
@@ -148,17 +154,6 @@ def _compute_once(graph: fx.Graph) -> None:
         for node in others:
             node.replace_all_uses_with(known)
             graph.erase_node(node)
-
-
-def _hashable(value: Any) -> Any:
-    """Arguments as a key: 1, 1.0 and True are three."""
-    if isinstance(value, slice):
-        return slice, _hashable(value.start), _hashable(value.stop), _hashable(value.step)
-    if isinstance(value, (tuple, list)):
-        return type(value).__name__, *map(_hashable, value)
-    if isinstance(value, dict):
-        return tuple((name, _hashable(item)) for name, item in value.items())
-    return type(value), value
 
 
 def _only_computes(node: fx.Node) -> bool:

@@ -175,6 +175,14 @@ class Reading:
             else:
                 self.elsewhere.setdefault((id(owner), name), (owner.__dict__, name, ABSENT))
 
+    def uses(self, function: type) -> None:
+        """That a class of functions is called, by what its methods are and read."""
+        for kind in function.__mro__:
+            if _is_of_model(kind.__module__):
+                for name, value in list(vars(kind).items()):
+                    if isinstance(value, (*LASTING, staticmethod)):
+                        self._note(vars(kind), name, kind)
+
     def _note(self, holder: Mapping[str, Any], name: str, kept_by: Any, kind: type | None = None) -> None:
         """That a name stands for a value; of a function also for what it finds by the names in its code.
 

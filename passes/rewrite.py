@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from pcr_fx.graphs.effects import hides_ops, is_barrier, is_random, written_memory
-from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
+from pcr_fx.graphs.nodes import argument, is_pytorchs, lookup, op_name
 from pcr_fx.operands import stack_operands, stack_parts
 from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.detect import FoundChain
@@ -68,7 +68,7 @@ def rewrite_chains(graph: fx.Graph, chains: Sequence[FoundChain], names: Sequenc
             copies[item] = copy_node(new, item, copies)
     for node in reversed(list(new.nodes)):
         if not node.users and (
-            node.op == "get_attr" or any(_is(node, name) for name in ("unbind", "getitem", "select"))
+            node.op == "get_attr" or any(_is(node, name) for name in ("unbind", "getitem", "select", "embedding"))
         ):
             new.erase_node(node)
     return new
@@ -119,6 +119,8 @@ def _emit(
             continue
         # Parts that were taken elsewhere, without gradients, say, are taken there.
         whole = _cut_before(new, operand, copies) if {barriers[node] for node in _cutting(operand)} == inside else None
+        if whole is None and {barriers[node] for node in operand} == inside:
+            whole = _looked_up_before(new, operand, copies)
         if whole is None and all(_is_tap(copies[node]) for node in operand):
             # States of another chain; `collect.py` may find them to be its trajectory.
             whole = new.call_function(stack_operands, ([copies[node] for node in operand],))
@@ -151,6 +153,28 @@ def _cut_before(new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node,
     if step == 0 or indices != list(range(first, first + step * len(indices), step)):
         return None
     return new.call_function(stack_parts, (copies[whole], dim, first, len(indices), step))
+
+
+def _looked_up_before(new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """A per-block operand of rows of one table, looked up all at once."""
+    found = [lookup(node) for node in operand]
+    tables = {each[0] for each in found if each is not None}
+    if None in found or len(tables) > 1 or any(user.op == "output" for node in operand for user in node.users):
+        return None
+    places = [each[1] for each in found if each is not None]
+    stacked = _cut_before(new, places, copies) or new.call_function(
+        stack_operands, ([copies[node] for node in places],)
+    )
+    (table,), first = tables, operand[0]
+    exchanged = {table: copies[table], places[0]: stacked}
+    whole = new.create_node(first.op, first.target, *fx.node.map_arg((first.args, first.kwargs), exchanged.__getitem__))
+    for node, part in ((stacked, places[0]), (whole, first)):
+        value = part.meta.get("example_value")
+        node.meta = dict(part.meta)
+        if isinstance(value, torch.Tensor):
+            with torch.no_grad():
+                node.meta["example_value"] = value.new_empty((len(operand), *value.shape))
+    return whole
 
 
 def _cutting(operand: Sequence[fx.Node]) -> set[fx.Node]:

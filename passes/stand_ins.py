@@ -14,6 +14,7 @@ from types import BuiltinFunctionType, FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -26,7 +27,9 @@ ADVICE = 'torch.compile(model, backend="deeppcr") reads such models'
 _PASSES = os.path.dirname(__file__) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 # What a fake tensor knows.
-KNOWN = frozenset("shape dtype device ndim is_cuda layout itemsize nbytes".split())
+KNOWN = frozenset(
+    "shape dtype device ndim is_cuda is_mkldnn is_nested is_quantized is_sparse layout itemsize nbytes".split()
+)
 TENSOR_PROPERTIES = frozenset("T mT H mH real imag data".split())
 
 
@@ -128,13 +131,14 @@ def may_be_number(node: fx.Node) -> bool:
 
 _isinstance = isinstance
 _apply = torch.autograd.Function.__dict__["apply"]
+_checkpoint = torch.utils.checkpoint._checkpoint_without_reentrant_generator
 _lenient_traces = 0
 _lenient_lock = fork_safe_lock()
 
 
 @contextmanager
 def lenient() -> Iterator[None]:
-    """Have Python take stand-ins for tensors, and functions with derivatives of their own refuse them.
+    """Have Python take stand-ins for tensors, and functions with derivatives of their own be recorded when they get some.
 
     PyTorch itself must not take them for tensors: it would read memory that they do not have.
     """
@@ -142,7 +146,8 @@ def lenient() -> Iterator[None]:
     with _lenient_lock:
         _lenient_traces += 1
         builtins.isinstance = _is_or_stands_for
-        torch.autograd.Function.apply = classmethod(_refuse_stand_ins)  # type: ignore[method-assign, assignment]
+        torch.autograd.Function.apply = classmethod(_record_call)  # type: ignore[method-assign, assignment]
+        torch.utils.checkpoint._checkpoint_without_reentrant_generator = _record_checkpoint  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -151,6 +156,7 @@ def lenient() -> Iterator[None]:
             if not _lenient_traces:
                 builtins.isinstance = _isinstance
                 torch.autograd.Function.apply = _apply  # type: ignore[method-assign]
+                torch.utils.checkpoint._checkpoint_without_reentrant_generator = _checkpoint
 
 
 def _is_or_stands_for(value: Any, kinds: Any) -> bool:
@@ -161,11 +167,22 @@ def _is_or_stands_for(value: Any, kinds: Any) -> bool:
     return type(value) in (StandIn, KnownStandIn) and value.stands_for_tensor() and issubclass(Tensor, kinds)
 
 
-def _refuse_stand_ins(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-        line = user_line(sys._getframe(1))
-        raise CaptureError(f"{cls.__name__}{at(line)} has derivatives of its own, which are not read; {ADVICE}")
-    return _apply.__get__(None, cls)(*args, **kwargs)
+def _record_call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """The op that calls a function with a derivative of its own."""
+    found = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
+    if not found:
+        return _apply.__get__(None, cls)(*args, **kwargs)
+    return found[0].tracer.call_with_derivative(cls, args, kwargs)  # type: ignore[attr-defined]
+
+
+def _record_checkpoint(function: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    """What `checkpoint` does before and after it calls a function: the ops are to be known as those of a checkpoint."""
+    found = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
+    if not found:
+        yield from _checkpoint(function, *args, **kwargs)
+        return
+    with found[0].tracer.in_checkpoint():  # type: ignore[attr-defined]
+        yield
 
 
 def at(line: str) -> str:

@@ -20,6 +20,7 @@ from torch import (
     is_inference_mode_enabled,
     nn,
 )
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -29,6 +30,7 @@ from pcr_fx.graphs.effects import RESHAPING_METHODS, draws_by_shape, is_random_n
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
 from pcr_fx.passes.contents import items_in, put_back
 from pcr_fx.passes.open_sizes import OpenSize, close_what_repeats, closed, may_stay_open
+from pcr_fx.passes.own_functions import record_call
 from pcr_fx.passes.reading import CONSTANT, Reading, depends_on_inputs
 from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, Sizes
 from pcr_fx.passes.stand_ins import (
@@ -44,6 +46,7 @@ from pcr_fx.passes.stand_ins import (
 )
 from pcr_fx.passes.stores import Place, buffers_set, store_of
 
+_DEVICES = "cpu", "cuda"
 # Tensors out of nothing: each call of the model makes its own.
 _FACTORIES = frozenset(
     getattr(torch, name)
@@ -99,7 +102,9 @@ class ModelTracer(fx.Tracer):
         # Tensors that modules keep as neither parameters nor buffers, by path.
         self.stored: dict[str, Tensor] = {}
         self.values = FakeValues(arguments, self._attribute) if known else None
-        self.settings = _settings()
+        self.settings = self.present = _settings()
+        # How to close what the graph has switched, in the order that it did.
+        self.opened: list[tuple[Any, Any]] = []
         self.read = Reading(model)
         self.module_stack = _ModuleStack()
         # Where the graph stores something, by who keeps it and name; and what there is to say of what it does not.
@@ -107,6 +112,7 @@ class ModelTracer(fx.Tracer):
         self.notes: dict[str, None] = {}
         # What was asked for whether it requires gradients: who keeps it, or `None` for an argument; its name; the answer.
         self.gradients: list[tuple[Mapping[str, Any] | None, str, bool]] = []
+        self.checkpoint: object = None
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self), lenient():
@@ -144,6 +150,7 @@ class ModelTracer(fx.Tracer):
         def run() -> Any:
             with self.read.listening(True):
                 result = forward(*args, **kwargs)
+            self._follow_settings("")
             self._store(self.root.modules())
             for place in list(self.read.stores.elsewhere()):
                 self._store_one(place)
@@ -185,6 +192,18 @@ class ModelTracer(fx.Tracer):
         self.read.of_class(module._pcr_class, "forward")
         return module._as_written()
 
+    def call_with_derivative(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return record_call(self, function, args, kwargs)
+
+    @contextmanager
+    def in_checkpoint(self) -> Iterator[None]:
+        """For the ops whose results are to be computed again in the backward."""
+        before, self.checkpoint = self.checkpoint, self.checkpoint or object()
+        try:
+            yield
+        finally:
+            self.checkpoint = before
+
     def _run_hooks(self, op: HookOp, given: list[Any], count: int) -> list[Any]:
         unknown = [leaf for leaf in op.leaves if not _may_be_constant(leaf)]
         if unknown:
@@ -223,8 +242,7 @@ class ModelTracer(fx.Tracer):
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         line = user_line(sys._getframe(1))
-        if _settings() != self.settings:
-            raise CaptureError(f"the model switches gradients or autocast on or off{at(line)}; {ADVICE}")
+        self._follow_settings(line)
         self.reshapes |= kind == "call_method" and target in RESHAPING_METHODS
         if not self.reshapes and may_stay_open(target, args, kwargs):
             args, kwargs = pytree.tree_map_only(OpenSize, self._taken_anew, (args, kwargs))
@@ -232,12 +250,38 @@ class ModelTracer(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
         self.questions.every_size |= draws_by_shape(proxy.node)
         proxy.node.meta["stack_trace"] = line
+        if self.checkpoint is not None:
+            proxy.node.meta["recompute"] = self.checkpoint
         if self.values is None:
             proxy.node.meta["may_be_number"] = may_be_number(proxy.node)
             return proxy
         with self.read.listening(False):
             value = proxy.node.meta["example_value"] = self.values.evaluate(proxy.node)
         return proxy if target is getattr or isinstance(target, HookOp) else self._handed_out(proxy, value)
+
+    def _follow_settings(self, line: str) -> None:
+        """Have the graph switch gradients and autocast as the model has done since the last op."""
+        now = _settings()
+        if now == self.present:
+            return
+        (gradients, inference, *autocast), (_, usual, *usually) = now, self.settings
+        if inference != usual:
+            raise CaptureError(f"the model switches inference mode on or off{at(line)}; {ADVICE}")
+        for close, argument in reversed(self.opened):
+            self._switch(close, (argument,), line)
+        self.opened, self.present = [], now
+        for device, (enabled, dtype), before in zip(_DEVICES, autocast, usually, strict=True):
+            if (enabled, dtype) != before:
+                entered = self._switch(_enter_autocast, (device, dtype, enabled, None), line)
+                self.opened.append((_exit_autocast, entered))
+        if gradients != self.settings[0]:
+            self._switch(torch._C._set_grad_enabled, (gradients,), line)
+            self.opened.append((torch._C._set_grad_enabled, not gradients))
+
+    def _switch(self, function: Any, args: tuple[Any, ...], line: str) -> fx.Node:
+        node = self.create_node("call_function", function, args, {})
+        node.meta["stack_trace"] = line
+        return node
 
     def _taken_anew(self, size: OpenSize) -> fx.Proxy:
         """A size as an op of the graph."""
@@ -479,7 +523,7 @@ def _settings() -> tuple[Any, ...]:
     return (
         is_grad_enabled(),
         is_inference_mode_enabled(),
-        *((is_autocast_enabled(device), get_autocast_dtype(device)) for device in ("cpu", "cuda")),
+        *((is_autocast_enabled(device), get_autocast_dtype(device)) for device in _DEVICES),
     )
 
 

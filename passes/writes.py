@@ -19,7 +19,10 @@ import torch
 from torch import fx
 
 from pcr_fx.graphs.effects import (
+    FILLING,
+    MULTIPLYING_DROPOUTS,
     RESHAPING_METHODS,
+    drawn,
     is_barrier,
     is_fresh,
     is_inplace_variant,
@@ -138,9 +141,11 @@ def _disjoint(a: _Path, b: _Path) -> bool:
 def _written_path(node: fx.Node, touched: _Touched) -> _Path | None:
     """Which part of the memory a writer writes to, if it is known to write all of that."""
     target = node.args[0] if node.args else None
-    if writes(node) != [target] or target not in touched.paths or is_random(node) or "out" in node.kwargs:
+    if writes(node) != [target] or target not in touched.paths or "out" in node.kwargs:
         return None
     path = touched.paths[target]  # type: ignore[index]
+    if is_random(node):
+        return path if _fills(node, path) or _drops(node) else None
     if not _sets(node):
         return path if _functional(node) is not None else None
     value = node.args[-1] if len(node.args) > 1 else 0
@@ -153,6 +158,20 @@ def _written_path(node: fx.Node, touched: _Touched) -> _Path | None:
         rest = _value(target).dim() - _value(node.args[1]).dim()
         return path if not isinstance(value, fx.Node) or _value(value).dim() <= rest else None
     return path if _steps_of(node.args[1], _value(target)) is not None else None
+
+
+def _fills(node: fx.Node, path: _Path) -> bool:
+    """Whether an op fills all of a new tensor with random numbers, which another that lies alike would be filled with too."""
+    value = _value(node.args[0])
+    known = isinstance(value, torch.Tensor) and _sizes(value) is not None and value.is_contiguous()
+    return node.op == "call_method" and node.target in FILLING and not path and known
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether an op is a dropout in place that draws as others do."""
+    value = _value(node.args[0])
+    on_cpu = isinstance(value, torch.Tensor) and value.device.type == "cpu"
+    return on_cpu and node.target in MULTIPLYING_DROPOUTS and is_inplace_variant(node)
 
 
 def _is_setitem(node: fx.Node) -> bool:
@@ -465,7 +484,7 @@ class _Rewriting:
             elif not self.count[self.of[node]]:
                 self.seen[self.of[node], self.of[node].paths[node]] = 0, node
         for node in reversed(list(graph.nodes)):
-            if node in self.of and not node.users:
+            if node in self.of and not node.users and not is_random(node):
                 graph.erase_node(node)
 
     def _read_inputs(self, node: fx.Node) -> None:
@@ -542,6 +561,11 @@ def _functional(node: fx.Node) -> Any:
 def _make_functional(node: fx.Node) -> fx.Node:
     """Have an op in place return what it would write; what that is in the end."""
     written, target = node.args[0], _functional(node)
+    if node.op == "call_method" and node.target in FILLING:
+        value: torch.Tensor = _value(written)
+        form = tuple(value.shape), value.dtype, value.device, node.target
+        node.op, node.target, node.args = "call_function", drawn, (*form, *node.args[1:])
+        return node
     if target is node.target:
         _switch_off_inplace(node)
         return node

@@ -128,7 +128,9 @@ class _CapturedByDynamo:
         self.read_in_place = 0
 
     def capture(self) -> fx.Graph:
-        graph = inline_regions(self.root) if holds_regions(self.root.graph) else self.root.graph
+        graph = self.root.graph
+        if holds_regions(graph) or any(map(is_barrier, graph.nodes)):
+            graph = inline_regions(self.root)  # what is no chain keeps its regions, and what is switched within them
         self.values = _real_inputs(graph.find_nodes(op="placeholder"), self.example_inputs)
         return graph
 

@@ -74,6 +74,7 @@ class Chain:
         literals: numbers that differ from block to block, `L` values each.
         origin: where it was found.
         head: its outputs; `None` where it has none.
+        is_checkpoint: whether its author has what lies between the states computed again in the backward.
     """
 
     body: fx.GraphModule
@@ -84,6 +85,7 @@ class Chain:
     literals: tuple[tuple[float, ...], ...] = ()
     origin: Origin = field(default_factory=Origin)
     head: Head | None = None
+    is_checkpoint: bool = False
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.copies import copy_model, copy_structure
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.graphs.attributes import holder_of
+from pcr_fx.graphs.effects import is_barrier
 from pcr_fx.graphs.hooks import HookOp, TensorHook
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import Attributes, Source, StackedAttributes, stack_operands
@@ -160,6 +161,9 @@ class TransformedModule(nn.Module):
         if variant.rehearsal is not None and variant.rehearsal.takes_over:
             return variant.rehearsal.run(self._as_written(), args, kwargs)
         # Past the graph module's own call machinery: hooks were traced, or are this module's own.
+        if variant.switches:
+            with kept_settings():
+                return variant.run.forward(*variant.captured.inputs(arguments))
         return variant.run.forward(*variant.captured.inputs(arguments))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -249,7 +253,8 @@ class TransformedModule(nn.Module):
             captured, run, report = rewrite_model(self._model(), example_inputs, self._pcr_options, self._pcr_changes)
         rehearsal = _rehearse(captured.model_facts, run.graph, report)
         warn_without_chains(report, "" if rehearsal is None else rehearsal.reason)
-        variant = _Variant(captured.without_graph(), run, report, rehearsal)
+        switches = any(map(is_barrier, run.graph.nodes))
+        variant = _Variant(captured.without_graph(), run, report, rehearsal, switches)
         self._use_packs(variant)
         return variant
 
@@ -281,6 +286,26 @@ class TransformedModule(nn.Module):
         model: Any = object.__new__(_parametrized(self._pcr_class, self))
         object.__setattr__(model, "__dict__", self.__dict__)
         return model
+
+
+@contextlib.contextmanager
+def kept_settings() -> Iterator[None]:
+    """Have gradients and autocast afterwards be what they were, whatever happens."""
+    devices = [
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")
+    ]
+    depth = torch.autocast_increment_nesting()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        while torch.autocast_decrement_nesting() >= depth:
+            pass
+        if depth == 1:
+            torch.clear_autocast_cache()
+        for device, enabled, dtype in devices:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
 
 
 # By the class of the model, and whether they are subclasses of that.
@@ -350,12 +375,17 @@ def _remake(kind: type[nn.Module], is_model: bool) -> TransformedModule:
 
 @dataclass(frozen=True, eq=False)
 class _Variant:
-    """One traced and rewritten graph."""
+    """One traced and rewritten graph.
+
+    Attributes:
+        switches: whether it switches gradients or autocast, and would leave them so if an op raised an error.
+    """
 
     captured: Captured
     run: fx.GraphModule
     report: RewriteReport
     rehearsal: Rehearsal | None
+    switches: bool = False
 
     def holds(self) -> bool:
         """Whether the model is still what was traced, or it runs as it was written."""
@@ -377,6 +407,11 @@ def rewrite_model(
     attributes = _fetch_attributes(rewritten.graph, model, way_in.stacked)
     run = fx.GraphModule({**rewritten.nodes, "attributes": attributes}, rewritten.graph)
     rewritten.report.notes += way_in.captured.notes
+    kept = sum("recompute" in node.meta for node in rewritten.graph.nodes)
+    if kept:
+        rewritten.report.notes.append(
+            f"{kept} ops of checkpoints lie in no chain, and keep their results for the backward"
+        )
     return way_in.captured, run, rewritten.report
 
 

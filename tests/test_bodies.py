@@ -163,3 +163,107 @@ def test_noise_is_what_dropout_multiplies_by(name: str, p: float) -> None:
     torch.manual_seed(0)
     torch.testing.assert_close(x * dropout_noise(x, p, name), expected, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class Whole(Model):
+    """With whole numbers of many kinds, and tables of many rows."""
+
+    def __init__(self, block: Callable[..., Tensor]) -> None:
+        super().__init__(block)
+        draw = torch.Generator().manual_seed(3)
+        self.table = nn.Parameter(torch.rand(1000, 4, generator=draw, dtype=torch.float64))
+        self.embedding = nn.Embedding(500, 4, padding_idx=3).double()
+        self.register_buffer("steps", torch.arange(0, 20 * LENGTH, 20))
+        self.register_buffer("tokens", torch.randint(0, 500, (3, LENGTH), generator=draw))
+        self.register_buffer("order", torch.stack([torch.randperm(4, generator=draw) for _ in range(LENGTH)]))
+        for index in range(LENGTH):
+            self.register_buffer(f"own{index}", torch.tensor(7 * index))
+            self.register_buffer(f"flag{index}", torch.tensor([index % 2 == 0, True, False, index % 3 == 0]))
+
+
+WHOLE: dict[str, Callable[..., Tensor]] = {
+    "a time embedding": lambda m, x, p, i: torch.tanh(x * p + m.embedding(m.steps[i])),
+    "tokens": lambda m, x, p, i: torch.tanh(x * p + m.embedding(m.tokens[:, i])),
+    "tokens in turn, backwards": lambda m, x, p, i: torch.tanh(x * p + m.embedding(m.tokens[:, LENGTH - 1 - i])),
+    "rows of a parameter": lambda m, x, p, i: torch.tanh(x * p + m.table[m.steps[i : i + 1]]),
+    "rows for each sample": lambda m, x, p, i: torch.tanh(x * p + m.table[m.tokens[:, i]]),
+    "places computed": lambda m, x, p, i: torch.tanh(x * p + m.embedding(m.steps[i] // 2 + 1)),
+    "times as reals": lambda m, x, p, i: torch.tanh(x * p + torch.sin(m.steps[i].to(x.dtype) * p)),
+    "whole and real": lambda m, x, p, i: torch.tanh(x * p + 0.1 * (x * m.steps[i])),
+    "a choice of features": lambda m, x, p, i: torch.tanh(x * p).gather(1, m.order[i].expand(x.shape[0], 4)),
+    "an order of features": lambda m, x, p, i: torch.tanh(x * p)[:, m.order[i]],
+    "compared": lambda m, x, p, i: torch.where(m.order[i] > 1, x * p, x + 0.1),
+    "buffers of each block": lambda m, x, p, i: torch.tanh(x * p + m.embedding(getattr(m, f"own{i}"))),
+    "numbers of each block": lambda m, x, p, i: torch.tanh(x * p + 0.01 * getattr(m, f"own{i}")),
+    "flags of each block": lambda m, x, p, i: torch.where(getattr(m, f"flag{i}"), x * p, x + 0.1),
+}
+
+
+NO_KERNEL = {
+    "a choice of features": "may not be",
+    "an order of features": "an index that may be out of range",
+    "compared": "may not be",
+    "numbers of each block": "of torch.float32 beside torch.float64",
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("way", ["transform", "compile"])
+def test_whole_numbers(name: str, way: str) -> None:
+    model, x = Whole(WHOLE[name]), torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    if way == "transform":
+        fast: nn.Module = pcr_fx.transform(model, x, options={"planning": "estimated"})
+    else:
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="deeppcr", options={"planning": "estimated", "inner_backend": "eager"})
+    for _ in range(2):
+        for got, expected in zip(gradients(fast, x), gradients(model, x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    report = pcr_fx.report(fast) if way == "transform" else pcr_fx.report()
+    (chain,) = report.to_dict()["chains"]
+    assert chain["length"] == LENGTH
+    if name in NO_KERNEL:
+        assert NO_KERNEL[name] in str(report)
+    else:
+        assert chain["native_forward"] and chain["native_backward"], str(report)
+
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a path dropped": lambda x: x * x.new_empty(x.shape[0], 1).bernoulli_(0.9).div_(0.9),
+    "a path dropped by a floor": lambda x: x.div(0.9) * (0.9 + torch.rand((x.shape[0], 1), dtype=x.dtype)).floor_(),
+    "normal in place": lambda x: x + 0.1 * torch.empty_like(x).normal_(0.5, 2.0),
+    "uniform in place": lambda x: x + 0.1 * torch.zeros_like(x).uniform_(-1, 1),
+    "exponential in place": lambda x: x + 0.1 * x.new_zeros(4).exponential_(),
+    "dropout in place": lambda x: F.dropout(x * 1.0, 0.3, True, True),
+    "a mask": lambda x: x.masked_fill(torch.rand_like(x) < 0.3, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("way", ["transform", "compile"])
+def test_noise_drawn_in_place_is_the_models(name: str, way: str) -> None:
+    """Values, gradients, and the state of the generator afterwards, for other batch sizes too."""
+
+    class Ends(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.rand_like(x).normal_() * super().forward(x * torch.empty_like(x).normal_())
+
+    model = Ends(lambda m, x, p, i: torch.tanh(p + DRAWS[name](x)))
+    options = {"planning": "estimated", "kernels": False, "solver": "sequential"}
+    x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    if way == "transform":
+        fast: nn.Module = pcr_fx.transform(model, x, options=options)
+    else:
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="deeppcr", options={**options, "inner_backend": "eager"})
+    for batch in (5, 3):
+        results, states = [], []
+        for either in (fast, model):
+            torch.manual_seed(batch)
+            results.append(gradients(either, x[:batch]))
+            states.append(torch.get_rng_state())
+        torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
+        assert torch.equal(*states)
+        report = pcr_fx.report(fast) if way == "transform" else pcr_fx.report()
+        if batch == 5:
+            assert [chain["length"] for chain in report.to_dict()["chains"]] == [LENGTH], str(report)

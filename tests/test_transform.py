@@ -132,20 +132,40 @@ def test_train_and_eval_are_followed() -> None:
     assert [chain.chain.length for chain in fast.report.chains] == [12]
 
 
-def test_functions_with_derivatives_of_their_own_are_refused_by_name() -> None:
-    class Spike(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return (x > 0).to(x.dtype)
+class Noisy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return (x > torch.rand_like(x)).to(x.dtype)
 
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+class Measured(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x * x.sum().item()
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [(Noisy, "draws random numbers"), (Doubled, "writes to its inputs"), (Measured, "local_scalar")],
+    ids=["noisy", "doubled", "measured"],
+)
+def test_functions_with_derivatives_of_their_own_that_do_more_are_refused_by_name(
+    function: type[torch.autograd.Function], reason: str
+) -> None:
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             for _ in range(8):
-                x = x + Spike.apply(x)
+                x = x + function.apply(x)
             return x
 
     apply = torch.autograd.Function.__dict__["apply"]
-    with pytest.raises(pcr_fx.CaptureError, match=r"Spike at .* has derivatives of its own"):
+    with pytest.raises(pcr_fx.CaptureError, match=rf"{function.__name__} at .* has derivatives of its own.*({reason})"):
         pcr_fx.transform(Net(), torch.ones(2, 3))
     assert torch.autograd.Function.__dict__["apply"] is apply
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparison import assert_same
 from torch import Tensor, fx, nn
 
 import pcr_fx
@@ -297,3 +298,52 @@ def test_what_is_the_same_in_each_step_is_computed_once() -> None:
     (entry,) = fast.report.chains
     assert entry.chain.length == 12
     assert [str(n.target) for n in entry.chain.body.graph.nodes if "getitem" in n.name or "sigmoid" in n.name] == []
+
+
+def _marked(x: Tensor) -> Tensor:
+    z = torch.zeros(x.shape[0], 4, dtype=x.dtype)
+    z[:, 0] = 1
+    return z
+
+
+def _scattered(x: Tensor) -> Tensor:
+    z = torch.zeros(x.shape[0], 4, dtype=x.dtype)
+    return z.scatter_(1, torch.full((x.shape[0], 1), 2), 1.0)
+
+
+def _by_tensors(x: Tensor) -> Tensor:
+    z = x.new_zeros(x.shape[0], 2, 2)
+    z[torch.arange(x.shape[0]), 0, 1] = x[:, 0]
+    return z.reshape(x.shape[0], 4)
+
+
+def _through_a_view(x: Tensor) -> Tensor:
+    z = torch.zeros(x.shape[0], 4, dtype=x.dtype)
+    z.view(-1)[::4].fill_(1)
+    return z
+
+
+@pytest.mark.parametrize("make", [_marked, _scattered, _by_tensors, _through_a_view])
+@pytest.mark.parametrize("way", ["transform", "compile"])
+def test_a_state_that_is_written_before_the_blocks(make: Callable[[Tensor], Tensor], way: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.ParameterList(torch.eye(4, dtype=torch.float64) + 0.1 * torch.rand(4, 4) for _ in range(12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = make(x)
+            for w in self.w:
+                z = torch.tensordot(z, w, dims=([1], [0])).view(-1, 4)
+            return z
+
+    model, x = Model(), torch.rand(3, 2, dtype=torch.float64)
+    options = {"solver": "sequential", "kernels": False}
+    if way == "transform":
+        fast: Any = pcr_fx.transform(model, x, options=options)
+    else:
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="deeppcr", options={**options, "inner_backend": "eager"})
+    assert_same(fast, model, x, 1e-11)
+    report = pcr_fx.report(fast) if way == "transform" else pcr_fx.report()
+    assert [chain["length"] for chain in report.to_dict()["chains"]] == [12], str(report)

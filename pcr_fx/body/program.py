@@ -26,6 +26,7 @@ from pcr_fx.call import Call
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError
 from pcr_fx.graphs.nodes import qualified_name
+from pcr_fx.graphs.parts import holds_derivatives
 from pcr_fx.registry import Registry
 
 
@@ -132,6 +133,8 @@ def build_program(chain: Chain, signature: Signature) -> Program:
         BodyError: the block is random, mutates, changes the shape or dtype of its state, or cannot be traced.
     """
     block = trace_block(chain, signature)
+    if holds_derivatives(chain.body.graph):  # the block does not show its pullback
+        return _program_for(chain, signature, block)
     same_block = _content_key(chain, signature, {"block": block})
     program = _of_block.get(same_block)
     return program if program is not None else _of_block.keep(same_block, _program_for(chain, signature, block))

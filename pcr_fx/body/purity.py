@@ -32,6 +32,17 @@ def check_pure(block: fx.GraphModule) -> None:
             raise BodyError(f"mutation: {name} writes to an input of the block")
 
 
+def check_drawless(pullback: fx.GraphModule) -> None:
+    """Check the aten graph of a block's pullback, which a function with a derivative of its own may have written.
+
+    Raises:
+        BodyError: it is random.
+    """
+    drawing = next(filter(is_random, pullback.graph.nodes), None)
+    if drawing is not None:
+        raise BodyError(f"random op {drawing.target} in a backward: it would draw in another order")
+
+
 def _storage_owners(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """For each node the one whose memory it is a view of: itself, when it is no view."""
     owner: dict[fx.Node, fx.Node] = {}

@@ -20,6 +20,7 @@ from pcr_fx.body.tracer import Run, Tracer, trace, trace_block
 from pcr_fx.chain import TensorSpec
 from pcr_fx.errors import BodyError
 from pcr_fx.graphs.nodes import is_mutable
+from pcr_fx.graphs.parts import holds_derivatives
 
 # Inputs that may or may not have a part for each sample: tried in all ways, up to this many of them.
 _MAX_CANDIDATES = 4
@@ -148,12 +149,21 @@ def _trace_sample(program: Program, batch_dims: tuple[int, ...], own: tuple[bool
         return result
 
     with tracer.mode:
-        graphs = {
-            "step": _trace_functional(step, tensors),
-            "pullback": _trace_functional(tracer.pullback_of(step), [*tensors, torch.empty_like(tracer.state)]),
+        runs: dict[str, tuple[Run, Sequence[Tensor]]] = {
+            "step": (step, tensors),
+            "pullback": (tracer.pullback_of(step), [*tensors, torch.empty_like(tracer.state)]),
         }
+        if holds_derivatives(program.chain.body.graph):
+            # `functionalize` knows no functions with derivatives of their own: it gets the ops that these are made of.
+            runs = {name: (_as_ops(run, given), given) for name, (run, given) in runs.items()}
+        graphs = {name: _trace_functional(run, given) for name, (run, given) in runs.items()}
     literals = (False,) * len(program.chain.literals)
     return SampleBody(batch_dims, layout.dimension, (*own[:operands], *literals, *own[operands:]), **graphs)
+
+
+def _as_ops(function: Run, arguments: Sequence[Tensor]) -> Run:
+    graph = trace(function, arguments)
+    return lambda *inputs: graph(*inputs)
 
 
 def _trace_functional(function: Run, arguments: Sequence[Tensor]) -> fx.GraphModule:

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pcr_fx.body.generalise import STAND_INS, generalise
 from pcr_fx.body.isolation import stop_if_abandoned
 from pcr_fx.body.layout import StateLayout
+from pcr_fx.body.purity import check_drawless
 from pcr_fx.body.signature import Generality, Signature
 from pcr_fx.body.written_out import write_out_fused
 from pcr_fx.chain import Chain, TensorSpec
@@ -181,9 +182,11 @@ class Tracer:
         stacked = [self._stack(tensor) for tensor in (self.state, *self.operands)]
         every = [*stacked, *self.shared]
         with self.mode:
+            step_pullback = trace(self.pullback_of(self.step), [*one, torch.empty_like(self.state)])
+            check_drawless(step_pullback)
             graphs = {
                 "step": trace(self.step, one),
-                "step_pullback": trace(self.pullback_of(self.step), [*one, torch.empty_like(self.state)]),
+                "step_pullback": step_pullback,
                 "evaluate": trace(self._evaluate, every),
                 "linearise": trace(self._linearise, every),
                 "pullback": trace(self.pullback_of(self._evaluate), [*every, torch.empty_like(stacked[0])]),

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from pcr_fx.graphs.parts import Part
+
 Weights = Tensor | None
 
 
@@ -100,6 +102,57 @@ def prelu(input: Tensor, weight: Tensor) -> Tensor:
     if weight.numel() != 1 and input.ndim > 1:
         weight = weight.reshape(-1, *(1 for _ in input.shape[2:]))
     return torch.where(input > 0, torch.ones_like(input), weight) * input
+
+
+def transformer_encoder_layer(
+    x: Tensor,
+    embed_dim: int,
+    num_heads: int,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    use_gelu: bool,
+    norm_first: bool,
+    eps: float,
+    norm_weight_1: Tensor,
+    norm_bias_1: Tensor,
+    norm_weight_2: Tensor,
+    norm_bias_2: Tensor,
+    ffn_weight_1: Tensor,
+    ffn_bias_1: Tensor,
+    ffn_weight_2: Tensor,
+    ffn_bias_2: Tensor,
+    mask: Weights = None,
+    mask_type: int | None = None,
+) -> Tensor:
+    """`torch._transformer_encoder_layer_fwd`, which evaluation without gradients takes; `x` `[N, T, E]`."""
+    if mask is not None:
+        raise NotImplementedError("the fused layer of an encoder with a mask is not written out")
+
+    def attend(x: Tensor) -> Tensor:
+        query, key, value = (
+            part.unflatten(-1, (num_heads, -1)).transpose(-2, -3)
+            for part in F.linear(x, qkv_weight, qkv_bias).chunk(3, -1)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(-2, -3).flatten(-2)
+        return F.linear(attended, proj_weight, proj_bias)
+
+    def feed(x: Tensor) -> Tensor:
+        inner = F.linear(x, ffn_weight_1, ffn_bias_1)
+        return F.linear(F.gelu(inner) if use_gelu else torch.relu(inner), ffn_weight_2, ffn_bias_2)
+
+    def first(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_1, norm_bias_1, eps)
+
+    def second(x: Tensor) -> Tensor:
+        return F.layer_norm(x, (embed_dim,), norm_weight_2, norm_bias_2, eps)
+
+    if norm_first:
+        x = x + attend(first(x))
+        return x + feed(second(x))
+    x = first(x + attend(x))
+    return second(x + feed(x))
 
 
 def inv(A: Tensor) -> Tensor:
@@ -192,6 +245,7 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     F.batch_norm: batch_norm,
     F.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,
     torch._weight_norm: weight_norm,
+    torch._transformer_encoder_layer_fwd: transformer_encoder_layer,
     torch.prelu: prelu,
     F.prelu: prelu,
     "prelu": prelu,
@@ -204,16 +258,29 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
 
 def may_raise(body: fx.GraphModule) -> bool:
     """Whether a body has ops that raise for some matrices, where what is written out is not finite."""
-    return any(node.target in _RAISING for node in body.graph.nodes)
+    return any(
+        node.target in _RAISING or (isinstance(node.target, Part) and may_raise(node.target.graph))
+        for node in body.graph.nodes
+    )
 
 
 def write_out_fused(body: fx.GraphModule) -> fx.GraphModule:
     """`body` with its fused ops written out; it is left as it is."""
-    if not any(node.target in _WRITTEN_OUT for node in body.graph.nodes):
+    changed = {node.target: _written_out(node.target) for node in body.graph.nodes}
+    if all(target is new for target, new in changed.items()):
         return body
     graph = fx.Graph()
     graph.output(graph.graph_copy(body.graph, {}))
     for node in graph.nodes:
-        if node.target in _WRITTEN_OUT:
-            node.op, node.target = "call_function", _WRITTEN_OUT[node.target]
+        new = changed.get(node.target, node.target)
+        if new is not node.target:
+            node.op, node.target = "call_function", new
     return fx.GraphModule(body, graph)
+
+
+def _written_out(target: Any) -> Any:
+    """What stands for an op, or the op itself."""
+    if type(target) is not Part:
+        return _WRITTEN_OUT.get(target, target)
+    graph = write_out_fused(target.graph)
+    return target if graph is target.graph else Part(graph, target.__name__, target.with_gradients)

@@ -2,6 +2,6 @@
 
 from pcr_fx.codegen.ir import Buffer, Function, Unprintable
 from pcr_fx.codegen.lower import lower
-from pcr_fx.codegen.whole import SMALL
+from pcr_fx.codegen.whole import WHOLE
 
-__all__ = ["SMALL", "Buffer", "Function", "Unprintable", "lower"]
+__all__ = ["WHOLE", "Buffer", "Function", "Unprintable", "lower"]

@@ -18,7 +18,7 @@ from pcr_fx.graphs.nodes import arguments_of, nodes_in, op_name
 
 # Dtypes whose every number is a real of any dtype that kernels compute in.
 SMALL = (torch.bool, torch.uint8, torch.int8, torch.int16)
-_WHOLE = (*SMALL, torch.int32, torch.int64)
+WHOLE = (*SMALL, torch.int32, torch.int64)
 # Ops that move numbers, or choose among them.
 _CHOOSING = set(
     """alias detach view _unsafe_view t transpose permute unsqueeze squeeze select slice diagonal split split_with_sizes
@@ -100,7 +100,7 @@ class WholeNumbers:
         """
         values = node.meta["val"]
         for value in values if isinstance(values, (tuple, list)) else [values]:
-            if value.dtype not in (self.real, *_WHOLE):
+            if value.dtype not in (self.real, *WHOLE):
                 raise self._refused(node, f"of {value.dtype} beside {self.real}")
             if value.dtype != self.real:
                 self._check_whole(node, value.dtype)
@@ -109,7 +109,7 @@ class WholeNumbers:
 
     def take_constant(self, node: fx.Node, value: Tensor) -> None:
         """Take note of a tensor that is the same in every call."""
-        if value.dtype in _WHOLE:
+        if value.dtype in WHOLE:
             self.sizes[node] = float(value.abs().max()) if value.numel() and value.dtype != torch.bool else 1.0
 
     def check_constant(self, node: fx.Node, dtype: torch.dtype) -> None:
@@ -118,7 +118,7 @@ class WholeNumbers:
         Raises:
             Unprintable: its numbers are none of the kernel's dtype.
         """
-        if dtype not in (self.real, *_WHOLE) or (dtype in _WHOLE and self.sizes[node] > self.exact):
+        if dtype not in (self.real, *WHOLE) or (dtype in WHOLE and self.sizes[node] > self.exact):
             raise Unprintable(f"no kernel is printed for constants of {dtype} beside {self.real}")
 
     def take(self, node: fx.Node) -> None:

@@ -21,7 +21,7 @@ _INPLACE_OPERATORS = {
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imatmul", "imod", "iand", "ior", "ixor")
 }
 _RANDOM_NAMES = frozenset(
-    """bernoulli binomial cauchy exponential fractional_max_pool2d fractional_max_pool3d geometric gumbel_softmax
+    """bernoulli binomial cauchy drawn exponential fractional_max_pool2d fractional_max_pool3d geometric gumbel_softmax
     log_normal multinomial normal poisson rand rand_like randint randint_like randn randn_like random randperm
     rrelu_with_noise uniform""".split()
 )
@@ -38,16 +38,19 @@ _BARRIERS = frozenset(
 )
 # Results of these never share memory with an input.
 _FRESH_NAMES = frozenset(
-    """abs add addcdiv addcmul addmm amax amin arange argmax argmin atan baddbmm batch_norm bilinear bmm cat ceil
-    celu clamp clip clone conv1d conv2d conv3d cos cosh cumprod cumsum div dot elu embedding empty empty_like eq
-    erf erfc exp expm1 flip floor floordiv full full_like gather ge gelu glu group_norm gru_cell gt hardsigmoid
-    hardswish hardtanh index_select instance_norm layer_norm le leaky_relu lerp linear log log1p log_softmax
-    logaddexp logsigmoid logsumexp lstm_cell lt masked_fill matmul max_pool1d max_pool2d max_pool3d maximum mean
-    minimum mish mm mod mul mv ne neg new_empty new_full new_ones new_zeros normalize ones ones_like outer pow
-    prelu prod rand rand_like randn randn_like reciprocal relu relu6 remainder repeat rms_norm rnn_relu_cell
-    rnn_tanh_cell roll round rrelu rsqrt scaled_dot_product_attention selu sigmoid sign silu sin sinh softmax
-    softmin softplus softsign sqrt square stack std sub sum tan tanh tanhshrink tensor threshold truediv var
-    where zeros zeros_like""".split()
+    """abs acos acosh add addcdiv addcmul addmm all amax amin and any arange argmax argmin argsort asin asinh atan atan2
+    atanh baddbmm batch_norm bilinear bmm cat cdist ceil celu clamp clip clone conv1d conv2d conv3d copysign cos cosh
+    count_nonzero cross cummax cummin cumprod cumsum deg2rad digamma div dot elu embedding empty empty_like eq erf
+    erfc erfinv exp exp2 expm1 flip floor floordiv fmod frac full full_like gather ge gelu glu group_norm gru_cell gt
+    hardsigmoid hardswish hardtanh heaviside hypot i0 index_add index_copy index_fill index_select instance_norm
+    isfinite isinf isnan kron layer_norm le leaky_relu lerp lgamma linear log log10 log1p log2 log_softmax logaddexp
+    logcumsumexp logical_and logical_not logical_or logical_xor logsigmoid logsumexp lstm_cell lt masked_fill
+    masked_scatter matmul max max_pool1d max_pool2d max_pool3d maximum mean median min minimum mish mm mod mul mv
+    nan_to_num ne neg new_empty new_full new_ones new_zeros normalize one_hot ones ones_like or outer polygamma pow
+    prelu prod rad2deg rand rand_like randn randn_like reciprocal relu relu6 remainder renorm repeat rms_norm
+    rnn_relu_cell rnn_tanh_cell roll round rrelu rsqrt scaled_dot_product_attention scatter scatter_add selu sgn
+    sigmoid sign signbit silu sin sinc sinh softmax softmin softplus softsign sort sqrt square stack std sub sum tan
+    tanh tanhshrink tensor tensordot threshold topk tril triu truediv trunc var where xlogy xor zeros zeros_like""".split()
 )
 
 
@@ -139,6 +142,18 @@ def dropout_noise(like: torch.Tensor, p: float, name: str = "dropout") -> torch.
     return noise
 
 
+# Methods that fill a tensor with random numbers, whatever was in it.
+FILLING = frozenset("bernoulli_ cauchy_ exponential_ geometric_ log_normal_ normal_ random_ uniform_".split())
+
+
+def drawn(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device, name: str, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """A new tensor, filled by one of `FILLING`."""
+    filled: torch.Tensor = getattr(torch.empty(shape, dtype=dtype, device=device), name)(*args, **kwargs)
+    return filled
+
+
 # Dropouts that multiply their input by noise of their own.
 MULTIPLYING_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
 
@@ -150,7 +165,8 @@ def is_noise_like(function: Any) -> bool:
 
 def draws_by_shape(node: fx.Node) -> bool:
     """Whether an op draws numbers that depend on no more of its first argument than `is_noise_like` says."""
-    return is_noise_like(node.target) or (node.target in MULTIPLYING_DROPOUTS and is_random(node))
+    is_fill = node.op == "call_method" and node.target in FILLING
+    return is_fill or is_noise_like(node.target) or (node.target in MULTIPLYING_DROPOUTS and is_random(node))
 
 
 def is_random(node: fx.Node) -> bool:
@@ -206,6 +222,8 @@ def is_fresh(node: fx.Node) -> bool:
     """Whether the result surely shares no memory with any input."""
     if node.op == "call_function" and node.target is operator.getitem:
         return _names_places(node.args[1])
+    if node.target in (drawn, dropout_noise):
+        return True
     if op_name(node) not in _FRESH_NAMES or not (node.op == "call_method" or is_pytorchs(node.target)):
         return False
     return updates_statistics(node) or not writes(node)

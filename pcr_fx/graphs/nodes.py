@@ -6,10 +6,12 @@ Two dialects meet here. A *captured* graph holds what a model's author wrote: fu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 # --- names ------------------------------------------------------------------------------------------------------
@@ -89,6 +91,41 @@ def nodes_in(value: Any) -> Iterator[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(value, found.append)
     yield from found
+
+
+def lookup(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The table and the places of an op that takes rows of a table at places that a tensor of whole numbers names."""
+    if node.target is F.embedding:
+        places, table = argument(node, 0, "input"), argument(node, 1, "weight")
+        options = argument(node, 3, "max_norm"), argument(node, 5, "scale_grad_by_freq"), argument(node, 6, "sparse")
+        if any(options):
+            return None
+    elif node.target is operator.getitem:
+        table, places = node.args
+    else:
+        return None
+    if not isinstance(table, fx.Node) or not isinstance(places, fx.Node):
+        return None
+    value = places.meta.get("example_value")
+    is_whole = isinstance(value, torch.Tensor) and value.dtype in (torch.int32, torch.int64)
+    is_table = isinstance(table.meta.get("example_value", torch.Tensor()), torch.Tensor)
+    return (table, places) if is_whole and is_table else None
+
+
+def hashable(value: Any, leaf: Callable[[Any], Any] = lambda one: one) -> Hashable:
+    """Arguments as a key: 1, 1.0 and True are three. It has no hash if anything in it has none.
+
+    Args:
+        leaf: what stands for whatever is no tuple, list, dict or slice.
+    """
+    if isinstance(value, slice):
+        return slice, *(hashable(item, leaf) for item in (value.start, value.stop, value.step))
+    if isinstance(value, (tuple, list)):
+        return type(value).__name__, *(hashable(item, leaf) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, hashable(item, leaf)) for name, item in value.items())
+    found = leaf(value)
+    return type(found), found
 
 
 # --- values -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from pcr_fx.body import Program
 from pcr_fx.body.sample import SampleBody
 from pcr_fx.call import Call
-from pcr_fx.codegen import SMALL, Function, Unprintable, lower
+from pcr_fx.codegen import WHOLE, Function, Unprintable, lower
 
 
 class Kernel(Protocol):
@@ -127,7 +127,7 @@ class LoweredBody:
 
 
 def as_real(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """An operand in the dtype that a kernel computes in, in which truth values and small whole numbers are exact."""
+    """An operand in the dtype that a kernel computes in; for what has to be exact in it, the kernel was checked."""
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
@@ -144,7 +144,7 @@ def check_tensors(program: Program, reals: dict[torch.dtype, str]) -> None:
     if dtype not in reals:
         raise Unprintable(f"kernels are generated for float32 and float64, and the state is {dtype}")
     for spec in (*program.signature.operands, *program.signature.shared):
-        if spec.dtype != dtype and spec.dtype not in SMALL:
+        if spec.dtype != dtype and spec.dtype not in WHOLE:
             raise Unprintable(f"an operand is {spec.dtype} and the state {dtype}")
         if spec.device != device:
             raise Unprintable(f"an operand is on {spec.device} and the state on {device}")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from pcr_fx.body.isolation import wants_every_op
 from pcr_fx.chain import Chain
 from pcr_fx.solvers import blocks
 
@@ -40,7 +44,7 @@ def evaluate_whole(
     ]
     found = {}
     for index, ((block, numbers), (further, more)) in enumerate(zip(*inputs, strict=True)):
-        values = tuple(head.block(*states, *block, *numbers, *shared, *further, *more, *head_shared))
+        values = tuple(_run(chain, head.block, *states, *block, *numbers, *shared, *further, *more, *head_shared))
         states = values[: chain.num_states]
         if wanted is None or index in wanted:
             found[index] = values
@@ -66,7 +70,13 @@ def evaluate(
     literals = list(zip(*chain.literals, strict=True)) or [()] * chain.length
     found = {}
     for index, (block, numbers) in enumerate(zip(blocks(operands, chain.length), literals, strict=True)):
-        states = tuple(chain.body.forward(*states, *block, *numbers, *shared))
+        states = tuple(_run(chain, chain.body.forward, *states, *block, *numbers, *shared))
         if wanted is None or index in wanted:
             found[index] = states
     return found
+
+
+def _run(chain: Chain, block: Callable[..., Any], *tensors: Any) -> Any:
+    """One block; what lies between its states is let go if the model's author wanted that."""
+    is_kept = not chain.is_checkpoint or not torch.is_grad_enabled() or wants_every_op()
+    return block(*tensors) if is_kept else checkpoint(block, *tensors, use_reentrant=False, preserve_rng_state=False)
