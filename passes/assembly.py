@@ -90,6 +90,20 @@ class _Inputs:
     def names(self) -> list[str]:
         return [*self.operands.values(), *self.literals.values(), *self.shared.values()]
 
+    def known_to(self, others: _Inputs) -> dict[Any, _Input]:
+        """Those that are among others too, with what they are there."""
+        pairs: list[tuple[Mapping[Any, str], Mapping[Any, str]]] = [
+            (self.operands, others.operands),
+            (self.literals, others.literals),
+            (self.shared, others.shared),
+        ]
+        return {
+            _Input(name): _Input(theirs[what])
+            for ours, theirs in pairs
+            for what, name in ours.items()
+            if what in theirs
+        }
+
 
 class _Assembly:
     def __init__(self, isomorphism: Isomorphism) -> None:
@@ -279,7 +293,12 @@ class _Assembly:
         new = [_new_state(index) if lag == 1 else _state(index, lag - 1) for index, lag in self.components]
         body = self._graph(rows, [*states, *(f"new {name}" for name in new), *inputs.names], outputs, carried)
         own = {index: self._arguments(index, self.inputs) for index in self.body}
-        ahead = {index: row for index, row in rows.items() if index in heads}
+        known = inputs.known_to(self.inputs)
+        ahead = {
+            index: [known.get(leaf, leaf) if isinstance(leaf, _Input) else leaf for leaf in row]
+            for index, row in rows.items()
+            if index in heads
+        }
         every = [*states, *self.inputs.names, *inputs.names]
         block = self._graph(own | ahead, every, [*self._returned(), *outputs])
         counts = len(outputs), len(inputs.operands), len(inputs.shared)

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import fx
 
-from pcr_fx.chain import Leaving
+from pcr_fx.chain import Leaving, Place
 from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
 from pcr_fx.node import SolveNode
-from pcr_fx.operands import collect, stack_operands
+from pcr_fx.operands import collect, complete, stack_operands
 
 # States in a row from which on they are not taken one by one.
 _FEWEST = 4
@@ -60,7 +60,9 @@ def collect_states(graph: fx.Graph, nodes: Mapping[str, SolveNode]) -> None:
     for call in calls:
         index_of = {node: index for (source, index), node in wholes.items() if source is call}
         if index_of:
-            nodes[str(call.target)].takes(_renumber(call, taps, index_of))
+            solve = nodes[str(call.target)]
+            places = [_place(whole, solve.chain.length) for whole in index_of]
+            solve.takes(_renumber(call, taps, index_of, places))
 
 
 def _collect(node: fx.Node, taps: Mapping[fx.Node, _Tap], wholes: dict[tuple[fx.Node, int], fx.Node]) -> None:
@@ -127,11 +129,31 @@ def _cut(row: _Row, wholes: dict[tuple[fx.Node, int], fx.Node]) -> tuple[fx.Node
     return wholes[key], first.block, len(row.taps), row.step
 
 
-def _renumber(call: fx.Node, taps: Mapping[fx.Node, _Tap], index_of: Mapping[fx.Node, int]) -> Leaving:
+def _place(whole: fx.Node, length: int) -> Place | None:
+    """Where a trajectory stands in what it is collected in, if that is one result with all of it in order.
+
+    The result is then what the solve node returns.
+    """
+    collected, *others = whole.users
+    parts, dim, joins = collected.args
+    at = [index for index, part in enumerate(parts) if isinstance(part, tuple) and part[0] is whole]  # type: ignore[union-attr,arg-type]
+    rows = [part for part in parts if isinstance(part, tuple)]  # type: ignore[union-attr]
+    if others or len(rows) > 1 or rows[0][1:] != (0, length, 1) or (joins and len(parts) > 1):  # type: ignore[arg-type]
+        return None
+    before, after = parts[: at[0]], parts[at[0] + 1 :]  # type: ignore[index]
+    collected.target, collected.args = complete, (whole, before, after, dim, joins)
+    return Place(dim, joins, len(before), len(after))  # type: ignore[arg-type]
+
+
+def _renumber(
+    call: fx.Node, taps: Mapping[fx.Node, _Tap], index_of: Mapping[fx.Node, int], places: Sequence[Place | None]
+) -> Leaving:
     """Have the users of a solve node read what it is to return, which is what it is told."""
     singles = [user for user in call.users if user in taps and user.users]
     for user in [user for user in call.users if user in taps and not user.users]:
         call.graph.erase_node(user)
     for position, user in enumerate([*index_of, *singles]):
         user.args = (call, position)
-    return Leaving(tuple((taps[user].index, taps[user].block) for user in singles), tuple(index_of.values()))
+    return Leaving(
+        tuple((taps[user].index, taps[user].block) for user in singles), tuple(index_of.values()), tuple(places)
+    )

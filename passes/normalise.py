@@ -148,7 +148,10 @@ def _compute_once(graph: fx.Graph) -> None:
     for known, *others in alike.values():
         if len(others) < _OFTEN:
             continue
-        # Before the loop, so that its first step is like all others.
+        # Before the loop, so that its first step is like all others, which reads no attribute for the first time either.
+        for source in known.all_input_nodes:
+            if source.op == "get_attr" and inputs:
+                inputs[-1].append(source)
         at = max(known.all_input_nodes)
         (inputs[-1] if at.op == "placeholder" else at).append(known)
         for node in others:

@@ -18,7 +18,7 @@ from torch.fx.passes.split_module import split_module
 from pcr_fx.errors import OptionError
 from pcr_fx.graphs.effects import is_barrier
 from pcr_fx.node import SolveNode
-from pcr_fx.operands import InputOperand, collect, stack_operands, stack_parts
+from pcr_fx.operands import InputOperand, collect, complete, stack_operands, stack_parts
 from pcr_fx.options import Options
 from pcr_fx.passes.inline import holds_regions, inline_regions
 from pcr_fx.passes.pipeline import run_passes
@@ -174,7 +174,7 @@ def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any
     modules = {name for name, module in graph_module.named_children() if isinstance(module, SolveNode | InputOperand)}
 
     def is_called(node: fx.Node) -> bool:
-        return node.target in (stack_parts, collect) or (node.op == "call_module" and node.target in modules)
+        return node.target in (stack_parts, collect, complete) or (node.op == "call_module" and node.target in modules)
 
     part, was_called, parts = 0, None, dict[fx.Node, int]()
     for node in graph_module.graph.nodes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -44,7 +45,7 @@ class Head:
         body: of one block, called as `body(*states, *new_states, *operands, *literals, *shared)`, a tuple of the outputs.
             What a block computes on the way to its new states, it computes again.
         block: the block as a whole, called as the chain's body with these operands, literals and shared operands behind
-            its own, a tuple of the new states and the outputs.
+            its own, a tuple of the new states and the outputs. What is among the chain's too is read there.
         num_outputs, num_operands, num_shared, literals: as a chain's; operands and literals may be the chain's too.
     """
 
@@ -75,6 +76,7 @@ class Chain:
         origin: where it was found.
         head: its outputs; `None` where it has none.
         is_checkpoint: whether its author has what lies between the states computed again in the backward.
+        num_outputs: outputs that the body itself returns, behind the new states.
     """
 
     body: fx.GraphModule
@@ -86,6 +88,52 @@ class Chain:
     origin: Origin = field(default_factory=Origin)
     head: Head | None = None
     is_checkpoint: bool = False
+    num_outputs: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the parts of all blocks stand in what a graph makes of them, which is theirs alone.
+
+    Attributes:
+        dim: the dimension that blocks follow each other in, as the graph has it.
+        joins: whether that is one that the parts have, and not a further one.
+        before, after: how many others stand in front of them and behind; none where they are joined.
+    """
+
+    dim: int
+    joins: bool = False
+    before: int = 0
+    after: int = 0
+
+    def shape(self, length: int, part: Sequence[int]) -> tuple[int, ...]:
+        """That of the whole, of the shape of a block's part."""
+        at = self._at(len(part))
+        if self.joins:
+            return (*part[:at], length * part[at], *part[at + 1 :])
+        return (*part[:at], self.before + length + self.after, *part[at:])
+
+    def blocks_of(self, whole: Tensor, length: int) -> Tensor:
+        """The parts of all blocks, `[L, ...]`, as a view."""
+        if self.joins:
+            at = self._at(whole.dim())
+            return whole.unflatten(at, (length, whole.shape[at] // length)).movedim(at, 0)
+        at = self._at(whole.dim() - 1)
+        return whole.narrow(at, self.before, length).movedim(at, 0)
+
+    def filled(self, parts: Tensor) -> Tensor:
+        """The whole in memory of its own, of the parts of all blocks, `[L, ...]`; zero where others are to stand."""
+        at = self._at(parts.dim() - 1)
+        moved = parts.movedim(0, at)
+        if self.joins:
+            return moved.flatten(at, at + 1).clone(memory_format=torch.contiguous_format)
+        if self.before or self.after:
+            margins = [0, 0] * (parts.dim() - 1 - at) + [self.before, self.after]
+            return torch.constant_pad_nd(moved, margins)
+        return moved.clone(memory_format=torch.contiguous_format)
+
+    def _at(self, rank: int) -> int:
+        return self.dim % (rank if self.joins else rank + 1)
 
 
 @dataclass(frozen=True)
@@ -95,10 +143,12 @@ class Leaving:
     Attributes:
         taps: those that are taken one by one: (which state or output, of which block).
         whole: those that are taken of all blocks, `[L, ...]`; they come first.
+        places: for each of these where it stands in what is taken in its place, if it is; others there are left open.
     """
 
     taps: tuple[tuple[int, int], ...]
     whole: tuple[int, ...] = ()
+    places: tuple[Place | None, ...] = ()
 
     @functools.cached_property
     def blocks(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from pcr_fx.ways import Native, evaluate
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _unseen_by_dynamo(function: Function) -> Function:
+def unseen_by_dynamo(function: Function) -> Function:
     """A function that Dynamo runs as it is, with all that it calls: a backward within a training step that is compiled."""
     skipped = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
     set_code_exec_strategy(function.__code__, skipped)  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ class Solve(torch.autograd.Function):
         ctx.save_for_backward(initial, output, *tensors)
 
     @staticmethod
-    @_unseen_by_dynamo
+    @unseen_by_dynamo
     def backward(ctx: Any, cotangents: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         initial, trajectory, *tensors = ctx.saved_tensors
         program = ctx.plan.program
@@ -94,20 +94,20 @@ class KernelSolve(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         trajectory = way.kernel.solve(plan.program.call_with(initial, operands, shared), way.threads)
         if any(ctx.needs_input_grad):
-            ctx.inputs = _SavedInputs(operands, len(shared))
+            ctx.inputs = SavedInputs(operands, len(shared))
             ctx.save_for_backward(initial, trajectory, *(t for t in operands if isinstance(t, Tensor)), *shared)
         taken = tapped(plan.program.layout, trajectory, leaving.taps)
         return (trajectory, *taken) if leaving.whole else taken
 
     @staticmethod
-    @_unseen_by_dynamo
+    @unseen_by_dynamo
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
         if all(part is None for part in given):
             return (None,) * len(ctx.needs_input_grad)
         initial, trajectory, *saved = ctx.saved_tensors
         plan, (way, watch, doubt) = ctx.plan, ctx.back
         program = plan.program
-        among = _cotangents(program.layout, initial, ctx.leaving, given)
+        among = cotangents_of(program.layout, initial, ctx.leaving, given)
         parts = among.values() if isinstance(among, dict) else (among,)
         rest: Sequence[Tensor | None]
         # Not where a gradient is differentiated in turn, or many are taken at once.
@@ -157,7 +157,7 @@ class Outputs(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @_unseen_by_dynamo
+    @unseen_by_dynamo
     def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         program: OutputProgram = ctx.program
         tensors, active = ctx.saved_tensors, program.active
@@ -181,7 +181,7 @@ def _is_looked_on() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-class _SavedInputs:
+class SavedInputs:
     """The operands of a call for its backward: as autograd saves them, but for those read in place.
 
     Those are thousands; that none was written to in between is seen by their versions.
@@ -240,7 +240,7 @@ def tapped(layout: StateLayout, trajectory: Tensor, taps: Sequence[tuple[int, in
     return tuple([layout.unflatten(trajectory[block])[index].clone() for index, block in taps])
 
 
-def _cotangents(
+def cotangents_of(
     layout: StateLayout, initial: Tensor, leaving: Leaving, given: Sequence[Tensor | None]
 ) -> Tensor | dict[int, Tensor]:
     """Those of all states, `[L, *batch, d]`, or by block where only few have any.
@@ -354,7 +354,7 @@ class _Adjoint(torch.autograd.Function):
         ctx.save_for_backward(initial, cotangents, *tensors)
 
     @staticmethod
-    @_unseen_by_dynamo
+    @unseen_by_dynamo
     def backward(ctx: Any, *seconds: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         initial, cotangents, *tensors = ctx.saved_tensors
         record_of(ctx.record).is_differentiated_twice = True

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pcr_fx.body import OutputProgram, Signature, StateLayout, build_outputs
+from pcr_fx.body import Signature, StateLayout
 from pcr_fx.body.isolation import is_plain_call, is_undisturbed, wants_every_op
 from pcr_fx.body.written_out import may_raise
 from pcr_fx.call import Call
-from pcr_fx.chain import Chain, Head, Leaving, TensorSpec
-from pcr_fx.derivatives import Back, KernelSolve, Outputs, Solve, tapped
+from pcr_fx.chain import Chain, Leaving
+from pcr_fx.derivatives import Back, KernelSolve, Solve, tapped
 from pcr_fx.errors import BodyError
+from pcr_fx.heads import OutputsBehind
 from pcr_fx.looks import (
     SOLVED_DTYPES,
     autocast_dtype,
@@ -46,6 +47,7 @@ from pcr_fx.operands import (
 from pcr_fx.options import Options
 from pcr_fx.planner import Choice, Plan, Watch, make_plan
 from pcr_fx.record import SolveRecord
+from pcr_fx.sweep import Sweeps
 from pcr_fx.targets import PointerTable
 from pcr_fx.ways import IN_SEQUENCE, Native, evaluate_whole
 
@@ -108,19 +110,20 @@ class SolveNode(nn.Module):
         super().__init__()
         self.chain = chain
         self.is_in_graph = leaving is not None
-        self.takes(leaving or Leaving((), tuple(range(chain.num_states))))
         self.options = options
         self.plan = plan
+        # Where a block may have an error to raise, its states are looked at before anybody gets them.
         self._may_raise = may_raise(chain.body)
         self.record = SolveRecord(chain.origin.modules or "a chain")
         self.choice: Choice | None = None
         self._routes: dict[Any, Route] = {}
-        # By the tensors that they are for; `None` where the blocks' outputs cannot be computed at once.
-        self._outputs: dict[Any, OutputProgram | None] = {}
+        self._outputs = None if chain.head is None else OutputsBehind(chain.head, chain.length, self.record.name)
+        self.takes(leaving or Leaving((), tuple(range(chain.num_states))))
 
     def takes(self, leaving: Leaving) -> None:
         """Have calls return this."""
         self.leaving, self.of_solve = leaving, leaving.of_solve(self.chain)
+        self._sweeps = Sweeps(self.chain, leaving, self.record.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SolveNode:
         # Plans are immutable and shared; what happened at a node is its own.
@@ -182,14 +185,27 @@ class SolveNode(nn.Module):
             return self._timed(route, states, partial(self._block_by_block, states, whole, left_alone))
         if route.where is Where.IN_PLACE:
             given = [in_place(operand, table) for operand, table in zip(operands, seen, strict=True)]
+            if self._sweeps.are_wanted and not self._may_raise:
+                assert isinstance(route.plan, Plan) and route.way is not None
+                ways = route.way, route.way_back or route.way
+                sweep = self._sweeps.of(key, route.plan, ways, states, head_operands, head_shared)
+                if sweep is not None:
+                    back = Back(sweep.way_back, route.watch_back, partial(self._doubt, route, states))
+                    every = states, (given, shared), (head_operands, head_shared)
+                    return self._timed(route, states, partial(sweep.run, self.record, back, *every))
             solved = self._timed(route, states, partial(self._in_place, route, states, given, shared))
         else:
             solved = self._by_operators(route, states, operands, shared)
         if self._may_raise and is_plain and not all(bool(part.isfinite().all()) for part in solved):
             return self._block_by_block(states, whole)  # there is an error to raise, if it is one
-        if self.chain.head is None:
-            return solved
-        return self._with_outputs(self.chain.head, states, solved, head_operands, head_shared)
+        if self._outputs is not None:
+            solved = self._with_outputs(self._outputs, states, solved, head_operands, head_shared)
+        return self._placed(solved)
+
+    def _placed(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What leaves the chain, `[L, ...]` where it is whole, in the places that it is to have."""
+        places = [*self.leaving.places, *(None for _ in leaves[len(self.leaving.places) :])]
+        return tuple([one if place is None else place.filled(one) for one, place in zip(leaves, places, strict=True)])
 
     def _timed(self, route: Route, states: Sequence[Tensor], run: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """What `run` returns, which is watched now and then."""
@@ -209,7 +225,7 @@ class SolveNode(nn.Module):
 
     def _with_outputs(
         self,
-        head: Head,
+        behind: OutputsBehind,
         states: Sequence[Tensor],
         solved: Sequence[Tensor],
         operands: Sequence[Operand],
@@ -218,53 +234,11 @@ class SolveNode(nn.Module):
         """What leaves the chain, of what the solve returned: all trajectories, and those taps that are states."""
         count = self.chain.num_states
         trajectories, states_taken = list(solved[:count]), iter(solved[count:])
-        outputs = self._outputs_of(head, states, trajectories, list(map(stacked, operands)), shared)
-        values = [*trajectories, *outputs]
+        values = [*trajectories, *behind.of(states, trajectories, list(map(stacked, operands)), shared)]
         taps = [
             next(states_taken) if index < count else values[index][block].clone() for index, block in self.leaving.taps
         ]
         return (*(values[index] for index in self.leaving.whole), *taps)
-
-    def _outputs_of(
-        self,
-        head: Head,
-        states: Sequence[Tensor],
-        trajectories: list[Tensor],
-        operands: list[Tensor],
-        shared: Sequence[Tensor],
-    ) -> Sequence[Tensor]:
-        """The outputs of all blocks, each `[L, ...]`."""
-        old = trajectories
-        if head.reads_old_states(len(states)):
-            pairs = zip(states, trajectories, strict=True)
-            old = [torch.cat([state.unsqueeze(0).to(whole.dtype), whole[:-1]]) for state, whole in pairs]
-        number, device = trajectories[0].dtype, trajectories[0].device
-        literals = [torch.tensor(values, dtype=number, device=device) for values in head.literals]
-        given = [*old, *trajectories, *operands, *literals]
-        program = self._output_program(head, given, shared)
-        if program is not None:
-            return Outputs.apply(program, *given, *shared)
-        numbers = zip(*head.literals, strict=True) if head.literals else [()] * self.chain.length
-        each = zip(*(tensor.unbind(0) for tensor in given[: len(given) - len(literals)]), strict=True)
-        found = [head.body(*block, *number, *shared) for block, number in zip(each, numbers, strict=True)]
-        return [torch.stack(values) for values in zip(*found, strict=True)]
-
-    def _output_program(self, head: Head, given: Sequence[Tensor], shared: Sequence[Tensor]) -> OutputProgram | None:
-        if autocast_dtype(given[0].device.type) is not None:
-            return None  # each op has a dtype of its own
-        groups = tuple(
-            tuple(TensorSpec(tuple(int(size) for size in one.shape), one.dtype, one.device) for one in group)
-            for group in (given, shared)
-        )
-        if groups not in self._outputs:
-            try:
-                self._outputs[groups] = build_outputs(head, *groups)
-            except BodyError as reason:
-                log.warning("the outputs of %s are computed block by block: %s", self.record.name, reason)
-                self._outputs[groups] = None
-            if len(self._outputs) > _ROUTES:
-                self._outputs.pop(next(iter(list(self._outputs))), None)
-        return self._outputs[groups]
 
     def _look(self, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]) -> Any:
         """All that decides where a call goes that something looks on at."""

@@ -83,6 +83,57 @@ def collect(parts: Sequence[Tensor | Cut], dim: int, joins: bool) -> Tensor:
     return torch.cat(pieces, dim)
 
 
+def complete(
+    whole: Tensor | list[Tensor], before: Sequence[Tensor], after: Sequence[Tensor], dim: int, joins: bool
+) -> Tensor:
+    """`torch.stack` or `torch.cat` of some tensors, those of all blocks of a chain, and others.
+
+    Args:
+        whole: what a solve node returned in place of the blocks' parts: the result with them in it, or a list of them.
+    """
+    if isinstance(whole, list):
+        every = [*before, *whole, *after]
+        return torch.cat(every, dim) if joins else torch.stack(every, dim)
+    if not before and not after:
+        return whole
+    dim = dim % whole.dim()
+    others = [*before, *after]
+    shape = (*whole.shape[:dim], *whole.shape[dim + 1 :])
+    if is_plain_call() and all(is_plain(one) and one.shape == shape and one.dtype == whole.dtype for one in others):
+        if torch.is_grad_enabled():
+            return _Completed.apply(whole, dim, len(before), *others)
+        return _write_around(whole, dim, len(before), others)
+    middle = whole.narrow(dim, len(before), whole.shape[dim] - len(others))
+    pieces = [one.unsqueeze(dim) for one in before], [one.unsqueeze(dim) for one in after]
+    return torch.cat([*pieces[0], middle, *pieces[1]], dim)
+
+
+class _Completed(torch.autograd.Function):
+    """Writes what stands around the blocks' parts, which is nobody else's yet: no copy of those."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, dim: int, before: int, *others: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.dim, ctx.places = dim, _around(whole, dim, before, len(others))
+        ctx.mark_dirty(whole)
+        return _write_around(whole, dim, before, others)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return cotangent, None, None, *(cotangent.select(ctx.dim, place) for place in ctx.places)
+
+
+def _write_around(whole: Tensor, dim: int, before: int, others: Sequence[Tensor]) -> Tensor:
+    for place, other in zip(_around(whole, dim, before, len(others)), others, strict=True):
+        whole.select(dim, place).copy_(other)
+    return whole
+
+
+def _around(whole: Tensor, dim: int, before: int, count: int) -> list[int]:
+    """The places that are not the blocks'."""
+    size = whole.shape[dim]
+    return [*range(before), *range(size - count + before, size)]
+
+
 def _piece(part: Tensor | Cut, dim: int, joins: bool) -> Tensor:
     """One part as it stands in the result, as a view if that is possible."""
     if isinstance(part, Tensor):

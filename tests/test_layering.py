@@ -30,6 +30,7 @@ FLOORS = (
     {"ops"},
     {"operands", "derivatives"},
     {"looks"},
+    {"sweep", "heads"},
     {"node"},
     {"reports"},
     {"passes"},

@@ -250,7 +250,7 @@ def test_an_output_that_nobody_differentiates_costs_no_adjoint(monkeypatch: pyte
     model, (h, xs) = Loop(gate), inputs()
     fast = pcr_fx.transform(model, (h, xs), {"solver": "sequential", "kernels": False})
     outputs, state = fast(h.requires_grad_(), xs)
-    (program,) = node_of(fast)._outputs.values()
+    (program,) = node_of(fast)._outputs.programs.values()
     monkeypatch.setattr("pcr_fx.body.outputs.OutputProgram.moving", property(lambda self: 1 / 0))
     state.sum().backward()
     assert program is not None and outputs.requires_grad

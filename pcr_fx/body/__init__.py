@@ -2,19 +2,23 @@
 
 from pcr_fx.body.agreement import BATCHED_EPS
 from pcr_fx.body.batch import BatchDimensions
+from pcr_fx.body.joined import Joined, join
 from pcr_fx.body.layout import StateLayout
 from pcr_fx.body.outputs import OutputProgram, build_outputs, output_program
-from pcr_fx.body.program import Program, build_program
+from pcr_fx.body.program import Interface, Program, build_program
 from pcr_fx.body.signature import Signature
 
 __all__ = [
     "BATCHED_EPS",
     "BatchDimensions",
+    "Interface",
+    "Joined",
     "OutputProgram",
     "Program",
     "Signature",
     "StateLayout",
     "build_outputs",
     "build_program",
+    "join",
     "output_program",
 ]

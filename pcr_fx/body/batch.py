@@ -45,10 +45,12 @@ class BatchDimensions:
     Attributes:
         dims: the dimensions proved, ascending; the same positions in every state.
         reasons: for each other dimension of the first state, what couples it, as in "aten.mm contracts it".
+        outputs: for each result behind the new states, in which dimension it has each of `dims`; `None` where it lacks one.
     """
 
     dims: tuple[int, ...]
     reasons: Mapping[int, str] = field(default_factory=dict, hash=False)
+    outputs: tuple[tuple[int, ...] | None, ...] = ()
 
 
 def prove_batch_dimensions(
@@ -61,7 +63,7 @@ def prove_batch_dimensions(
     keep it apart at any size.
 
     Args:
-        body: aten graph `(*states, *others) -> (*new_states,)`, with static shapes, and with `meta["val"]` on
+        body: aten graph `(*states, *others) -> (*new_states, *outputs)`, with static shapes, and with `meta["val"]` on
             its inputs and ops, as `make_fx` leaves them.
         num_states: how many of the first inputs are states.
         followers: inputs that are supposed to have a part for each sample, by position: for their first dimensions the
@@ -70,7 +72,7 @@ def prove_batch_dimensions(
     Raises:
         ValueError: `body` is not such a graph, or has fewer inputs than `num_states`.
     """
-    states, new_states = _states_and_new_states(body, num_states)
+    states, new_states, outputs = _states_and_results(body, num_states)
     shapes = [shape_of(state) for state in states]
     proof = _Proof(range(len(shapes[0])))
     for dim, size in enumerate(shapes[0]):
@@ -91,7 +93,11 @@ def prove_batch_dimensions(
         if proof.live and node in needed and node.op not in ("placeholder", "output"):
             proof.visit(node)
     proof.check_new_states(new_states)
-    return BatchDimensions(tuple(sorted(proof.live)), dict(sorted(proof.reasons.items())))
+    dims = tuple(sorted(proof.live))
+    sizes = [shapes[0][dim] for dim in dims]
+    return BatchDimensions(
+        dims, dict(sorted(proof.reasons.items())), tuple(proof.places_in(output, dims, sizes) for output in outputs)
+    )
 
 
 class _Proof:
@@ -144,6 +150,14 @@ class _Proof:
                 if found[label] != (label, 1):
                     self.lose(label, "the new state has it in another dimension")
 
+    def places_in(self, output: fx.Node, labels: Sequence[int], sizes: Sequence[int]) -> tuple[int, ...] | None:
+        """The dimension of an output that each label is, of its size; `None` where one is none."""
+        found, shape = places(self.layouts.get(output, ())), shape_of(output)
+        for label, size in zip(labels, sizes, strict=True):
+            if label not in found or found[label][1] != 1 or shape[found[label][0]] != size:
+                return None
+        return tuple(found[label][0] for label in labels)
+
     def _writes_elsewhere(self, node: fx.Node) -> bool:
         """Whether `node` writes in a way that layouts do not cover: see the top of the file."""
         if not is_mutable(node):
@@ -179,19 +193,20 @@ class _Proof:
         return fitting if len(fitting) == len(placed) else None
 
 
-def _states_and_new_states(body: fx.GraphModule, num_states: int) -> tuple[list[fx.Node], list[fx.Node]]:
-    """The nodes of the states and of the new states, checked."""
+def _states_and_results(body: fx.GraphModule, num_states: int) -> tuple[list[fx.Node], list[fx.Node], list[fx.Node]]:
+    """The nodes of the states, of the new states, checked, and of the outputs."""
     for node in body.graph.nodes:
         if node.op not in ("output", "get_attr") and "val" not in node.meta:
             raise ValueError(f'node {node.name} of the body has no meta["val"]; trace the body with make_fx')
     inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
     if not 1 <= num_states <= len(inputs):
         raise ValueError(f"num_states must be from 1 to {len(inputs)}, the body's inputs, got {num_states}")
-    new_states = list(nodes_in(body.graph.output_node().args[0]))
+    results = list(nodes_in(body.graph.output_node().args[0]))
+    new_states, outputs = results[:num_states], results[num_states:]
     before, after = [shape_of(node) for node in inputs[:num_states]], [shape_of(node) for node in new_states]
     if before != after:
         raise ValueError(f"the body must return new states of shapes {before}, but returns {after}")
-    return inputs[:num_states], new_states
+    return inputs[:num_states], new_states, outputs
 
 
 def _needed_nodes(graph: fx.Graph) -> set[fx.Node]:

@@ -31,69 +31,25 @@ from pcr_fx.registry import Registry
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
-    """All that runs a chain, for one signature. States are flat: `z` `[*batch, d]`, `Z` `[L, *batch, d]`.
-
-    Per-block operands are `[...]` in `step*` and `[L, ...]` elsewhere. Cotangents of floating and complex operands only.
+class Interface:
+    """What goes into a chain for one signature, and comes out.
 
     Attributes:
-        key: hash of everything below: two programs with one key compute the same.
-        step: `(z, *operands, *shared) -> z`, one block.
-        step_pullback: `(z, *operands, *shared, cotangent) -> (dz, *d_operands, *d_shared)`.
-        evaluate: `(Z, *operands, *shared) -> Z`, all blocks at once, each on its own state.
-        linearise: `(Z, *operands, *shared) -> (Z, J)`, J `[L, *batch, d, d]`.
-        pullback: `(Z, *operands, *shared, cotangents) -> (dZ, *d_operands, *d_shared)`.
-        pull: the first of these alone, `(Z, *operands, *shared, cotangents) -> dZ`.
         literals: the chain's literals as tensors `[L]`; they follow the operands in every call.
-        generality: for which other sizes it is right as well.
     """
 
-    key: str
     chain: Chain
     signature: Signature
     layout: StateLayout
-    batch: BatchDimensions
-    ops: tuple[str, ...]
     literals: tuple[Tensor, ...]
-    generality: Generality
-    step: Run
-    step_pullback: Run
-    evaluate: Run
-    linearise: Run
-    pullback: Run
-    pull: Run
-    _shorter: dict[int, Program] = field(default_factory=dict, repr=False)
-    _faults: dict[str, str] = field(default_factory=dict, repr=False)
 
-    def called_with(self, signature: Signature) -> Program:
-        """The same for tensors of another signature that it is right for."""
-        shapes = tuple(spec.shape for spec in signature.states)
-        return replace(self, signature=signature, layout=replace(self.layout, shapes=shapes), _shorter={})
+    @classmethod
+    def of(cls, chain: Chain, signature: Signature, layout: StateLayout) -> Interface:
+        return Interface(chain, signature, layout, _literal_tensors(chain, signature))
 
     def call_with(self, initial: Tensor, operands: Sequence[Any], shared: Sequence[Tensor]) -> Call:
         """The call of the chain with these tensors, as `Call` has them but for the literals."""
         return Call(initial, [*operands, *self.literals], shared, self.length)
-
-    def of_length(self, length: int) -> Program:
-        """The program of so many of the chain's blocks in a row: whichever these are, given their operands."""
-        if length == self.length:
-            return self
-        if length not in self._shorter:
-            literals = tuple(values[:length] for values in self.chain.literals)
-            chain = replace(self.chain, length=length, literals=literals)
-            self._shorter[length] = build_program(chain, self.signature)
-        return self._shorter[length]
-
-    def fault(self, *names: str) -> str:
-        """Why one of these programs of all blocks may not be used, or nothing; found out when it is first asked.
-
-        Args:
-            names: of `evaluate`, `linearise` and `pullback`, of which `pull` is a part.
-        """
-        for name in names:
-            if name not in self._faults:
-                self._faults[name] = disagreement(self, name)
-        return next((fault for name in names if (fault := self._faults[name])), "")
 
     @property
     def length(self) -> int:
@@ -116,6 +72,63 @@ class Program:
     @property
     def differentiable_shared(self) -> tuple[bool, ...]:
         return tuple(spec.is_differentiable for spec in self.signature.shared)
+
+
+@dataclass(frozen=True, eq=False)
+class Program(Interface):
+    """All that runs a chain, for one signature. States are flat: `z` `[*batch, d]`, `Z` `[L, *batch, d]`.
+
+    Per-block operands are `[...]` in `step*` and `[L, ...]` elsewhere. Cotangents of floating and complex operands only.
+
+    Attributes:
+        key: hash of everything here: two programs with one key compute the same.
+        step: `(z, *operands, *shared) -> z`, one block.
+        step_pullback: `(z, *operands, *shared, cotangent) -> (dz, *d_operands, *d_shared)`.
+        evaluate: `(Z, *operands, *shared) -> Z`, all blocks at once, each on its own state.
+        linearise: `(Z, *operands, *shared) -> (Z, J)`, J `[L, *batch, d, d]`.
+        pullback: `(Z, *operands, *shared, cotangents) -> (dZ, *d_operands, *d_shared)`.
+        pull: the first of these alone, `(Z, *operands, *shared, cotangents) -> dZ`.
+        generality: for which other sizes it is right as well.
+    """
+
+    key: str
+    batch: BatchDimensions
+    ops: tuple[str, ...]
+    generality: Generality
+    step: Run
+    step_pullback: Run
+    evaluate: Run
+    linearise: Run
+    pullback: Run
+    pull: Run
+    _shorter: dict[int, Program] = field(default_factory=dict, repr=False)
+    _faults: dict[str, str] = field(default_factory=dict, repr=False)
+
+    def called_with(self, signature: Signature) -> Program:
+        """The same for tensors of another signature that it is right for."""
+        shapes = tuple(spec.shape for spec in signature.states)
+        return replace(self, signature=signature, layout=replace(self.layout, shapes=shapes), _shorter={})
+
+    def of_length(self, length: int) -> Program:
+        """The program of so many of the chain's blocks in a row: whichever these are, given their operands."""
+        if length == self.length:
+            return self
+        if length not in self._shorter:
+            literals = tuple(values[:length] for values in self.chain.literals)
+            chain = replace(self.chain, length=length, literals=literals)
+            self._shorter[length] = build_program(chain, self.signature)
+        return self._shorter[length]
+
+    def fault(self, *names: str) -> str:
+        """Why one of these programs of all blocks may not be used, or nothing; found out when it is first asked.
+
+        Args:
+            names: of `evaluate`, `linearise` and `pullback`, of which `pull` is a part.
+        """
+        for name in names:
+            if name not in self._faults:
+                self._faults[name] = disagreement(self, name)
+        return next((fault for name in names if (fault := self._faults[name])), "")
 
 
 # By content: of a chain's graphs, and of its block alone, which is traced first.
@@ -158,7 +171,7 @@ def _program_for(chain: Chain, signature: Signature, block: fx.GraphModule) -> P
     if made is None:
         runs: dict[str, Any] = {name: graph.forward for name, graph in graphs.items()}
         ops = _op_names(block)
-        made = Program(key, chain, signature, layout, batch, ops, literals, generality, **runs)
+        made = Program(chain, signature, layout, literals, key, batch, ops, generality, **runs)
         _programs.keep(key, made)
     _of_chain[chain].add(made)
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from pcr_fx.body.batch import prove_batch_dimensions
 from pcr_fx.body.decompositions import DECOMPOSITIONS
 from pcr_fx.body.isolation import isolated
 from pcr_fx.body.layout import StateLayout
-from pcr_fx.body.program import Program
+from pcr_fx.body.program import Interface, Program
 from pcr_fx.body.signature import Generality, Signature
 from pcr_fx.body.tracer import Run, Tracer, trace, trace_block
 from pcr_fx.chain import TensorSpec
@@ -24,6 +25,21 @@ from pcr_fx.graphs.parts import holds_derivatives
 
 # Inputs that may or may not have a part for each sample: tried in all ways, up to this many of them.
 _MAX_CANDIDATES = 4
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """One output of a block.
+
+    Attributes:
+        spec: as the block has it.
+        batch_dims: which of its dimensions are those that tell samples apart.
+        size: numbers a sample.
+    """
+
+    spec: TensorSpec
+    batch_dims: tuple[int, ...]
+    size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +52,10 @@ class SampleBody:
         dimension: numbers a sample.
         own: for each per-block operand, literal and shared operand whether samples have their own; all samples use the
             others as they are.
-        step: `(z, *operands, *literals, *shared) -> z`, every size of the batch 1.
-        pullback: `(z, *operands, *literals, *shared, cotangent) -> (dz, *d_operands, *d_shared)`.
+        step: `(z, *operands, *literals, *shared) -> z`, or `(z, *outputs)` where there are any, every size of the batch 1.
+        pullback: `(z, *operands, *literals, *shared, *cotangents) -> (dz, *d_operands, *d_shared)`, from those of the state
+            and of the floating outputs.
+        outputs: of the chain, where its body returns any.
     """
 
     batch_dims: tuple[int, ...]
@@ -45,6 +63,7 @@ class SampleBody:
     own: tuple[bool, ...]
     step: fx.GraphModule
     pullback: fx.GraphModule
+    outputs: tuple[SampleOutput, ...] = ()
 
     def bound_to(self, program: Program) -> tuple[int, ...] | Signature:
         """The sizes beside those that `program` fixes for which alone this is right.
@@ -69,7 +88,7 @@ class SampleBody:
 
 
 @isolated
-def trace_sample(program: Program) -> SampleBody:
+def trace_sample(program: Interface) -> SampleBody:
     """The body of `program` for one sample.
 
     Raises:
@@ -79,15 +98,15 @@ def trace_sample(program: Program) -> SampleBody:
     for batch_dims in _batches(program):
         for own in _candidates(program, batch_dims):
             try:
-                _check_followers(program, batch_dims, own)
-                return _trace_sample(program, batch_dims, own)
+                places = _places_of_outputs(program, batch_dims, own)
+                return _trace_sample(program, batch_dims, own, places)
             except BodyError as reason:
                 failure = failure or reason
     assert failure is not None, "there is always something to try"
     raise failure
 
 
-def _batches(program: Program) -> Iterator[tuple[int, ...]]:
+def _batches(program: Interface) -> Iterator[tuple[int, ...]]:
     """Which dimensions may tell samples apart: such that a sample lies together in memory where it does now."""
     dims = program.layout.batch_dims
     yield dims
@@ -95,7 +114,7 @@ def _batches(program: Program) -> Iterator[tuple[int, ...]]:
         yield from (dims[:count] for count in range(len(dims) - 1, -1, -1))
 
 
-def _candidates(program: Program, batch_dims: tuple[int, ...]) -> Iterator[tuple[bool, ...]]:
+def _candidates(program: Interface, batch_dims: tuple[int, ...]) -> Iterator[tuple[bool, ...]]:
     """Which inputs may have a part for each sample, the fewest first."""
     signature = program.signature
     batch = tuple(signature.states[0].shape[dim] for dim in batch_dims)
@@ -109,56 +128,95 @@ def _candidates(program: Program, batch_dims: tuple[int, ...]) -> Iterator[tuple
         yield tuple(index in follows for index in range(len(fits)))
 
 
-def _check_followers(program: Program, dims: tuple[int, ...], own: tuple[bool, ...]) -> None:
-    """Inputs with a part for each sample must be used by that sample alone, as states are."""
-    if not any(own):
-        return
+def _places_of_outputs(program: Interface, dims: tuple[int, ...], own: tuple[bool, ...]) -> tuple[tuple[int, ...], ...]:
+    """For each output the dimensions that tell samples apart.
+
+    Inputs with a part for each sample must be used by that sample alone, as states are.
+    """
+    chain = program.chain
+    if not any(own) and not chain.num_outputs:
+        return ()
     # The traced block takes states, operands, literals, shared operands.
-    states, operands = program.chain.num_states, program.chain.num_operands
-    after = states + len(program.chain.literals)
-    followers = {index + (states if index < operands else after): dims for index, follows in enumerate(own) if follows}
-    block = trace_block(program.chain, program.signature)
-    proved = prove_batch_dimensions(block, states, followers)
+    after = chain.num_states + len(chain.literals)
+    followers = {
+        index + (chain.num_states if index < chain.num_operands else after): dims
+        for index, follows in enumerate(own)
+        if follows
+    }
+    block = trace_block(chain, program.signature)
+    proved = prove_batch_dimensions(block, chain.num_states, followers)
+    is_single = all(program.signature.states[0].shape[dim] == 1 for dim in dims)
+    if is_single and not followers:
+        return tuple(() for _ in proved.outputs)  # what is there is that of the one sample
     if not set(dims) <= set(proved.dims):
-        raise BodyError("an operand of the size of the batch is not used sample by sample")
+        raise BodyError("an operand or output of the size of the batch is not used sample by sample")
+    numbers = [proved.dims.index(dim) for dim in dims]
+    places = []
+    for found in proved.outputs:
+        if found is None:
+            raise BodyError("an output is not each sample's own")
+        places.append(tuple(found[number] for number in numbers))
+    return tuple(places)
 
 
-def _trace_sample(program: Program, batch_dims: tuple[int, ...], own: tuple[bool, ...]) -> SampleBody:
+def _one(spec: TensorSpec, dims: Sequence[int]) -> TensorSpec:
+    """That of one sample."""
+    return replace(spec, shape=tuple(1 if dim in dims else size for dim, size in enumerate(spec.shape)))
+
+
+def _trace_sample(
+    program: Interface, batch_dims: tuple[int, ...], own: tuple[bool, ...], places: Sequence[tuple[int, ...]]
+) -> SampleBody:
     layout, operands = StateLayout(program.layout.shapes, batch_dims), program.chain.num_operands
     batch_rank = len(layout.batch_dims)
     old = program.signature
-
-    def one(spec: TensorSpec, dims: tuple[int, ...]) -> TensorSpec:
-        return replace(spec, shape=tuple(1 if dim in dims else size for dim, size in enumerate(spec.shape)))
-
     others = [
-        one(spec, tuple(range(batch_rank)) if follows else ())
+        _one(spec, range(batch_rank) if follows else ())
         for spec, follows in zip((*old.operands, *old.shared), own, strict=True)
     ]
     signature = Signature(
-        tuple(one(spec, layout.batch_dims) for spec in old.states), tuple(others[:operands]), tuple(others[operands:])
+        tuple(_one(spec, layout.batch_dims) for spec in old.states), tuple(others[:operands]), tuple(others[operands:])
     )
     tracer = Tracer(program.chain, signature, layout, Generality(False, tuple(() for _ in others)))
     tensors = [tracer.state, *tracer.operands, *tracer.shared]
-    state = tuple(tracer.state.shape)
+    outputs = _outputs(program, places)
+    shapes = [tuple(tracer.state.shape), *(_one(output.spec, output.batch_dims).shape for output in outputs)]
+
+    def block(*inputs: Any) -> tuple[Any, ...]:
+        results = tracer.block(*inputs)
+        if [tuple(result.shape) for result in results] != shapes:
+            raise BodyError("the block fixes its batch size")
+        return results
 
     def step(*inputs: Any) -> Any:
-        result = tracer.step(*inputs)
-        if tuple(result.shape) != state:
-            raise BodyError("the block fixes its batch size")
-        return result
+        results = block(*inputs)
+        return results if outputs else results[0]
 
+    cotangents = [TensorSpec.of(tracer.state), *(_one(output.spec, output.batch_dims) for output in outputs)]
     with tracer.mode:
+        ones = [torch.empty(spec.shape, dtype=spec.dtype) for spec in cotangents if spec.is_differentiable]
         runs: dict[str, tuple[Run, Sequence[Tensor]]] = {
             "step": (step, tensors),
-            "pullback": (tracer.pullback_of(step), [*tensors, torch.empty_like(tracer.state)]),
+            "pullback": (tracer.pullback_of(step), [*tensors, *ones]),
         }
         if holds_derivatives(program.chain.body.graph):
             # `functionalize` knows no functions with derivatives of their own: it gets the ops that these are made of.
             runs = {name: (_as_ops(run, given), given) for name, (run, given) in runs.items()}
         graphs = {name: _trace_functional(run, given) for name, (run, given) in runs.items()}
     literals = (False,) * len(program.chain.literals)
-    return SampleBody(batch_dims, layout.dimension, (*own[:operands], *literals, *own[operands:]), **graphs)
+    own = (*own[:operands], *literals, *own[operands:])
+    return SampleBody(batch_dims, layout.dimension, own, outputs=outputs, **graphs)
+
+
+def _outputs(program: Interface, places: Sequence[tuple[int, ...]]) -> tuple[SampleOutput, ...]:
+    if not places or not program.chain.num_outputs:
+        return ()
+    block = trace_block(program.chain, program.signature)
+    results: Any = block.graph.output_node().args[0]
+    specs = [TensorSpec.of(node.meta["val"]) for node in results[program.chain.num_states :]]
+    return tuple(
+        SampleOutput(spec, dims, math.prod(_one(spec, dims).shape)) for spec, dims in zip(specs, places, strict=True)
+    )
 
 
 def _as_ops(function: Run, arguments: Sequence[Tensor]) -> Run:

@@ -202,10 +202,15 @@ class Tracer:
         count = 1 + len(self.operands)
         return tensors[0], list(tensors[1:count]), list(tensors[count:])
 
-    def step(self, *tensors: Any) -> Any:
+    def block(self, *tensors: Any) -> tuple[Any, ...]:
+        """The new state, then the outputs that the body returns."""
         state, operands, shared = self._split(tensors)
         states = self.layout.unflatten(state)
-        return self.layout.flatten(tuple(self.body(*states, *operands, *shared)))
+        results = tuple(self.body(*states, *operands, *shared))
+        return self.layout.flatten(results[: len(states)]), *results[len(states) :]
+
+    def step(self, *tensors: Any) -> Any:
+        return self.block(*tensors)[0]
 
     def _evaluate(self, *tensors: Any) -> Any:
         return torch.vmap(self.step, in_dims=self._in_dims())(*tensors)
@@ -231,18 +236,24 @@ class Tracer:
         return new_state, rows.movedim(0, -2)
 
     def pullback_of(self, function: Run) -> Run:
-        """`(*tensors, cotangent) -> (d_state, *d_operands, *d_shared)` of `function`, differentiable inputs only."""
+        """`(*tensors, *cotangents) -> (d_state, *d_operands, *d_shared)` of `function`, differentiable inputs only.
+
+        There is a cotangent for each floating result.
+        """
         needs = self.needs
 
         def pullback(*tensors: Any) -> tuple[Any, ...]:
-            *primals, cotangent = tensors
+            primals, cotangents = tensors[: len(needs)], tensors[len(needs) :]
 
-            def moving(*active: Any) -> Any:
+            def moving(*active: Any) -> tuple[Any, ...]:
                 waiting = iter(active)
-                return function(*(next(waiting) if need else fixed for need, fixed in zip(needs, primals, strict=True)))
+                given = (next(waiting) if need else fixed for need, fixed in zip(needs, primals, strict=True))
+                results = function(*given)
+                every = results if isinstance(results, tuple) else (results,)
+                return tuple(result for result in every if result.is_floating_point() or result.is_complex())
 
             active = [primal for need, primal in zip(needs, primals, strict=True) if need]
-            return torch.func.vjp(moving, *active)[1](cotangent)
+            return torch.func.vjp(moving, *active)[1](cotangents)
 
         return pullback
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from pcr_fx.body import Program
+from pcr_fx.body import Interface
 from pcr_fx.body.sample import SampleBody
 from pcr_fx.call import Call
 from pcr_fx.codegen import WHOLE, Function, Unprintable, lower
@@ -29,7 +30,7 @@ class Kernel(Protocol):
     failure: str | None
 
     @property
-    def program(self) -> Program:
+    def program(self) -> Interface:
         """The chain."""
 
     @property
@@ -74,6 +75,20 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Result:
+    """A state or an output of a sample, among all numbers that a block computes of it.
+
+    Attributes:
+        offset, size: which numbers.
+        dtype: what they are to be; a kernel computes in that of the state.
+    """
+
+    offset: int
+    size: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class LoweredBody:
     """One block on one sample in the language of kernels, with its derivatives.
 
@@ -85,7 +100,7 @@ class LoweredBody:
         Unprintable: the body has an op that no kernel is printed for.
     """
 
-    program: Program
+    program: Interface
     body: SampleBody
 
     @property
@@ -106,15 +121,34 @@ class LoweredBody:
         return [Input(f"in{i}", size, own, i >= operands, need) for i, (size, own, need) in enumerate(inputs)]
 
     @cached_property
+    def results(self) -> list[Result]:
+        """The states, then the outputs."""
+        counts = self.program.layout.counts if self._holds_samples else [self.dimension]
+        numbers = [(size, self.program.dtype) for size in counts]
+        numbers += [(output.size, output.spec.dtype) for output in self.body.outputs]
+        offsets = accumulate((size for size, _ in numbers), initial=0)
+        return [Result(offset, size, dtype) for offset, (size, dtype) in zip(offsets, numbers, strict=False)]
+
+    @property
+    def _holds_samples(self) -> bool:
+        """Whether a sample is what the chain's batch dimensions tell apart, and not several of these together."""
+        return self.body.batch_dims == self.program.layout.batch_dims
+
+    @cached_property
     def step(self) -> Function:
-        """The next state of a state and the inputs."""
-        return lower(self.body.step.graph, self.body.step, [True, *self.body.own], [False])
+        """The next state and the outputs of a state and the inputs."""
+        sums = [False, *(False for _ in self.body.outputs)]
+        return lower(self.body.step.graph, self.body.step, [True, *self.body.own], sums)
 
     @cached_property
     def pullback(self) -> Function:
-        """The cotangents of a state and of every differentiable input, of a state, the inputs and a cotangent."""
+        """The cotangents of a state and of every differentiable input, of a state, the inputs and the cotangents of a state
+        and of all outputs that have any.
+        """
         sums = [not one.own for one in self.inputs if one.differentiable]
-        return lower(self.body.pullback.graph, self.body.pullback, [True, *self.body.own, True], [False, *sums])
+        cotangents = [True, *(True for output in self.body.outputs if output.spec.is_differentiable)]
+        varying = [True, *self.body.own, *cotangents]
+        return lower(self.body.pullback.graph, self.body.pullback, varying, [False, *sums])
 
     @cached_property
     def pull(self) -> Function:
@@ -131,7 +165,7 @@ def as_real(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def check_tensors(program: Program, reals: dict[torch.dtype, str]) -> None:
+def check_tensors(program: Interface, reals: dict[torch.dtype, str]) -> None:
     """Whether kernels can compute with the tensors of a program.
 
     Args:

@@ -58,7 +58,7 @@ def evaluate(
     shared: Sequence[Tensor],
     wanted: Collection[int] | None = None,
 ) -> dict[int, tuple[Tensor, ...]]:
-    """The states after each block, or after the blocks that are wanted, by block.
+    """The states after each block, or after the blocks that are wanted, by block; behind them outputs that the body returns.
 
     A value that nobody wants is let go at once, as the model does: its memory is still in the cache for the next.
 
@@ -70,9 +70,10 @@ def evaluate(
     literals = list(zip(*chain.literals, strict=True)) or [()] * chain.length
     found = {}
     for index, (block, numbers) in enumerate(zip(blocks(operands, chain.length), literals, strict=True)):
-        states = tuple(_run(chain, chain.body.forward, *states, *block, *numbers, *shared))
+        values = tuple(_run(chain, chain.body.forward, *states, *block, *numbers, *shared))
+        states = values[: chain.num_states]
         if wanted is None or index in wanted:
-            found[index] = states
+            found[index] = values
     return found
 
 

@@ -10,12 +10,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from pcr_fx.body import Program
+from pcr_fx.body import Interface
 from pcr_fx.body.isolation import isolated
 from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.call import Call
@@ -25,7 +26,8 @@ from pcr_fx.stopping import Outcome
 from pcr_fx.targets.cpp.build import CompilerError, check_compiler, load
 from pcr_fx.targets.cpp.memory import empty
 from pcr_fx.targets.cpp.pointers import address_in
-from pcr_fx.targets.cpp.source import REALS, chain_source, summed_numbers
+from pcr_fx.targets.cpp.results import NOWHERE, Words, cotangent_words
+from pcr_fx.targets.cpp.source import REALS, WHOLE, chain_source, summed_numbers
 from pcr_fx.targets.cpp.threads import Team, available_threads
 from pcr_fx.targets.kernel import LoweredBody, as_real, check_tensors
 
@@ -90,8 +92,8 @@ class CppKernel:
     _team: Team = field(default_factory=Team)
 
     @classmethod
-    def of(cls, program: Program) -> CppKernel:
-        """The kernel of `program`.
+    def of(cls, program: Interface) -> CppKernel:
+        """The kernel of `program`; it computes the outputs too that its blocks return.
 
         Raises:
             BodyError, Unprintable, CompilerError: there is none; the message is the reason.
@@ -104,17 +106,21 @@ class CppKernel:
             raise Unprintable("the state has no numbers")
         check_compiler()
         lowered = LoweredBody(program, trace_sample(program))
+        for output in lowered.body.outputs:
+            if output.spec.dtype not in (program.dtype, *WHOLE):
+                raise Unprintable(f"an output is {output.spec.dtype} and the state {program.dtype}")
         step, pullback = lowered.step, lowered.pullback
         own = sum(one.size for one in lowered.inputs if one.own)
         # What the functions hold, and the headers around them: states, adjoints, a sample's own inputs and gradients.
-        held = max(step.memory, pullback.memory) + 3 * lowered.dimension + 2 * own
+        given = sum(one.size for one in lowered.results)
+        held = max(step.memory, pullback.memory) + lowered.dimension + 2 * given + 2 * own
         if held * program.dtype.itemsize > _STACK_BYTES:
             raise Unprintable(f"a block holds {held} numbers of a sample at a time, which is too many for the stack")
         operations = (step.operations, pullback.operations)
         return cls(lowered, operations, held, summed_numbers(lowered))
 
     @property
-    def program(self) -> Program:
+    def program(self) -> Interface:
         """The chain."""
         return self.lowered.program
 
@@ -177,6 +183,26 @@ class CppKernel:
         self._call("forward", call, initial, made, _NOTHING, threads=threads, rows=_rows(blocks, call.length))
         return (made,) if len(blocks) == 1 else made.unbind(0)
 
+    def sweep(
+        self, call: Call, results: Sequence[Words], threads: int | None = None, keeps: bool = True
+    ) -> Tensor | None:
+        """As `solve`, writing states and outputs in memory of others on the way.
+
+        Args:
+            results: where each state, then each output of the body is to be; `NOWHERE` where nobody wants it.
+            threads: as for `solve`.
+            keeps: whether the trajectory is wanted beside them.
+        """
+        initial = call.initial.contiguous()
+        trajectory = empty(initial, (call.length, *initial.shape)) if keeps else None
+        self._call("forward", call, initial, trajectory, _NOTHING, threads=threads, results=results)
+        return trajectory
+
+    def batch_dims_of(self, result: int) -> tuple[int, ...]:
+        """Which dimensions of a state or an output, counted behind the states, tell samples apart."""
+        states = len(self.lowered.results) - len(self.body.outputs)
+        return self.body.batch_dims if result < states else self.body.outputs[result - states].batch_dims
+
     def solve_newton(self, call: Call, tolerance: float, max_iterations: int) -> tuple[Tensor, str, int, float]:
         """The trajectory `[L, *batch, d]` by Newton's method, each sample on its own.
 
@@ -201,6 +227,7 @@ class CppKernel:
         trajectory: Tensor,
         cotangents: Tensor | Mapping[int, Tensor],
         threads: int | None = None,
+        results: Sequence[Tensor | Mapping[int, Tensor] | None] = (),
     ) -> list[Tensor]:
         """Cotangents `[d_initial, *d_operands, *d_shared]` of what is differentiable, in this order.
 
@@ -209,14 +236,21 @@ class CppKernel:
             trajectory: what `solve` returned.
             cotangents: of every state, `[L, *batch, d]`; or of some, `[*batch, d]` by block.
             threads: as for `solve`.
+            results: cotangents of each state and output that `sweep` wrote, `[L, ...]`; or of some blocks' parts.
         """
         initial, trajectory = call.initial.contiguous(), trajectory.contiguous()
         given = self._cotangents(cotangents, call.length)
         d_initial = torch.empty_like(initial)
+        told = [
+            cotangent_words(one, self.batch_dims_of(index), self.lowered.results[index].size, call.length)
+            for index, one in enumerate(results)
+        ]
         gradients = self._empty_gradients(initial, call.length)
         addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
-        words = (*given.words, d_initial.data_ptr(), 0)
-        self._call("adjoint", call, initial, trajectory, words, addresses, threads)
+        places = (*given.words, d_initial.data_ptr(), 0)
+        self._call(
+            "adjoint", call, initial, trajectory, places, addresses, threads, results=[words for words, _ in told]
+        )
         return [d_initial, *(gradient for gradient in gradients if gradient is not None)]
 
     def _cotangents(self, cotangents: Tensor | Mapping[int, Tensor], length: int) -> _Given:
@@ -282,6 +316,11 @@ class CppKernel:
         return shapes
 
     @functools.cached_property
+    def _nowhere(self) -> tuple[int, ...]:
+        """The words of results that nobody wants."""
+        return NOWHERE * len(self.lowered.results)
+
+    @functools.cached_property
     def _sizes(self) -> list[tuple[int, bool]]:
         """The numbers of each input, of a block or of a block and sample, and which of these it is."""
         return [(one.size, one.own) for one in self.lowered.inputs]
@@ -300,11 +339,12 @@ class CppKernel:
         direction: str,
         call: Call,
         initial: Tensor,
-        trajectory: Tensor,
+        trajectory: Tensor | None,
         words: tuple[int, ...],
         gradients: Sequence[int] = (),
         threads: int | None = None,
         rows: ctypes.Array[ctypes.c_int64] | None = None,
+        results: Sequence[Words] = (),
     ) -> None:
         """Call native code, in the order of the fields of `Call` in call.h."""
         samples = self._samples(initial)
@@ -314,8 +354,9 @@ class CppKernel:
         fed = 1 if fed == 1 else min(threads or fed, available_threads(), fed)
         is_shared = fed > 1 and self._team.may_share(kind)
         where = 0 if rows is None else ctypes.addressof(rows)
-        addresses = initial.data_ptr(), trajectory.data_ptr(), where
-        every = (call.length, samples, fed if is_shared else 1, *addresses, *words, *places, *gradients)
+        addresses = initial.data_ptr(), 0 if trajectory is None else trajectory.data_ptr(), where
+        told = chain.from_iterable(results) if results else self._nowhere
+        every = (call.length, samples, fed if is_shared else 1, *addresses, *words, *places, *told, *gradients)
         packed = struct.pack(f"{len(every)}q", *every)
         if fed == 1:
             run(packed)

@@ -7,6 +7,7 @@ import functools
 import mmap
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 # Tensors from here on hold at least one huge page. Up to 32 MiB glibc may take them from its heap, where the pages stay huge
@@ -14,14 +15,15 @@ from torch import Tensor
 LARGE = 2**22
 
 
-def empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised tensor of the dtype and device of `like`; a large one on a CPU in huge pages, where there are.
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor of the device of `like`, and of its dtype if no other is given; a large one on a CPU in huge
+    pages, where there are.
 
     All gradients or states of a chain are one result, which is written once: a page fault for each 4 KiB of it costs more
     than computing it. 512 MiB took 215 ms to fill and to free, and 32 ms in pages of 2 MiB. Linux gives those to who
     asks (`transparent_hugepage` at its usual setting, `madvise`); elsewhere this is a plain `new_empty`.
     """
-    made = like.new_empty(shape)
+    made = like.new_empty(shape, dtype=dtype)
     if made.nbytes >= LARGE and made.is_cpu and (advise := _advice()):
         start = -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         advise(start, (made.data_ptr() + made.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE)

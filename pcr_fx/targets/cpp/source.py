@@ -15,6 +15,11 @@ from pcr_fx.targets.kernel import Input, LoweredBody
 
 _NATIVE = Path(__file__).parent / "native"
 REALS = {torch.float32: "float", torch.float64: "double"}
+WHOLE = {
+    torch.bool: "bool",
+    torch.uint8: "uint8_t",
+    **{getattr(torch, f"int{bits}"): f"int{bits}_t" for bits in (8, 16, 32, 64)},
+}
 _DRIVERS = {"forward": "sequential.h", "adjoint": "sequential.h", "newton": "newton.h"}
 # The functions of the body that each direction's driver calls.
 _FUNCTIONS = {"forward": ("step",), "adjoint": ("pullback",), "newton": ("step", "pull")}
@@ -114,17 +119,23 @@ def _body_struct(body: LoweredBody, functions: dict[str, Function]) -> str:
     gradients = iter(() if pullback is None else pullback.outputs[1:])
     _, own_sums, shared_sums = (0, 0, 0) if pullback is None else summed_numbers(body)
     arguments = [f"static_cast<const {'V' if one.own else 'real'}*>(in[{index}])" for index, one in enumerate(inputs)]
-    outputs = [
+    summed = [
         f"static_cast<{'real' if m else 'V'}*>(out[{index}])"
         for index, (one, m) in enumerate(zip(inputs, matrix, strict=True))
         if one.differentiable
     ]
     counted = ["count"] if pullback is not None and any(not buffer.varying for buffer in pullback.outputs) else []
+    outputs = body.results[len(body.results) - len(body.body.outputs) :]
+    given = [f"next + {one.offset}" for one in outputs]
+    pulled = [f"adjoint + {one.offset}" for one in outputs if one.dtype.is_floating_point]
     calls = {
-        "step": f"step(const V* z, const void* const* in, V* next) {{ ::step<V>({', '.join(['z', *arguments, 'next'])}); }}",
+        "step": (
+            "step(const V* z, const void* const* in, V* next) "
+            f"{{ ::step<V>({', '.join(['z', *arguments, 'next', *given])}); }}"
+        ),
         "pullback": (
             "pullback(const V* z, const void* const* in, const V* adjoint, V* before, void* const* out, int64_t count) "
-            f"{{ ::pullback<V>({', '.join(['z', *arguments, 'adjoint', 'before', *outputs, *counted])}); }}"
+            f"{{ ::pullback<V>({', '.join(['z', *arguments, 'adjoint', *pulled, 'before', *summed, *counted])}); }}"
         ),
         "pull": (
             "pull(const V* z, const void* const* in, const V* adjoint, V* before) "
@@ -133,6 +144,8 @@ def _body_struct(body: LoweredBody, functions: dict[str, Function]) -> str:
     }
     numbers = {
         "dimension": body.dimension,
+        "numbers": sum(one.size for one in body.results),
+        "results": len(body.results),
         "carried": len(body.program.layout.counts),
         "inputs": len(inputs),
         "own_numbers": sum(one.size for one in inputs if one.own),
@@ -154,9 +167,17 @@ def _body_struct(body: LoweredBody, functions: dict[str, Function]) -> str:
             f"  static constexpr int counts[] = {{{', '.join(map(str, body.program.layout.counts))}}};",
             *(f"  static constexpr bool {name}[] = {{{_flags(values)}}};" for name, values in tables.items()),
             *(f"  template <class V> static INLINE_MEMBER void {calls[name]}" for name in functions),
+            f"  template <class F> static INLINE_MEMBER void each_result(F f) {{ {_each_result(body)} }}",
             "};",
         ]
     )
+
+
+def _each_result(body: LoweredBody) -> str:
+    """Calls of `f` for each result, with a number of its type, its index, and which numbers of a sample it is."""
+    names = REALS | WHOLE
+    results = enumerate(body.results)
+    return " ".join(f"f({names[one.dtype]}(), {index}, {one.offset}, {one.size});" for index, one in results)
 
 
 def _flags(values: Sequence[bool]) -> str:

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pcr_fx.body import Program
+from pcr_fx.body import Interface
 from pcr_fx.body.isolation import isolated
 from pcr_fx.body.sample import SampleBody, trace_sample
 from pcr_fx.call import Call
@@ -55,7 +55,7 @@ class TritonKernel:
 
     @classmethod
     @isolated
-    def of(cls, program: Program) -> TritonKernel:
+    def of(cls, program: Interface) -> TritonKernel:
         """The kernels of `program`.
 
         Raises:
@@ -75,7 +75,7 @@ class TritonKernel:
         return cls(lowered, _kernels(lowered))
 
     @property
-    def program(self) -> Program:
+    def program(self) -> Interface:
         """The chain."""
         return self.lowered.program
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from pcr_fx.body import Program
+from pcr_fx.body import Interface
 from pcr_fx.targets.kernel import Input, LoweredBody
 from pcr_fx.targets.triton.printer import REALS
 
@@ -24,7 +24,7 @@ class KernelSource(ABC):
     body: LoweredBody
 
     @property
-    def program(self) -> Program:
+    def program(self) -> Interface:
         return self.body.program
 
     @property

@@ -9,8 +9,9 @@
 #include <type_traits>
 #include <vector>
 
-#define INLINE_MEMBER inline __attribute__((always_inline))
-#define INLINE static inline __attribute__((always_inline))
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define INLINE_MEMBER inline ALWAYS_INLINE
+#define INLINE static inline ALWAYS_INLINE
 // What is long enough for a call to cost nothing, and would be compiled over and over if it were inlined.
 #define OUTLINE static __attribute__((noinline))
 #define RESTRICT __restrict__

@@ -7,6 +7,7 @@ template <class V> static void k_forward(const Call& call, Samples<V> samples) {
   std::vector<V> states(tiles * d);
   for (int64_t t = 0; t < tiles; ++t)
     k_read<V>(&states[t * d], call.initial + samples.begin(t) * d, d, samples.count(t));
+  const Places<V> places(call, samples);
   Inputs<V> in;
   for (int64_t l = 0; l < call.length; ++l) {
     k_locate<V>(call, l, in);
@@ -14,10 +15,13 @@ template <class V> static void k_forward(const Call& call, Samples<V> samples) {
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = samples.begin(t), count = samples.count(t);
       k_fetch<V>(call, l, begin, count, in);
-      V next[d];
+      V next[Body::numbers];
       Body::step<V>(&states[t * d], in.pointers, next);
       for (int i = 0; i < d; ++i) states[t * d + i] = next[i];
-      if (row >= 0) k_write<V>(next, call.trajectory + (row * call.samples + begin) * d, d, count);
+      if (call.trajectory && row >= 0) k_write<V>(next, call.trajectory + (row * call.samples + begin) * d, d, count);
+      Body::each_result([&](auto number, int k, int offset, int size) ALWAYS_INLINE {
+        places.template write<decltype(number)>(l, t, k, next + offset, size);
+      });
     }
   }
 }
@@ -35,6 +39,8 @@ template <class V> constexpr bool k_in_lanes(int k) { return k_is_vector<V> && k
 template <class V> struct Adjoint {
   const Call& call;
   const Samples<V> samples;
+  const Places<V> places;
+  // Of the state of each tile, and behind it the cotangents of its outputs.
   std::vector<V> adjoints;
   // Sums over samples of what k_in_lanes tells: of a block, and of all blocks where they share an input.
   std::vector<V> sums, kept;
@@ -45,7 +51,7 @@ template <class V> struct Adjoint {
   real* gradients[Body::inputs + 1];
 
   Adjoint(const Call& call, Samples<V> samples)
-      : call(call), samples(samples), adjoints(samples.tiles() * Body::dimension, V{}),
+      : call(call), samples(samples), places(call, samples), adjoints(samples.tiles() * Body::numbers, V{}),
         sums(k_is_vector<V> ? Body::summed_numbers + 1 : 1, V{}), kept(k_is_vector<V> ? Body::kept_numbers + 1 : 1, V{}),
         before(kept.size()) {}
 
@@ -85,13 +91,20 @@ template <class V> struct Adjoint {
       for (int64_t t = tiles - 1; t >= 0; --t) {
         const int64_t begin = samples.begin(t), count = samples.count(t);
         const real* previous = l ? call.trajectory + (l - 1) * call.samples * d : call.initial;
-        V state[d], next[d], *adjoint = &adjoints[t * d];
+        V state[d], next[Body::numbers], *adjoint = &adjoints[t * Body::numbers];
         k_read<V>(state, previous + begin * d, d, count);
         k_fetch<V>(call, l, begin, count, in);
         if (cotangent) {
           k_read<V>(next, cotangent + begin * d, d, count);
           for (int i = 0; i < d; ++i) adjoint[i] = adjoint[i] + next[i];
         }
+        Body::each_result([&](auto number, int k, int offset, int size) ALWAYS_INLINE {
+          if constexpr (std::is_same_v<decltype(number), real>) {
+            const bool given = places.read(l, t, k, next + offset, size);
+            if (offset >= d) std::fill_n(adjoint + offset, size, V{});  // an output has no blocks behind that read it
+            for (int i = offset; given && i < offset + size; ++i) adjoint[i] = adjoint[i] + next[i];
+          }
+        });
         const bool partial = k_is_vector<V> && count < k_width<V>;
         if (partial) before = kept;
         Body::pullback<V>(state, in.pointers, adjoint, next, out, count);
@@ -143,7 +156,7 @@ template <class V> struct Adjoint {
           }
     }
     for (int64_t t = 0; t < samples.tiles(); ++t)
-      k_write<V>(&adjoints[t * Body::dimension], call.d_initial + samples.begin(t) * Body::dimension, Body::dimension, samples.count(t));
+      k_write<V>(&adjoints[t * Body::numbers], call.d_initial + samples.begin(t) * Body::dimension, Body::dimension, samples.count(t));
   }
 };
 #endif
