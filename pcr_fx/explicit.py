@@ -86,7 +86,8 @@ def transform(
     is_model = not (pack_parameters and isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict))
     is_parametrized = parametrize.is_parametrized(model)
     made = _remake(type(model).__bases__[0] if is_parametrized else type(model), is_model)
-    made.__class__ = _parametrized(type(made), model)
+    # Past the `__setattr__` of the model's class, which may allow only attributes that it knows.
+    object.__setattr__(made, "__class__", _parametrized(type(made), model))
     TransformedModule.__init__(made, model, example_inputs, Options.of(options), pack_parameters)
     return made
 

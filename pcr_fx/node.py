@@ -123,6 +123,7 @@ class SolveNode(nn.Module):
     def takes(self, leaving: Leaving) -> None:
         """Have calls return this."""
         self.leaving, self.of_solve = leaving, leaving.of_solve(self.chain)
+        self.has_places = any(place is not None for place in leaving.places)
         self._sweeps = Sweeps(self.chain, leaving, self.record.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SolveNode:
@@ -200,7 +201,7 @@ class SolveNode(nn.Module):
             return self._block_by_block(states, whole)  # there is an error to raise, if it is one
         if self._outputs is not None:
             solved = self._with_outputs(self._outputs, states, solved, head_operands, head_shared)
-        return self._placed(solved)
+        return self._placed(solved) if self.has_places else solved
 
     def _placed(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What leaves the chain, `[L, ...]` where it is whole, in the places that it is to have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pcr_fx.body import Interface, Joined, Signature, join
-from pcr_fx.body.isolation import is_plain_call
+from pcr_fx.body.isolation import is_plain_call, is_watched_by_a_mode
 from pcr_fx.chain import Chain, Leaving, Place, TensorSpec
 from pcr_fx.derivatives import Back, SavedInputs, cotangents_of, tapped, unseen_by_dynamo
 from pcr_fx.errors import BodyError, UnsupportedError
@@ -382,25 +384,31 @@ def _unrolled(
     """
     interface, count = sweep.interface, sweep.interface.chain.num_operands
     needs = [True, *interface.differentiable_operands, *interface.differentiable_shared]
-    twice = torch.is_grad_enabled()
+    twice, watched = torch.is_grad_enabled(), is_watched_by_a_mode()
     with torch.enable_grad():
         every = [
             tensor if not need or (twice and tensor.requires_grad) else tensor.detach().requires_grad_()
             for tensor, need in zip([initial, *tensors], needs, strict=True)
         ]
+        if watched and not initial.requires_grad:
+            every[0] = initial.detach()
         layout = interface.layout
-        found = evaluate(interface.chain, layout.unflatten(every[0]), every[1 : 1 + count], every[1 + count :])
+        # A mode sees the ops of this backward, and none of the forward that was.
+        with _disable_current_modes() if watched else contextlib.nullcontext():
+            found = evaluate(interface.chain, layout.unflatten(every[0]), every[1 : 1 + count], every[1 + count :])
+            values = [value(found) for value in _values(sweep)]
         pairs = [
-            (value(found), cotangent)
-            for value, cotangent in zip(_values(sweep), _by_blocks(sweep, given), strict=True)
-            if cotangent is not None
+            (value, cotangent)
+            for value, cotangent in zip(values, _by_blocks(sweep, given), strict=True)
+            if cotangent is not None and value.requires_grad
         ]
-        pairs = [(value, cotangent) for value, cotangent in pairs if value.requires_grad]
         leaves = [tensor for tensor, need in zip(every, needs, strict=True) if need]
-        values, cotangents = zip(*pairs, strict=True) if pairs else ((), ())
-        if not values:
+        if not pairs:
             return [None for _ in leaves]
-        return torch.autograd.grad(values, leaves, cotangents, allow_unused=True, create_graph=twice)
+        reached, cotangents = zip(*pairs, strict=True)
+        asked = [leaf for leaf in leaves if leaf.requires_grad]
+        gradients = iter(torch.autograd.grad(reached, asked, cotangents, allow_unused=True, create_graph=twice))
+    return [next(gradients) if leaf.requires_grad else None for leaf in leaves]
 
 
 Found = Mapping[int, tuple[Tensor, ...]]
