@@ -139,6 +139,11 @@ class Sizes(tuple[int, ...]):
         return torch.Size, (tuple(self.whole()),)
 
 
+def whole_shapes(value: Any) -> Any:
+    """A value with `torch.Size` in place of each shape, all of it asked for."""
+    return pytree.tree_map_only(Sizes, Sizes.whole, value, is_leaf=lambda leaf: type(leaf) is Sizes)
+
+
 def _ask_for_all(name: str) -> None:
     def method(self: Sizes, *others: Any) -> Any:
         return getattr(self.whole(), name)(*(other.whole() if type(other) is Sizes else other for other in others))

@@ -21,22 +21,20 @@ from torch import (
     nn,
 )
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pcr_fx.errors import CaptureError
 from pcr_fx.graphs.attributes import attribute, holder_of
-from pcr_fx.graphs.effects import RESHAPING_METHODS, draws_by_shape, is_random_name
+from pcr_fx.graphs.effects import RESHAPING_METHODS, draws_by_shape
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
 from pcr_fx.passes.contents import items_in, put_back
 from pcr_fx.passes.open_sizes import OpenSize, close_what_repeats, closed, may_stay_open
 from pcr_fx.passes.own_functions import record_call
+from pcr_fx.passes.raw_tensors import RawTensors
 from pcr_fx.passes.reading import CONSTANT, Reading, depends_on_inputs
-from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, Sizes
+from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, whole_shapes
 from pcr_fx.passes.stand_ins import (
     ADVICE,
-    IN_PLACE,
-    KNOWN,
     KnownStandIn,
     StandIn,
     at,
@@ -47,35 +45,6 @@ from pcr_fx.passes.stand_ins import (
 from pcr_fx.passes.stores import Place, buffers_set, store_of
 
 _DEVICES = "cpu", "cuda"
-# Tensors out of nothing: each call of the model makes its own.
-_FACTORIES = frozenset(
-    getattr(torch, name)
-    for name in [
-        "arange",
-        "as_tensor",
-        "empty",
-        "eye",
-        "full",
-        "linspace",
-        "logspace",
-        "normal",
-        "ones",
-        "rand",
-        "randint",
-        "randn",
-        "randperm",
-        "scalar_tensor",
-        "tensor",
-        "tril_indices",
-        "triu_indices",
-        "zeros",
-    ]
-)
-# Methods that answer from shape and dtype alone.
-_SHAPE_METHODS = frozenset(
-    """__len__ dim element_size get_device is_complex is_contiguous is_floating_point is_signed ndimension nelement numel size
-    storage_offset stride""".split()
-)
 
 
 class ModelTracer(fx.Tracer):
@@ -115,7 +84,7 @@ class ModelTracer(fx.Tracer):
         self.checkpoint: object = None
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        with _undisturbed(root, self.read), self.read.recording(), _RawTensors(self), lenient():
+        with _undisturbed(root, self.read), self.read.recording(), RawTensors(self), lenient():
             graph = super().trace(root, concrete_args)
             close_what_repeats(graph, self.open_sizes)
             grown = self.read.refuse_changes(self.is_stored, ADVICE)
@@ -170,7 +139,7 @@ class ModelTracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         path = self.path_of_module(m)
         self._store(m.modules())  # hooks may look at it
-        args, kwargs = closed(pytree.tree_map_only(Sizes, Sizes.whole, (args, kwargs), is_leaf=_is_shape))
+        args, kwargs = closed(whole_shapes((args, kwargs)))
         for hook in m._forward_pre_hooks.values():
             if is_part_of_forward(hook):
                 hook(m, args)
@@ -382,68 +351,6 @@ class _ModuleStack(OrderedDict[str, Any]):
 
     def __copy__(self) -> dict[str, Any]:
         return dict(self)
-
-
-class _RawTensors(TorchFunctionMode):
-    """Has the tracer record what it would not see otherwise: ops of tensors that it has handed out no stand-in for."""
-
-    def __init__(self, tracer: ModelTracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-        # Results of ops that were run, by their ids.
-        self.computed: dict[int, Tensor] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _asks_for_shape(func):
-            self.tracer.read.asks_for_shape()
-            return func(*args, **(kwargs or {}))
-        args, kwargs = pytree.tree_map_only(Sizes, Sizes.whole, (args, kwargs or {}), is_leaf=_is_shape)
-        if func in _FACTORIES:
-            return self.tracer.create_proxy("call_function", func, args, kwargs)
-        args, kwargs = closed((args, kwargs))
-        if any(issubclass(kind, fx.Proxy) for kind in types):
-            return func(*args, **kwargs)
-        raw = _tensors((args, kwargs))
-        if not raw:
-            return func(*args, **kwargs)
-        if self._is_live(func, raw):
-            args, kwargs = pytree.tree_map_only(Tensor, self.tracer.constant, (args, kwargs))
-            return fx.Proxy.__torch_function__(func, (), args, kwargs)
-        return self._compute(func, raw, args, kwargs)
-
-    def _is_live(self, func: Any, raw: list[Tensor]) -> bool:
-        """Whether what an op computes may be another at each call, or whether it writes into what is not of this trace."""
-        name = func.__name__
-        if any(id(tensor) in self.tracer.names or tensor.requires_grad for tensor in raw) or is_random_name(name):
-            return True
-        is_write = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
-        return is_write and id(raw[0]) not in self.computed
-
-    def _compute(self, func: Any, raw: list[Tensor], args: Any, kwargs: Any) -> Any:
-        """Run an op, whose result is part of the graph as long as nobody writes into these tensors."""
-        for tensor in raw:
-            if id(tensor) not in self.computed:
-                self.tracer.read.computes_with(tensor)
-        result = func(*args, **kwargs)
-        self.computed |= {id(tensor): tensor for tensor in _tensors(result)}
-        return result
-
-
-def _is_shape(value: Any) -> bool:
-    return type(value) is Sizes
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _asks_for_shape(func: Any) -> bool:
-    """Whether a method or property of tensors reads no values."""
-    name = func.__name__
-    if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-        return name in KNOWN or name in UNKNOWN
-    return name in _SHAPE_METHODS
 
 
 def _may_be_constant(value: Any) -> bool:
