@@ -88,7 +88,16 @@ class OpSequence:
         return next((writer for writer in self.writers.get(node, ()) if self.position[writer] > position), None)
 
     def _is_constant(self, node: fx.Node) -> bool:
-        return not node.all_input_nodes and isinstance(self.value(node), torch.Tensor) and not is_random(node)
+        """Whether an op hangs on nothing but sizes of arguments."""
+        if self._is_size(node):
+            return True
+        made_anew = isinstance(self.value(node), torch.Tensor) and not is_random(node)
+        return made_anew and all(map(self._is_size, node.all_input_nodes))
+
+    def _is_size(self, node: fx.Node) -> bool:
+        """Whether it is a size of an argument or attribute, taken anew at each call."""
+        is_taken = node.op == "call_method" and node.target == "size" and type(self.value(node)) is int
+        return is_taken and node.all_input_nodes[0].op in ("placeholder", "get_attr")
 
     def leaves(self, node: fx.Node) -> list[Any]:
         """All leaves of an op's arguments."""

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import builtins
 import operator
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
+
+from pcr_fx.graphs.nodes import argument, op_name
 
 # Ops that may get sizes which are not known: those that make the first state. Python's numbers are what all others get.
 _FUNCTIONS = frozenset({torch.zeros, torch.ones, torch.empty, torch.full})
@@ -92,14 +93,52 @@ def may_stay_open(target: Any, args: Any, kwargs: Any) -> bool:
     return not isinstance(fill, OpenSize) and not isinstance(kwargs.get("fill_value"), OpenSize)
 
 
-def close_what_repeats(graph: fx.Graph, sizes: dict[tuple[fx.Node, int], tuple[fx.Node, OpenSize]]) -> None:
+def place_in_argument(node: fx.Node, dim: int) -> tuple[fx.Node, int] | None:
+    """The argument or attribute, and its dimension, that a dimension of one of its parts is; `None` where that is not known.
+
+    What only the first step of a recurrence makes has to stand before its first step, so it may not hang on a part of that.
+    """
+    while node.op not in ("placeholder", "get_attr"):
+        if node.target is not operator.getitem:
+            return None
+        whole, index = node.args
+        assert isinstance(whole, fx.Node)
+        if op_name(whole) == "unbind":
+            removed, rank = argument(whole, 1, "dim", 0), node.meta["example_value"].dim() + 1
+            node, dim = whole.args[0], dim + (dim >= removed % rank)  # type: ignore[assignment]
+            continue
+        kept = _dimensions_kept(index if isinstance(index, tuple) else (index,), whole.meta["example_value"].dim())
+        found = None if kept is None else kept[dim]
+        if found is None:
+            return None
+        node, dim = whole, found
+    return node, dim
+
+
+def _dimensions_kept(indices: tuple[Any, ...], rank: int) -> list[int | None] | None:
+    """For each dimension of `whole[indices]` the one of `whole` that it is, uncut; `None` for indices of other kinds."""
+    kept: list[int | None] = []
+    taken = 0
+    for index in indices:
+        if type(index) is int:
+            taken += 1
+        elif isinstance(index, slice):
+            kept.append(taken if index == slice(None) else None)
+            taken += 1
+        else:
+            return None
+    return [*kept, *range(taken, rank)]
+
+
+def close_what_repeats(
+    graph: fx.Graph, sizes: Mapping[tuple[fx.Node, int], tuple[fx.Node, OpenSize]], lines: Mapping[str, int]
+) -> None:
     """Put numbers in place of sizes that a line of the model uses again and again: the body of a chain takes none.
 
     Args:
         sizes: the nodes that take sizes at each call, by what they are the sizes of.
+        lines: how many ops that may take sizes each line has made.
     """
-    users = {user for node, _ in sizes.values() for user in node.users}
-    lines = Counter(user.meta["stack_trace"] for user in users)
     for node, size in sizes.values():
         for user in list(node.users):
             if lines[user.meta["stack_trace"]] > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +28,7 @@ from pcr_fx.graphs.attributes import attribute, holder_of
 from pcr_fx.graphs.effects import RESHAPING_METHODS, draws_by_shape
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
 from pcr_fx.passes.contents import items_in, put_back
-from pcr_fx.passes.open_sizes import OpenSize, close_what_repeats, closed, may_stay_open
+from pcr_fx.passes.open_sizes import OpenSize, close_what_repeats, closed, may_stay_open, place_in_argument
 from pcr_fx.passes.own_functions import record_call
 from pcr_fx.passes.raw_tensors import RawTensors
 from pcr_fx.passes.reading import CONSTANT, Reading, depends_on_inputs
@@ -62,6 +62,8 @@ class ModelTracer(fx.Tracer):
         self.questions = Questions()
         # The nodes that take sizes anew at each call, by the tensor and the dimension.
         self.open_sizes: dict[tuple[fx.Node, int], tuple[fx.Node, OpenSize]] = {}
+        # How many ops that may take such each line of the model has made.
+        self.lines_with_sizes = Counter[str]()
         # Whether tensors were given other shapes, so that sizes may be others than when they were read.
         self.reshapes = False
         # The base class searches all parameters for each one that it meets.
@@ -86,7 +88,7 @@ class ModelTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         with _undisturbed(root, self.read), self.read.recording(), RawTensors(self), lenient():
             graph = super().trace(root, concrete_args)
-            close_what_repeats(graph, self.open_sizes)
+            close_what_repeats(graph, self.open_sizes, self.lines_with_sizes)
             grown = self.read.refuse_changes(self.is_stored, ADVICE)
             self.notes |= dict.fromkeys(f"{name}, to which the forward adds, is not added to" for name in grown)
         return graph
@@ -214,6 +216,7 @@ class ModelTracer(fx.Tracer):
         self._follow_settings(line)
         self.reshapes |= kind == "call_method" and target in RESHAPING_METHODS
         if not self.reshapes and may_stay_open(target, args, kwargs):
+            self.lines_with_sizes[line] += 1
             args, kwargs = pytree.tree_map_only(OpenSize, self._taken_anew, (args, kwargs))
         # `normalise.py` lets noise take its shape from anything that has the same in this graph.
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **named)
@@ -252,13 +255,16 @@ class ModelTracer(fx.Tracer):
         node.meta["stack_trace"] = line
         return node
 
-    def _taken_anew(self, size: OpenSize) -> fx.Proxy:
-        """A size as an op of the graph."""
-        if size.source not in self.open_sizes:
-            node = self.create_node("call_method", "size", size.source, {})
+    def _taken_anew(self, size: OpenSize) -> fx.Proxy | int:
+        """A size as an op of the graph; a number if it is none of an argument."""
+        source = place_in_argument(*size.source)
+        if source is None:
+            return size.asked()
+        if source not in self.open_sizes:
+            node = self.create_node("call_method", "size", source, {})
             node.meta["example_value"], node.meta["stack_trace"] = size.value, ""
-            self.open_sizes[size.source] = node, size
-        return self.proxy(self.open_sizes[size.source][0])
+            self.open_sizes[source] = node, size
+        return self.proxy(self.open_sizes[source][0])
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return KnownStandIn(node, self) if self.values is not None else StandIn(node, self)

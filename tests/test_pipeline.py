@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ class Traced:
 
     def __init__(self, root: nn.Module, x: Tensor, places: bool = True) -> None:
         self.root, self.x, self.places = root, x, places
+        self.values: dict[fx.Node, Any] = {}
 
     def capture(self) -> fx.Graph:
         return capture_model(self.root, self.x).graph

@@ -15,17 +15,24 @@ from torch import Tensor
 
 from pcr_fx.call import Call
 from pcr_fx.codegen.interpreter import interpret
+from pcr_fx.sweep import Sweeps
 from pcr_fx.targets import CppKernel
 from pcr_fx.targets.kernel import as_real
 
 
 @contextlib.contextmanager
 def interpreted() -> Iterator[None]:
-    """Native kernels go block by block through the interpreter."""
-    replaced = {"solve": _solve, "solve_adjoint": _solve_adjoint, "is_ready": _is_ready}
+    """Native kernels go block by block through the interpreter; outputs, which they write by address, come behind them."""
+    replaced = {
+        "solve": _solve,
+        "solve_states": _solve_states,
+        "solve_adjoint": _solve_adjoint,
+        "is_ready": _is_ready,
+    }
     with contextlib.ExitStack() as stack:
         for name, function in replaced.items():
             stack.enter_context(mock.patch.object(CppKernel, name, function))
+        stack.enter_context(mock.patch.object(Sweeps, "of", lambda *_: None))
         yield
 
 
@@ -33,13 +40,18 @@ def _is_ready(self: CppKernel, direction: str, initial: Tensor) -> bool:
     return direction != "newton"
 
 
-def _solve(self: CppKernel, call: Call, threads: int | None = None, wanted: Sequence[int] | None = None) -> Tensor:
+def _solve_states(self: CppKernel, call: Call, blocks: Sequence[int], threads: int | None = None) -> Sequence[Tensor]:
+    trajectory = _solve(self, call)
+    return [trajectory[block].clone() for block in blocks]
+
+
+def _solve(self: CppKernel, call: Call, threads: int | None = None) -> Tensor:
     state = call.initial.reshape(-1, self.body.dimension)
     trajectory = []
     for block in range(call.length):
         (state,) = interpret(self.lowered.step, [state, *_inputs(self, call, block, len(state))])
         trajectory.append(state.reshape(call.initial.shape))
-    return torch.stack(trajectory if wanted is None else [trajectory[block] for block in wanted])
+    return torch.stack(trajectory)
 
 
 def _solve_adjoint(
