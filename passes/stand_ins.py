@@ -129,8 +129,19 @@ def may_be_number(node: fx.Node) -> bool:
     return is_operator and any(given.meta.get("may_be_number") for given in node.all_input_nodes)
 
 
+class _Recording:
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        """`Function.apply` during a trace, as code in its place: with the same globals, and the cell that its `super` needs."""
+        from pcr_fx.passes import stand_ins
+
+        _ = __class__  # type: ignore[name-defined]
+        return stand_ins._record_call(cls, *args, **kwargs)
+
+
 _isinstance = isinstance
-_apply = torch.autograd.Function.__dict__["apply"]
+_function: FunctionType = torch.autograd.Function.__dict__["apply"].__func__
+_code = _function.__code__
+_apply = FunctionType(_code, _function.__globals__, "apply", None, _function.__closure__)
 _checkpoint = torch.utils.checkpoint._checkpoint_without_reentrant_generator
 _lenient_traces = 0
 _lenient_lock = fork_safe_lock()
@@ -146,7 +157,8 @@ def lenient() -> Iterator[None]:
     with _lenient_lock:
         _lenient_traces += 1
         builtins.isinstance = _is_or_stands_for
-        torch.autograd.Function.apply = classmethod(_record_call)  # type: ignore[method-assign, assignment]
+        # Its code, and not itself: models keep it bound, as in `spike = Spike.apply`.
+        _function.__code__ = _Recording.apply.__code__
         torch.utils.checkpoint._checkpoint_without_reentrant_generator = _record_checkpoint  # type: ignore[assignment]
     try:
         yield
@@ -155,7 +167,7 @@ def lenient() -> Iterator[None]:
             _lenient_traces -= 1
             if not _lenient_traces:
                 builtins.isinstance = _isinstance
-                torch.autograd.Function.apply = _apply  # type: ignore[method-assign]
+                _function.__code__ = _code
                 torch.utils.checkpoint._checkpoint_without_reentrant_generator = _checkpoint
 
 
@@ -171,7 +183,7 @@ def _record_call(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """The op that calls a function with a derivative of its own."""
     found = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, fx.Proxy)]
     if not found:
-        return _apply.__get__(None, cls)(*args, **kwargs)
+        return _apply(cls, *args, **kwargs)
     return found[0].tracer.call_with_derivative(cls, args, kwargs)  # type: ignore[attr-defined]
 
 

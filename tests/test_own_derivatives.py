@@ -86,6 +86,25 @@ class NewStyle(torch.autograd.Function):
         return g * torch.cos(2 * ctx.saved_tensors[0])
 
 
+class InContainers(torch.autograd.Function):
+    """Keeps what its backward needs as attributes of the context, in containers of Python."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: Tensor) -> Tensor:
+        ctx.pair, ctx.named, ctx.factor = [torch.sin(x), p], {"x": x * x}, 3.0
+        return torch.tanh(x) * p
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        s, p = ctx.pair
+        by_x = ctx.factor * g * s * p if ctx.needs_input_grad[0] else None
+        return by_x, (g * ctx.named["x"]).sum(0) if ctx.needs_input_grad[1] else None
+
+
+# As networks of spiking neurons have it.
+spike = Spike.apply
+
+
 def two_results(x: Tensor, p: Tensor) -> Tensor:
     square, sign = TwoResults.apply(x)
     return torch.tanh(square * p + 0.1 * sign)
@@ -97,6 +116,8 @@ STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "two inputs": lambda x, p: x + 0.1 * Scaled.apply(x, p, 0.5),
     "two results": two_results,
     "two functions": lambda x, p: torch.tanh(p * Spike.apply(Rounded.apply(x, 4.0)) + x),
+    "bound beforehand": lambda x, p: 0.9 * x * (1 - spike(x - 0.5)) + p,
+    "kept in containers": lambda x, p: x + 0.1 * InContainers.apply(x, p),
     "with a context set apart": lambda x, p: NewStyle.apply(x * p),
 }
 
