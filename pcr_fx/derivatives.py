@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pcr_fx import ops
 from pcr_fx.body import OutputProgram, Program, StateLayout
 from pcr_fx.body.isolation import is_plain_call, is_watched_by_a_mode
+from pcr_fx.call import Call
 from pcr_fx.chain import Leaving
 from pcr_fx.planner import Plan, Watch, plan_by_key
 from pcr_fx.record import SolveRecord, record_of
@@ -67,6 +68,31 @@ class Back(NamedTuple):
     watch: Watch | None
     doubt: Callable[[], None]
 
+    def pull(self, record: SolveRecord, call: Call, *given: Any) -> tuple[Tensor, Sequence[Tensor]]:
+        """The gradients of the initial state, and of what else is differentiable, by native code.
+
+        Args:
+            given: the trajectory, then cotangents, as the kernel takes them.
+        """
+        trajectory, cotangents, *results = given
+        began = perf_counter() if self.watch is not None and self.watch.begins() else None
+        d_initial, *rest = self.way.kernel.solve_adjoint(call, trajectory, cotangents, self.way.threads, *results)
+        if began is not None and self.watch.ended(perf_counter() - began):  # type: ignore[union-attr]
+            self.doubt()
+        record.backward(self.way.solver, False)
+        return d_initial, rest
+
+
+def is_plain_backward(given: Iterable[Tensor | None]) -> bool:
+    """Whether native code may pull these back: not where a gradient is differentiated in turn, or many are taken at once."""
+    single = all(one is None or (type(one) is Tensor and not is_legacy_batchedtensor(one)) for one in given)
+    return single and not torch.is_grad_enabled() and is_plain_call()
+
+
+def tensors_of(operands: Sequence[Tensor | PointerTable]) -> list[Tensor]:
+    """The tensors of operands, which autograd is to know; of those read in place the blocks' own."""
+    return [one for each in operands for one in (each.tensors if isinstance(each, PointerTable) else (each,))]
+
 
 class KernelSolve(torch.autograd.Function):
     """`Solve` by native code, for plain calls: less than half of what `Solve` and its operators cost.
@@ -105,22 +131,14 @@ class KernelSolve(torch.autograd.Function):
         if all(part is None for part in given):
             return (None,) * len(ctx.needs_input_grad)
         initial, trajectory, *saved = ctx.saved_tensors
-        plan, (way, watch, doubt) = ctx.plan, ctx.back
+        plan, back = ctx.plan, ctx.back
         program = plan.program
         among = cotangents_of(program.layout, initial, ctx.leaving, given)
-        parts = among.values() if isinstance(among, dict) else (among,)
         rest: Sequence[Tensor | None]
-        # Not where a gradient is differentiated in turn, or many are taken at once.
-        single = all(type(part) is Tensor and not is_legacy_batchedtensor(part) for part in parts)
-        plain = single and not torch.is_grad_enabled() and is_plain_call()
-        if plain and way.is_ready("backward", initial):
+        plain = is_plain_backward(among.values() if isinstance(among, dict) else (among,))
+        if plain and back.way.is_ready("backward", initial):
             operands, shared = ctx.inputs.in_place(saved)
-            call = program.call_with(initial, operands, shared)
-            began = perf_counter() if watch is not None and watch.begins() else None
-            d_initial, *rest = way.kernel.solve_adjoint(call, trajectory, among, way.threads)
-            if began is not None and watch.ended(perf_counter() - began):
-                doubt()
-            ctx.record.backward(way.solver, False)
+            d_initial, rest = back.pull(ctx.record, program.call_with(initial, operands, shared), trajectory, among)
         else:
             # Second derivatives have no kernel: later calls are left to the model's own ops.
             ctx.record.is_differentiated_twice |= torch.is_grad_enabled()

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import operator
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.nn.utils import parametrize
@@ -24,20 +22,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.copies import copy_model, copy_structure
 from pcr_fx.errors import UnsupportedError
-from pcr_fx.graphs.attributes import holder_of
 from pcr_fx.graphs.effects import is_barrier
-from pcr_fx.graphs.hooks import HookOp, TensorHook
-from pcr_fx.node import SolveNode
-from pcr_fx.operands import Attributes, Source, StackedAttributes, stack_operands
+from pcr_fx.operands import Attributes, Source, StackedAttributes
 from pcr_fx.options import Options
 from pcr_fx.packing import CONTAINER, Pack, pack_operands
-from pcr_fx.passes.capture import Captured, bind_to, capture_model
-from pcr_fx.passes.facts import Facts
-from pcr_fx.passes.pipeline import run_passes
-from pcr_fx.passes.plan import PlannedChain
+from pcr_fx.passes.capture import bind_to
 from pcr_fx.passes.report import warn_without_chains
-from pcr_fx.rehearsal import Rehearsal
 from pcr_fx.reports import RewriteReport
+from pcr_fx.variants import Variant, rehearse, rewrite_model
 from pcr_fx.watched import Changes, converting, watch
 
 # How many graphs a module keeps, of those used last: one for each mode, and for each of what the forward asked of its
@@ -102,7 +94,7 @@ class TransformedModule(nn.Module):
     _pcr_options: Options
     _pcr_signature: inspect.Signature
     _pcr_places: tuple[str, ...]
-    _pcr_variants: list[_Variant]
+    _pcr_variants: list[Variant]
     _pcr_packs: list[Pack]
     _pcr_notes: list[str]
 
@@ -197,21 +189,21 @@ class TransformedModule(nn.Module):
         """The report for the present mode (training or evaluation), and the latest call in it."""
         return self._latest().report
 
-    def _latest(self) -> _Variant:
+    def _latest(self) -> Variant:
         """The latest graph for the present modes: dropout, say, is traced as it stands at the time."""
         variant = next((known for known in self._pcr_variants if known.holds()), None)
         variant = variant or self._rewrite(self._pcr_example_inputs)
         self._put_first(variant)
         return variant
 
-    def _put_first(self, variant: _Variant) -> None:
+    def _put_first(self, variant: Variant) -> None:
         if not self._pcr_variants or self._pcr_variants[0] is not variant:
             # A new list: another thread may be going through the old one.
             others = [known for known in self._pcr_variants if known is not variant]
             kept = [variant, *others[: _GRAPHS_KEPT - 1]]
             object.__setattr__(self, "_pcr_variants", kept)  # past what counts changes of the model
 
-    def _pack(self, variant: _Variant) -> None:
+    def _pack(self, variant: Variant) -> None:
         sources = getattr(variant.run, "attributes", Attributes([])).sources
         operands = [source for source in sources if isinstance(source, StackedAttributes)]
         others = [source.path for source in sources if isinstance(source, Source)]
@@ -222,7 +214,7 @@ class TransformedModule(nn.Module):
             pack.take_out()
         self._use_packs(variant)
 
-    def _use_packs(self, variant: _Variant) -> None:
+    def _use_packs(self, variant: Variant) -> None:
         """Have a graph read packed parameters where it would read those that they stand for."""
         variant.report.notes += self._pcr_notes
         if not self._pcr_packs:
@@ -246,16 +238,16 @@ class TransformedModule(nn.Module):
             else:
                 source.sources = list(map(packed, source.sources))
 
-    def _rewrite(self, example_inputs: Any) -> _Variant:
+    def _rewrite(self, example_inputs: Any) -> Variant:
         watch(self, self._pcr_changes)
         # What counts or logs ops gets none of those that are run to read the model.
         unseen = _disable_current_modes() if is_watched_by_a_mode() else contextlib.nullcontext()
         with self._unpacked(), unseen:
             captured, run, report = rewrite_model(self._model(), example_inputs, self._pcr_options, self._pcr_changes)
-        rehearsal = _rehearse(captured.model_facts, run.graph, report)
+        rehearsal = rehearse(captured.model_facts, run.graph, report)
         warn_without_chains(report, "" if rehearsal is None else rehearsal.reason)
         switches = any(map(is_barrier, run.graph.nodes))
-        variant = _Variant(captured.without_graph(), run, report, rehearsal, switches)
+        variant = Variant(captured.without_graph(), run, report, rehearsal, switches)
         self._use_packs(variant)
         return variant
 
@@ -372,150 +364,3 @@ def _is_one_graph() -> bool:
 def _remake(kind: type[nn.Module], is_model: bool) -> TransformedModule:
     """One that is to be given its state."""
     return object.__new__(_class_for(kind, is_model))
-
-
-@dataclass(frozen=True, eq=False)
-class _Variant:
-    """One traced and rewritten graph.
-
-    Attributes:
-        switches: whether it switches gradients or autocast, and would leave them so if an op raised an error.
-    """
-
-    captured: Captured
-    run: fx.GraphModule
-    report: RewriteReport
-    rehearsal: Rehearsal | None
-    switches: bool = False
-
-    def holds(self) -> bool:
-        """Whether the model is still what was traced, or it runs as it was written."""
-        return self.captured.model_facts.hold() or (self.rehearsal is not None and self.rehearsal.binds)
-
-    def holds_for(self, arguments: dict[str, Any]) -> bool:
-        """Whether that is so, and it was traced for such arguments."""
-        if self.captured.model_facts.hold() and self.captured.holds_for(arguments):
-            return True
-        return self.rehearsal is not None and self.rehearsal.binds
-
-
-def rewrite_model(
-    model: nn.Module, example_inputs: Any, options: Options, changes: Changes
-) -> tuple[Captured, fx.GraphModule, RewriteReport]:
-    """`model` as it was captured, rewritten, and what is to be said of that; its attributes are read at each call."""
-    way_in = _TracedModel(model, example_inputs, options, changes)
-    rewritten = run_passes(way_in, options)
-    attributes = _fetch_attributes(rewritten.graph, model, way_in.stacked)
-    run = fx.GraphModule({**rewritten.nodes, "attributes": attributes}, rewritten.graph)
-    rewritten.report.notes += way_in.captured.notes
-    kept = sum("recompute" in node.meta for node in rewritten.graph.nodes)
-    if kept:
-        rewritten.report.notes.append(
-            f"{kept} ops of checkpoints lie in no chain, and keep their results for the backward"
-        )
-    return way_in.captured, run, rewritten.report
-
-
-def _rehearse(facts: Facts, graph: fx.Graph, report: RewriteReport) -> Rehearsal | None:
-    """How to find out whether a graph follows the hooks that it runs, if there are any."""
-    ops = [node.target for node in graph.nodes if isinstance(node.target, HookOp)]
-    hooked = {op.path: op.module for op in ops if not isinstance(op, TensorHook)}
-    if any(isinstance(op, TensorHook) for op in ops):
-        report.notes.append(
-            "hooks of tensors that the forward registers run at each call; no chain reaches across them"
-        )
-    if not hooked:
-        return None
-    names = ", ".join(list(hooked)[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
-    words = f"hooks run at each call of {names}"
-    reason = "" if report.chains else f"{words}, and leave no chain between them"
-    report.notes.append(
-        f"{reason}: the model runs as it was written" if reason else f"{words}; no chain reaches across them"
-    )
-    rehearsal = Rehearsal(facts, list(hooked.values()), report.notes, bool(reason), reason)
-    for op in ops:
-        op.watch = rehearsal
-    return rehearsal
-
-
-class _TracedModel:
-    """A model that is traced, on its way through the passes.
-
-    Attributes:
-        root: the model.
-        values: none, since later calls have other inputs.
-        captured: its graph.
-        stacked: the per-block operands that are attributes of it, by the names that the rewritten graph reads them by.
-    """
-
-    captured: Captured
-
-    def __init__(self, model: nn.Module, example_inputs: Any, options: Options, changes: Changes) -> None:
-        self.root, self.example_inputs, self.options, self.changes = model, example_inputs, options, changes
-        self.values: dict[fx.Node, Any] = {}
-        self.stacked: dict[str, StackedAttributes] = {}
-
-    def capture(self) -> fx.Graph:
-        self.captured = capture_model(self.root, self.example_inputs, self.changes)
-        return self.captured.graph
-
-    def place(self, graph: fx.Graph, planned: Sequence[PlannedChain]) -> list[PlannedChain]:
-        """All become nodes, since a later call may have another batch size: what to do then, each decides by itself."""
-        return [replace(item, node=self._node(item)) for item in planned]
-
-    def _node(self, item: PlannedChain) -> SolveNode:
-        node = SolveNode(item.found.chain, self.options, leaving=item.found.leaving)
-        if item.plan is not None:
-            node.learn(item.plan)
-        return node
-
-    def stack(self, new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
-        if any(node.op != "get_attr" for node in operand):
-            return new.call_function(stack_operands, ([copies[node] for node in operand],))
-        name = f"operand {len(self.stacked)}"  # no attribute of the model can have this name
-        sources = [_source(self.root, str(node.target)) for node in operand]
-        self.stacked[name] = StackedAttributes(sources, self.changes)
-        return new.get_attr(name)
-
-
-def _fetch_attributes(graph: fx.Graph, model: nn.Module, stacked: dict[str, StackedAttributes]) -> Attributes:
-    """Read all attributes of the graph at one place, by name and not by path: a path of four names costs 1 us.
-
-    Behind what runs hooks they are read anew: hooks may put others there for the time of a forward, as sharding does.
-    """
-    names: list[str] = []
-    for first, found in _between_hooks(graph):
-        with graph.inserting_before(first):
-            fetched = graph.call_module("attributes", (len(names), len(names) + len(found)))
-            for index, node in enumerate(found):
-                value = graph.call_function(operator.getitem, (fetched, index))
-                node.replace_all_uses_with(value)
-        for node in found:
-            graph.erase_node(node)
-        names += [str(node.target) for node in found]
-    return Attributes([stacked[name] if name in stacked else _source(model, name) for name in names])
-
-
-def _between_hooks(graph: fx.Graph) -> list[tuple[fx.Node, list[fx.Node]]]:
-    """The attributes that are read before, between and behind hooks, as far as any are; with the op to read them before."""
-    groups: list[tuple[fx.Node, list[fx.Node]]] = []
-    first: fx.Node | None = None
-    found: list[fx.Node] = []
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            found.append(node)
-        elif node.op != "placeholder":
-            first = first or node
-        if isinstance(node.target, HookOp) or node.op == "output":
-            if found:
-                assert first is not None
-                groups.append((first, found))
-            first, found = None, []
-    return groups
-
-
-def _source(model: nn.Module, path: str) -> Source:
-    """Where an attribute is kept."""
-    holder, name = holder_of(model, path)
-    assert isinstance(holder, dict), f"the tracer named an attribute that does not exist: {path}"
-    return Source(path, holder, name)

@@ -20,7 +20,7 @@ from pcr_fx.body.isolation import is_plain_call, is_undisturbed, wants_every_op
 from pcr_fx.body.written_out import may_raise
 from pcr_fx.call import Call
 from pcr_fx.chain import Chain, Leaving
-from pcr_fx.derivatives import Back, KernelSolve, Solve, tapped
+from pcr_fx.derivatives import Back, KernelSolve, Solve, tapped, tensors_of
 from pcr_fx.errors import BodyError
 from pcr_fx.heads import OutputsBehind
 from pcr_fx.looks import (
@@ -315,11 +315,7 @@ class SolveNode(nn.Module):
         self.record.forward(way.solver, IN_SEQUENCE)
         leaving = self.of_solve
         if torch.is_grad_enabled():
-            parts = [
-                tensor
-                for operand in given
-                for tensor in (operand.tensors if type(operand) is PointerTable else (operand,))
-            ]
+            parts = tensors_of(given)
             if any(tensor.requires_grad for tensor in (initial, *parts, *shared)):
                 back = Back(route.way_back or way, route.watch_back, partial(self._doubt, route, states))
                 every = (self.record, leaving, given, shared, initial, *parts, *shared)

@@ -7,18 +7,24 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pcr_fx.body import Interface, Joined, Signature, join
-from pcr_fx.body.isolation import is_plain_call, is_watched_by_a_mode
+from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.chain import Chain, Leaving, Place, TensorSpec
-from pcr_fx.derivatives import Back, SavedInputs, cotangents_of, tapped, unseen_by_dynamo
+from pcr_fx.derivatives import (
+    Back,
+    SavedInputs,
+    cotangents_of,
+    is_plain_backward,
+    tapped,
+    tensors_of,
+    unseen_by_dynamo,
+)
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.looks import plain_look, signature_of
 from pcr_fx.operands import Operand, in_place, look
@@ -185,11 +191,7 @@ class Sweep:
         initial = self.interface.layout.flatten(states)
         record.forward(self.way.solver, IN_SEQUENCE)
         if torch.is_grad_enabled():
-            parts = [
-                tensor
-                for operand in operands
-                for tensor in (operand.tensors if isinstance(operand, PointerTable) else (operand,))
-            ]
+            parts = tensors_of(operands)
             if any(tensor.requires_grad for tensor in (initial, *parts, *shared)):
                 flat = KernelSweep.apply(self, back, record, operands, shared, initial, *parts, *shared)
                 return self.arranged(flat)
@@ -348,24 +350,19 @@ class KernelSweep(torch.autograd.Function):
         if all(part is None for part in given):
             return (None,) * len(ctx.needs_input_grad)
         initial, trajectory, *saved = ctx.saved_tensors
-        sweep, (way, watch, doubt) = ctx.sweep, ctx.back
+        sweep, back = ctx.sweep, ctx.back
         interface = sweep.interface
-        single = all(part is None or (type(part) is Tensor and not is_legacy_batchedtensor(part)) for part in given)
-        plain = single and not torch.is_grad_enabled() and is_plain_call()
-        if plain and way.is_ready("backward", initial):
+        rest: Sequence[Tensor | None]
+        if is_plain_backward(given) and back.way.is_ready("backward", initial):
             dense, _, states, _ = sweep.parted(given)
             of_states = [dense, *states] if sweep.leaving.whole else states
             among = cotangents_of(interface.layout, initial, sweep.leaving, of_states)
-            results: list[Any] = [None for _ in way.kernel.lowered.results]
+            results: list[Any] = [None for _ in back.way.kernel.lowered.results]
             for one, cotangents in zip(sweep.taken, sweep.cotangents(given), strict=True):
                 results[one.number] = cotangents
             operands, shared = ctx.inputs.in_place(saved)
             call = interface.call_with(initial, operands, shared)
-            began = perf_counter() if watch is not None and watch.begins() else None
-            d_initial, *rest = way.kernel.solve_adjoint(call, trajectory, among, way.threads, results)
-            if began is not None and watch.ended(perf_counter() - began):
-                doubt()
-            ctx.record.backward(way.solver, False)
+            d_initial, rest = back.pull(ctx.record, call, trajectory, among, results)
         else:
             # Second derivatives have no kernel: later calls are left to the model's own ops.
             ctx.record.is_differentiated_twice |= torch.is_grad_enabled()

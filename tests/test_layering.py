@@ -35,6 +35,7 @@ FLOORS = (
     {"reports"},
     {"passes"},
     {"packing", "copies", "rehearsal"},
+    {"variants"},
     {"explicit", "backend", "solve"},
     {"introspect"},
     {"__init__"},
