@@ -99,14 +99,16 @@ def place_in_argument(node: fx.Node, dim: int) -> tuple[fx.Node, int] | None:
     What only the first step of a recurrence makes has to stand before its first step, so it may not hang on a part of that.
     """
     while node.op not in ("placeholder", "get_attr"):
+        whole: Any = node.args[0] if node.args else None
+        if op_name(node) == "select" or (node.target is operator.getitem and op_name(whole) == "unbind"):
+            selecting = node if op_name(node) == "select" else whole
+            whole = selecting.args[0]
+            removed = argument(selecting, 1, "dim", 0) % whole.meta["example_value"].dim()
+            node, dim = whole, dim + (dim >= removed)
+            continue
         if node.target is not operator.getitem:
             return None
-        whole, index = node.args
-        assert isinstance(whole, fx.Node)
-        if op_name(whole) == "unbind":
-            removed, rank = argument(whole, 1, "dim", 0), node.meta["example_value"].dim() + 1
-            node, dim = whole.args[0], dim + (dim >= removed % rank)  # type: ignore[assignment]
-            continue
+        index: Any = node.args[1]
         kept = _dimensions_kept(index if isinstance(index, tuple) else (index,), whole.meta["example_value"].dim())
         found = None if kept is None else kept[dim]
         if found is None:
@@ -116,7 +118,10 @@ def place_in_argument(node: fx.Node, dim: int) -> tuple[fx.Node, int] | None:
 
 
 def _dimensions_kept(indices: tuple[Any, ...], rank: int) -> list[int | None] | None:
-    """For each dimension of `whole[indices]` the one of `whole` that it is, uncut; `None` for indices of other kinds."""
+    """For each dimension of `whole[indices]` the one of `whole` that it is, uncut; `None` for indices of other kinds.
+
+    Uncut is what is so for every size: `x[:4]` cuts a fifth row, though there may be three.
+    """
     kept: list[int | None] = []
     taken = 0
     for index in indices:

@@ -1,7 +1,7 @@
 """Write ops that write into fresh memory as ordinary ones, which return what it then holds.
 
 A chain is made of ordinary ops, and what a model writes is mostly one in disguise: a result filled step by step is a stack of
-the steps, a state that lives in a buffer is handed from step to step, zeros filled by column are a stack of columns. All
+the a state that lives in a buffer is handed from step to step, zeros filled by column are a stack of columns. All
 that reads the memory afterwards, under any name, reads the value that stands for it then.
 """
 
@@ -31,7 +31,8 @@ from pcr_fx.graphs.effects import (
     writes,
     written_memory,
 )
-from pcr_fx.graphs.nodes import is_pytorchs, op_name
+from pcr_fx.graphs.nodes import op_name
+from pcr_fx.passes.cuts import Path, Step, cut_by, cut_of, is_view, known_sizes, shape_behind, value_of
 
 # Copies of a whole memory, or of several of its parts, that may stand in for what was none.
 _MOST_COPIES = 4
@@ -44,20 +45,6 @@ _FUNCTIONAL_OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.ipow: operator.pow,
     operator.imatmul: operator.matmul,
 }
-
-
-@dataclass(frozen=True)
-class _Step:
-    """`x.select(dim, start)`, or `x.narrow(dim, start, stop - start)`."""
-
-    dim: int
-    start: int
-    stop: int
-    selects: bool
-
-
-# How a view is cut from a memory; () is all of it.
-_Path = tuple[_Step, ...]
 
 
 def write_out(graph: fx.Graph) -> None:
@@ -85,7 +72,7 @@ class _Touched:
     """A fresh tensor that is written to: all views of it that are written to or read before that, and its writers."""
 
     root: fx.Node
-    paths: dict[fx.Node, _Path]
+    paths: dict[fx.Node, Path]
     writers: list[fx.Node]
 
     def holds_any(self, nodes: set[fx.Node]) -> bool:
@@ -95,7 +82,7 @@ class _Touched:
 
 def _understood(aliases: set[fx.Node], writers: list[fx.Node], position: dict[fx.Node, int]) -> _Touched | None:
     roots = [node for node in aliases if not any(source in aliases for source in shared_inputs(node))]
-    if len(roots) != 1 or not is_fresh(roots[0]) or not isinstance(_value(roots[0]), (torch.Tensor, type(None))):
+    if len(roots) != 1 or not is_fresh(roots[0]) or not isinstance(value_of(roots[0]), (torch.Tensor, type(None))):
         return None
     first, *_, final = sorted(position[node] for alias in aliases for node in (alias, *alias.users))
     if any(is_barrier(node) and first < at < final for node, at in position.items()):
@@ -103,14 +90,14 @@ def _understood(aliases: set[fx.Node], writers: list[fx.Node], position: dict[fx
     touched = _Touched(roots[0], {roots[0]: ()}, sorted(writers, key=position.__getitem__))
     written = set(writers)
     # What may be a view of something, for all that is known: of which parts.
-    vague: dict[fx.Node, list[_Path]] = {}
+    vague: dict[fx.Node, list[Path]] = {}
     for node in sorted(aliases - {roots[0]}, key=position.__getitem__):
         if node in written:
             path = _written_path(node, touched)
             if path is None:
                 return None
             touched.paths[node] = path
-        elif _is_view(node) and node.args[0] in touched.paths and (steps := _steps(node)) is not None:
+        elif is_view(node) and node.args[0] in touched.paths and (steps := cut_of(node)) is not None:
             touched.paths[node] = touched.paths[node.args[0]] + steps  # type: ignore[index]
         else:
             sources = [source for source in node.all_input_nodes if source in aliases]
@@ -124,21 +111,21 @@ def _understood(aliases: set[fx.Node], writers: list[fx.Node], position: dict[fx
     return touched if _copies(touched, position) <= _MOST_COPIES else None
 
 
-def _is_written_later(node: fx.Node, paths: Sequence[_Path], touched: _Touched, position: dict[fx.Node, int]) -> bool:
+def _is_written_later(node: fx.Node, paths: Sequence[Path], touched: _Touched, position: dict[fx.Node, int]) -> bool:
     """Whether any of these parts, of which `node` may be a view, is written to behind it."""
     later = itertools.takewhile(lambda writer: position[writer] > position[node], reversed(touched.writers))
     return any(not _disjoint(path, _part_written(writer, touched)) for writer in later for path in paths)
 
 
-def _part_written(writer: fx.Node, touched: _Touched) -> _Path:
+def _part_written(writer: fx.Node, touched: _Touched) -> Path:
     return touched.paths[writer] + _steps_written(writer)
 
 
-def _disjoint(a: _Path, b: _Path) -> bool:
+def _disjoint(a: Path, b: Path) -> bool:
     return bool(a and b) and a[0].dim == b[0].dim and (a[0].stop <= b[0].start or b[0].stop <= a[0].start)
 
 
-def _written_path(node: fx.Node, touched: _Touched) -> _Path | None:
+def _written_path(node: fx.Node, touched: _Touched) -> Path | None:
     """Which part of the memory a writer writes to, if it is known to write all of that."""
     target = node.args[0] if node.args else None
     if writes(node) != [target] or target not in touched.paths or "out" in node.kwargs:
@@ -149,27 +136,27 @@ def _written_path(node: fx.Node, touched: _Touched) -> _Path | None:
     if not _sets(node):
         return path if _functional(node) is not None else None
     value = node.args[-1] if len(node.args) > 1 else 0
-    if not isinstance(_value(target), torch.Tensor) or not _can_be_written(value, _value(target)):
+    if not isinstance(value_of(target), torch.Tensor) or not _can_be_written(value, value_of(target)):
         return None
     if not _is_setitem(node):
         return path if len(node.args) <= 2 and not node.kwargs else None
     if _is_mask(node.args[1]):
         # More than one number, and it is one for each place that the mask chooses.
-        rest = _value(target).dim() - _value(node.args[1]).dim()
-        return path if not isinstance(value, fx.Node) or _value(value).dim() <= rest else None
-    return path if _steps_of(node.args[1], _value(target)) is not None else None
+        rest = value_of(target).dim() - value_of(node.args[1]).dim()
+        return path if not isinstance(value, fx.Node) or value_of(value).dim() <= rest else None
+    return path if cut_by(node.args[1], value_of(target)) is not None else None
 
 
-def _fills(node: fx.Node, path: _Path) -> bool:
+def _fills(node: fx.Node, path: Path) -> bool:
     """Whether an op fills all of a new tensor with random numbers, which another that lies alike would be filled with too."""
-    value = _value(node.args[0])
-    known = isinstance(value, torch.Tensor) and _sizes(value) is not None and value.is_contiguous()
+    value = value_of(node.args[0])
+    known = isinstance(value, torch.Tensor) and known_sizes(value) is not None and value.is_contiguous()
     return node.op == "call_method" and node.target in FILLING and not path and known
 
 
 def _drops(node: fx.Node) -> bool:
     """Whether an op is a dropout in place that draws as others do."""
-    value = _value(node.args[0])
+    value = value_of(node.args[0])
     on_cpu = isinstance(value, torch.Tensor) and value.device.type == "cpu"
     return on_cpu and node.target in MULTIPLYING_DROPOUTS and is_inplace_variant(node)
 
@@ -185,77 +172,14 @@ def _sets(node: fx.Node) -> bool:
 
 def _can_be_written(value: Any, target: torch.Tensor) -> bool:
     if isinstance(value, fx.Node):
-        known = _value(value)
-        return isinstance(known, torch.Tensor) and known.device == target.device and _sizes(known) is not None
+        known = value_of(value)
+        return isinstance(known, torch.Tensor) and known.device == target.device and known_sizes(known) is not None
     return isinstance(value, (bool, int, float))
 
 
-def _value(node: Any) -> Any:
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else None
-
-
-def _sizes(value: torch.Tensor) -> tuple[int, ...] | None:
-    """The shape of a tensor, if a compiler leaves none of it open."""
-    return tuple(value.shape) if all(type(size) is int for size in value.shape) else None
-
-
 def _is_mask(index: Any) -> bool:
-    value = _value(index)
+    value = value_of(index)
     return isinstance(value, torch.Tensor) and value.dtype is torch.bool
-
-
-def _is_view(node: fx.Node) -> bool:
-    known = node.op == "call_method" or (node.op == "call_function" and is_pytorchs(node.target))
-    return known and op_name(node) in ("getitem", "select", "narrow") and not node.kwargs and len(node.args) > 1
-
-
-def _steps(node: fx.Node) -> _Path | None:
-    """How a view is cut from its input; `None` where that is not known."""
-    whole, *rest = node.args
-    value, where = _value(whole), [*rest]
-    if not isinstance(value, torch.Tensor):
-        return None
-    if op_name(node) == "getitem":
-        return _steps_of(where[0], value)
-    numbers = [number for number in where if type(number) is int]
-    if len(numbers) < len(where) or _sizes(value) is None:
-        return None
-    dim, index, *lengths = numbers
-    dim %= value.dim()
-    start = index + value.shape[dim] if index < 0 else index
-    if op_name(node) == "select" and not lengths:
-        return (_Step(dim, start, start + 1, True),)
-    if op_name(node) == "narrow" and len(lengths) == 1:
-        return (_Step(dim, start, start + lengths[0], False),)
-    return None
-
-
-def _steps_of(index: Any, value: Any) -> _Path | None:
-    """What `x[index]` cuts: integers, and slices without a step."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    if not isinstance(value, torch.Tensor) or (shape := _sizes(value)) is None:
-        return None
-    if any(item is Ellipsis for item in items):
-        at = next(number for number, item in enumerate(items) if item is Ellipsis)
-        items[at : at + 1] = [slice(None)] * (len(shape) - len(items) + 1)
-    steps, dim, size = [], 0, iter(shape)
-    for item in items:
-        length = next(size, 0)
-        if type(item) is int:
-            start = item + length if item < 0 else item
-            steps.append(_Step(dim, start, start + 1, True))
-            continue
-        if not isinstance(item, slice) or not all(
-            part is None or type(part) is int for part in (item.start, item.stop, item.step)
-        ):
-            return None
-        start, stop, step = item.indices(length)
-        if step != 1 or stop < start:
-            return None
-        if (start, stop) != (0, length):
-            steps.append(_Step(dim, start, stop, False))
-        dim += 1
-    return tuple(steps)
 
 
 # --- what a memory holds --------------------------------------------------------------------------------------------
@@ -277,7 +201,7 @@ class _Memory:
         self.parts: dict[int, _Part] = {}
         self.rows_only = True
 
-    def read(self, path: _Path = ()) -> Any:
+    def read(self, path: Path = ()) -> Any:
         """The value of a part."""
         if not path:
             return self._whole()
@@ -289,7 +213,7 @@ class _Memory:
             return part.held.read(rest)
         return functools.reduce(self.emit.cut, rest, self._cut(first))
 
-    def write(self, path: _Path, value: Any) -> None:
+    def write(self, path: Path, value: Any) -> None:
         """Have a part hold another value, of the same shape."""
         if not path:
             self.value, self.parts = value, {}
@@ -299,7 +223,7 @@ class _Memory:
             self._whole()
         part = self._known(first)
         if part is None:
-            held = _Memory(self._cut(first) if rest else value, _shape_of(self.shape, first), self.emit)
+            held = _Memory(self._cut(first) if rest else value, shape_behind(self.shape, first), self.emit)
             part = _Part(first, held)
             self._make_room(first)
             self.parts[first.start] = part
@@ -307,18 +231,18 @@ class _Memory:
         self.dim = first.dim
         part.held.write(rest, value)
 
-    def _known(self, step: _Step) -> _Part | None:
+    def _known(self, step: Step) -> _Part | None:
         part = self.parts.get(step.start)
         return part if part is not None and part.step == step else None
 
-    def _touched(self, step: _Step) -> list[_Part]:
+    def _touched(self, step: Step) -> list[_Part]:
         """The parts that `step` has something of, in order."""
         if self.rows_only and step.stop - step.start <= len(self.parts):
             return [self.parts[start] for start in range(step.start, step.stop) if start in self.parts]
         touched = (part for part in self.parts.values() if part.step.start < step.stop and step.start < part.step.stop)
         return sorted(touched, key=lambda part: part.step.start)
 
-    def _make_room(self, step: _Step) -> None:
+    def _make_room(self, step: Step) -> None:
         touched = self._touched(step)
         if all(step.start <= part.step.start and part.step.stop <= step.stop for part in touched):
             for part in touched:
@@ -326,24 +250,24 @@ class _Memory:
         else:
             self._whole()
 
-    def _cut(self, step: _Step) -> Any:
+    def _cut(self, step: Step) -> Any:
         """What `step` cuts, along the dimension of the parts if there are any."""
         touched = self._touched(step)
         if not touched:
             return self.emit.cut(self.value, step)
         if len(touched) == step.stop - step.start and all(part.step.selects for part in touched):
             rows = self.emit.stack([part.held.read() for part in touched], self.dim)
-            return self.emit.cut(rows, _Step(step.dim, 0, 1, True)) if step.selects else rows
+            return self.emit.cut(rows, Step(step.dim, 0, 1, True)) if step.selects else rows
         only = touched[0].step
         if len(touched) == 1 and not only.selects and only.start <= step.start and step.stop <= only.stop:
             first = step.start - only.start
-            return touched[0].held.read((_Step(step.dim, first, first + step.stop - step.start, step.selects),))
+            return touched[0].held.read((Step(step.dim, first, first + step.stop - step.start, step.selects),))
         return self.emit.cut(self._whole(), step)
 
     def _whole(self) -> Any:
         if self.parts:
             self.value = self.emit.join(
-                self.value, self.shape, self._touched(_Step(self.dim, 0, self.shape[self.dim], False))
+                self.value, self.shape, self._touched(Step(self.dim, 0, self.shape[self.dim], False))
             )
             self.parts = {}
         return self.value
@@ -353,13 +277,8 @@ class _Memory:
 class _Part:
     """What was written to a part of a memory."""
 
-    step: _Step
+    step: Step
     held: _Memory
-
-
-def _shape_of(shape: Sequence[int], step: _Step) -> list[int]:
-    middle = [] if step.selects else [step.stop - step.start]
-    return [*shape[: step.dim], *middle, *shape[step.dim + 1 :]]
 
 
 class _Emit:
@@ -368,7 +287,7 @@ class _Emit:
     def __init__(self) -> None:
         self.copies = 0
 
-    def cut(self, whole: Any, step: _Step) -> Any:
+    def cut(self, whole: Any, step: Step) -> Any:
         return whole
 
     def stack(self, values: Sequence[Any], dim: int) -> Any:
@@ -393,10 +312,10 @@ class _EmitNodes(_Emit):
             node = graph.create_node(op, target, args)
         run = getattr(torch.Tensor, target) if isinstance(target, str) else target
         with torch.no_grad():
-            node.meta = {**self.before.meta, "example_value": run(*fx.node.map_arg(args, _value))}
+            node.meta = {**self.before.meta, "example_value": run(*fx.node.map_arg(args, value_of))}
         return node
 
-    def cut(self, whole: Any, step: _Step) -> Any:
+    def cut(self, whole: Any, step: Step) -> Any:
         if step.selects:
             return self.call(torch.select, whole, step.dim, step.start)
         return self.call(torch.narrow, whole, step.dim, step.start, step.stop - step.start)
@@ -414,7 +333,7 @@ class _EmitNodes(_Emit):
                 pieces.append(self.stack(rows, dim))
                 rows = []
             if at < start:
-                pieces.append(self.cut(whole, _Step(dim, at, start, False)))
+                pieces.append(self.cut(whole, Step(dim, at, start, False)))
             if part is not None:
                 (rows if part.step.selects else pieces).append(part.held.read())
                 at = part.step.stop
@@ -426,8 +345,8 @@ class _EmitNodes(_Emit):
 
 def _copies(touched: _Touched, position: dict[fx.Node, int]) -> int:
     """How often more than one part of a memory would be copied at once."""
-    root = _value(touched.root)
-    shape = _sizes(root) if isinstance(root, torch.Tensor) else ()
+    root = value_of(touched.root)
+    shape = known_sizes(root) if isinstance(root, torch.Tensor) else ()
     if shape is None:
         return _MOST_COPIES + 1
     emit = _Emit()
@@ -449,11 +368,11 @@ def _read_by(node: fx.Node, paths: Container[fx.Node]) -> list[fx.Node]:
     ]
 
 
-def _steps_written(writer: fx.Node) -> _Path:
+def _steps_written(writer: fx.Node) -> Path:
     """What a writer writes of its first argument."""
     if not _is_setitem(writer) or _is_mask(writer.args[1]):
         return ()
-    return _steps_of(writer.args[1], _value(writer.args[0])) or ()
+    return cut_by(writer.args[1], value_of(writer.args[0])) or ()
 
 
 class _Rewriting:
@@ -466,14 +385,14 @@ class _Rewriting:
         self.memories: dict[_Touched, _Memory] = {}
         self.emit: dict[_Touched, _EmitNodes] = {}
         # Views as they were when they were last read: how many writes there had been, and the value.
-        self.seen: dict[tuple[_Touched, _Path], tuple[int, fx.Node]] = {}
+        self.seen: dict[tuple[_Touched, Path], tuple[int, fx.Node]] = {}
         self.count: Counter[_Touched] = Counter()
 
     def run(self, graph: fx.Graph) -> None:
         for node in list(graph.nodes):
             if node in self.of_root:
                 self._read_inputs(node)  # of other memory
-                value = _value(node)
+                value = value_of(node)
                 shape = value.shape if isinstance(value, torch.Tensor) else ()
                 emit = self.emit[self.of_root[node]] = _EmitNodes(node)
                 self.memories[self.of_root[node]] = _Memory(node, shape, emit)
@@ -514,18 +433,18 @@ class _Rewriting:
         self.memories[touched].write(path, value)
         self.count[touched] += 1
 
-    def _fitted(self, value: Any, touched: _Touched, path: _Path, emit: _EmitNodes) -> fx.Node:
+    def _fitted(self, value: Any, touched: _Touched, path: Path, emit: _EmitNodes) -> fx.Node:
         """A value as the part of a memory that it is written to."""
         memory = self.memories[touched]
         if not isinstance(value, fx.Node):
             return emit.call(torch.full_like, memory.read(path), value)
-        root: torch.Tensor = _value(touched.root)
-        shape = functools.reduce(_shape_of, path, list(root.shape))
-        while _value(value).dim() > len(shape):
-            value = emit.cut(value, _Step(0, 0, 1, True))
-        if list(_value(value).shape) != shape:
+        root: torch.Tensor = value_of(touched.root)
+        shape = functools.reduce(shape_behind, path, list(root.shape))
+        while value_of(value).dim() > len(shape):
+            value = emit.cut(value, Step(0, 0, 1, True))
+        if list(value_of(value).shape) != shape:
             value = emit.call("expand_as", value, memory.read(path))
-        if _value(value).dtype != root.dtype:
+        if value_of(value).dtype != root.dtype:
             value = emit.call("to", value, root.dtype)
         # All of a memory is not to be another tensor under a second name.
         return value if path or is_fresh(value) else emit.call("clone", value)
@@ -533,12 +452,12 @@ class _Rewriting:
 
 def _masked(emit: _EmitNodes, current: Any, mask: Any, value: Any) -> fx.Node:
     """What a tensor holds after `current[mask] = value`."""
-    for _ in range(_value(current).dim() - _value(mask).dim()):
+    for _ in range(value_of(current).dim() - value_of(mask).dim()):
         mask = emit.call("unsqueeze", mask, -1)
     if not isinstance(value, fx.Node):
         return emit.call("masked_fill", current, mask, value)
-    if _value(value).dtype != _value(current).dtype:
-        value = emit.call("to", value, _value(current).dtype)
+    if value_of(value).dtype != value_of(current).dtype:
+        value = emit.call("to", value, value_of(current).dtype)
     return emit.call(torch.where, mask, value, current)
 
 
@@ -562,7 +481,7 @@ def _make_functional(node: fx.Node) -> fx.Node:
     """Have an op in place return what it would write; what that is in the end."""
     written, target = node.args[0], _functional(node)
     if node.op == "call_method" and node.target in FILLING:
-        value: torch.Tensor = _value(written)
+        value: torch.Tensor = value_of(written)
         form = tuple(value.shape), value.dtype, value.device, node.target
         node.op, node.target, node.args = "call_function", drawn, (*form, *node.args[1:])
         return node
@@ -588,4 +507,4 @@ def _switch_off_inplace(node: fx.Node) -> None:
 
 
 def _dtype(node: Any) -> torch.dtype | None:
-    return getattr(_value(node), "dtype", None)
+    return getattr(value_of(node), "dtype", None)

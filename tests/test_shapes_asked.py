@@ -99,6 +99,8 @@ HANDED_ON = {
     "unpacked": unpacked,
     "collected": collected,
     "of a step": lambda m, x: torch.zeros(x[:, 0].shape[0], 4),
+    "of a step by select": lambda m, x: torch.zeros(x.select(1, 0).size(0), 4),
+    "of what is cut elsewhere": lambda m, x: torch.zeros(x[:, 2:, 1:].unbind(2)[0].size(0), 4),
     "of a part of a step": lambda m, x: torch.zeros(x[:, 0, 1:].size(0), x[:, 0].shape[-1]),
     "as a number": lambda m, x: torch.zeros(x.shape[0], 4) if isinstance(x.shape[0], int) else None,
 }
@@ -121,13 +123,17 @@ def test_a_size_that_is_handed_on_is_no_fact(kind: str) -> None:
 
 
 def test_a_size_of_what_is_cut_or_computed_is_a_fact() -> None:
-    for begin in (lambda _, x: torch.zeros(x[:4, 0].shape[0], 4), lambda _, x: torch.zeros(torch.relu(x).shape[0], 4)):
+    for begin in (
+        lambda _, x: torch.zeros(x[:4, 0].shape[0], 4),
+        lambda _, x: torch.zeros(x.select(1, 0)[:4].shape[0], 4),
+        lambda _, x: torch.zeros(torch.relu(x).shape[0], 4),
+    ):
         model = Begun(begin)
         fast = pcr_fx.transform(model, torch.randn(3, 12, 4), IN_OPS)
         for batch in (3, 1, 4):
             x = torch.randn(batch, 12, 4)
             torch.testing.assert_close(fast(x), model(x))
-        assert len(fast._pcr_variants) == 3
+        assert len(fast._pcr_variants) == 3, begin
 
 
 ASKED = {
