@@ -348,7 +348,9 @@ class ModelTracer(fx.Tracer):
         if store is not None:
             self.is_stored.add(place.key)
             self.create_node("call_function", store[0], tuple(store[1]), {})
-        else:
+        elif not type(place.module).__module__.startswith(
+            "torch.nn."
+        ):  # which keep lists of their weights to save time
             self.notes[f"{place}, which the forward sets, is not set by the transformed module"] = None
 
 

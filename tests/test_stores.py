@@ -206,3 +206,19 @@ def test_what_saves_time_is_said_not_to_be_kept() -> None:
     ]
     torch.testing.assert_close(got, model(inputs()))
     KNOWN.clear()
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_lists_of_weights_that_pytorchs_modules_keep_are_not_spoken_of(kind: Any) -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = kind(4, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)[0]
+
+    model, x = Network(), torch.randn(2, 12, 4)
+    fast = pcr_fx.transform(model, x)
+    assert fast.report.notes == []
+    torch.testing.assert_close(fast(x), model(x))
