@@ -13,6 +13,7 @@ from pcr_fx.graphs.effects import is_random, written_memory
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.describe import describe_source, module_range
 from pcr_fx.passes.kinds import Kinds, flatten_arguments
+from pcr_fx.passes.open_sizes import is_argument
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class OpSequence:
         return next((writer for writer in self.writers.get(node, ()) if self.position[writer] > position), None)
 
     def _is_constant(self, node: fx.Node) -> bool:
-        """Whether an op hangs on nothing but sizes of arguments."""
-        if self._is_size(node):
+        """Whether an op hangs on nothing but sizes of arguments; or takes an argument out of what it came in."""
+        if self._is_size(node) or is_argument(node):
             return True
         made_anew = isinstance(self.value(node), torch.Tensor) and not is_random(node)
         return made_anew and all(map(self._is_size, node.all_input_nodes))
@@ -97,7 +98,7 @@ class OpSequence:
     def _is_size(self, node: fx.Node) -> bool:
         """Whether it is a size of an argument or attribute, taken anew at each call."""
         is_taken = node.op == "call_method" and node.target == "size" and type(self.value(node)) is int
-        return is_taken and node.all_input_nodes[0].op in ("placeholder", "get_attr")
+        return is_taken and is_argument(node.all_input_nodes[0])
 
     def leaves(self, node: fx.Node) -> list[Any]:
         """All leaves of an op's arguments."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from pcr_fx.graphs.nodes import argument, op_name
@@ -93,12 +93,22 @@ def may_stay_open(target: Any, args: Any, kwargs: Any) -> bool:
     return not isinstance(fill, OpenSize) and not isinstance(kwargs.get("fill_value"), OpenSize)
 
 
+def is_argument(node: fx.Node) -> bool:
+    """Whether a node is an argument or attribute, or what one of them holds in a tuple, a list or a dict."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.target is not operator.getitem:
+        return False
+    whole: Any = node.args[0]
+    return isinstance(whole.meta.get("example_value"), (tuple, list, dict)) and is_argument(whole)
+
+
 def place_in_argument(node: fx.Node, dim: int) -> tuple[fx.Node, int] | None:
     """The argument or attribute, and its dimension, that a dimension of one of its parts is; `None` where that is not known.
 
     What only the first step of a recurrence makes has to stand before its first step, so it may not hang on a part of that.
     """
-    while node.op not in ("placeholder", "get_attr"):
+    while not is_argument(node):
         whole: Any = node.args[0] if node.args else None
         if op_name(node) == "select" or (node.target is operator.getitem and op_name(whole) == "unbind"):
             selecting = node if op_name(node) == "select" else whole
@@ -106,7 +116,7 @@ def place_in_argument(node: fx.Node, dim: int) -> tuple[fx.Node, int] | None:
             removed = argument(selecting, 1, "dim", 0) % whole.meta["example_value"].dim()
             node, dim = whole, dim + (dim >= removed)
             continue
-        if node.target is not operator.getitem:
+        if node.target is not operator.getitem or not isinstance(whole.meta["example_value"], Tensor):
             return None
         index: Any = node.args[1]
         kept = _dimensions_kept(index if isinstance(index, tuple) else (index,), whole.meta["example_value"].dim())

@@ -60,7 +60,7 @@ class OutputsBehind:
             return Outputs.apply(program, *given, *shared)
         numbers = zip(*head.literals, strict=True) if head.literals else [()] * self.length
         each = zip(*(tensor.unbind(0) for tensor in given[: len(given) - len(literals)]), strict=True)
-        found = [head.body(*block, *number, *shared) for block, number in zip(each, numbers, strict=True)]
+        found = [head.body.forward(*block, *number, *shared) for block, number in zip(each, numbers, strict=True)]
         return [torch.stack(values) for values in zip(*found, strict=True)]
 
     def _program(self, given: Sequence[Tensor], shared: Sequence[Tensor]) -> OutputProgram | None:

@@ -445,7 +445,7 @@ class SolveNode(nn.Module):
             literals = [values[0] for values in self.chain.literals]
             # Twice: the first block may change the dtype that all others then keep.
             for _ in range(min(2, self.chain.length)):
-                current = list(self.chain.body(*current, *each, *literals, *common))
+                current = list(self.chain.body.forward(*current, *each, *literals, *common))
         return tuple(state.dtype for state in current)
 
 

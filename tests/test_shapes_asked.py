@@ -122,6 +122,34 @@ def test_a_size_that_is_handed_on_is_no_fact(kind: str) -> None:
     assert len(fast._pcr_variants) == 1
 
 
+@pytest.mark.parametrize("kind", ["dict", "list", "tuple"])
+def test_a_size_of_what_comes_in_a_container_is_no_fact(kind: str, capfd: pytest.CaptureFixture[str]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRUCell(4, 4)
+
+        def forward(self, given: Any) -> Tensor:
+            x = given["x"] if kind == "dict" else given[0]
+            h = torch.zeros(x[:, 0].shape[0], 4)
+            for t in range(12):
+                h = self.cell(x[:, t], h)
+            return h
+
+    def inputs(batch: int) -> tuple[Any]:
+        x = torch.randn(batch, 12, 4)
+        return ({"dict": {"x": x}, "list": [x, x[0]], "tuple": (x,)}[kind],)
+
+    model = Model()
+    fast = pcr_fx.transform(model, inputs(3), IN_OPS)
+    assert [entry.chain.length for entry in fast.report.chains] == [12]
+    for batch in (3, 1, 2):
+        given = inputs(batch)
+        torch.testing.assert_close(fast(*given), model(*given))
+    assert len(fast._pcr_variants) == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_size_of_what_is_cut_or_computed_is_a_fact() -> None:
     for begin in (
         lambda _, x: torch.zeros(x[:4, 0].shape[0], 4),

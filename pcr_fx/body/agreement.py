@@ -136,7 +136,7 @@ class _Comparison:
         needs = [*program.differentiable_operands, *(False for _ in program.literals), *program.differentiable_shared]
         given = [tensor.clone() for tensor in (self.states[block], *operands, *self.shared)]
         active = [tensor.requires_grad_() for tensor, need in zip(given, [True, *needs], strict=True) if need]
-        value = program.layout.flatten(program.chain.body(*program.layout.unflatten(given[0]), *given[1:]))
+        value = program.layout.flatten(program.chain.body.forward(*program.layout.unflatten(given[0]), *given[1:]))
         if not value.requires_grad:
             return _Block(value, tuple(map(torch.zeros_like, active)))
         pulled = torch.autograd.grad(value, active, self.cotangents[block], allow_unused=True, materialize_grads=True)

@@ -143,7 +143,7 @@ def _fault(head: Head, program: OutputProgram, specs: Sequence[TensorSpec], stac
         one = [tensor[block] if index < stacked else tensor for index, tensor in enumerate(inputs)]
         one = [tensor.clone().requires_grad_(is_active) for tensor, is_active in zip(one, program.active, strict=True)]
         with torch.enable_grad():
-            results = head.body(*one)
+            results = head.body.forward(*one)
         for ours, theirs in zip(outputs, results, strict=True):
             if theirs.is_floating_point() and (
                 fault := differing("the outputs", ours[block : block + 1], [theirs.detach()])

@@ -206,7 +206,7 @@ class Tracer:
         """The new state, then the outputs that the body returns."""
         state, operands, shared = self._split(tensors)
         states = self.layout.unflatten(state)
-        results = tuple(self.body(*states, *operands, *shared))
+        results = tuple(self.body.forward(*states, *operands, *shared))
         return self.layout.flatten(results[: len(states)]), *results[len(states) :]
 
     def step(self, *tensors: Any) -> Any:

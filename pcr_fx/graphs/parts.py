@@ -34,7 +34,7 @@ class Part:
 
     def __call__(self, *args: Any) -> Any:
         with torch.set_grad_enabled(self.with_gradients):
-            result = self.graph(*args)
+            result = self.graph.forward(*args)
         if torch.is_grad_enabled() or not self.with_gradients:
             return result
         return pytree.tree_map_only(Tensor, Tensor.detach, result)
@@ -63,7 +63,7 @@ class OwnDerivative(Part):
 
     def run(self, *args: Any) -> tuple[Any, ...]:
         """The outputs, and behind them what is saved and is no input."""
-        outputs, saved = self.graph(*args)
+        outputs, saved = self.graph.forward(*args)
         return *outputs, *(one for one, index in zip(saved, self.inputs, strict=True) if index is None)
 
     def saved(self, inputs: Sequence[Any], results: Sequence[Any]) -> list[Any]:

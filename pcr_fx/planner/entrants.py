@@ -100,7 +100,7 @@ class Entrants:
             present: Any = states
             with torch.set_grad_enabled(self.needs_gradient):
                 for block in each:
-                    present = program.chain.body(*present, *block, *shared)
+                    present = program.chain.body.forward(*present, *block, *shared)
             return present, inputs
 
         return run
