@@ -143,10 +143,16 @@ def _print_by_rows(loop: Loop, adds: str) -> list[str]:
     *front, (last, size) = list(zip(outer, loop.shape, strict=True))
     varies = _type(loop)
     combine = loop.reduction.function.cpp.format(f"sum[{last}]", _expression(loop.value, [*outer, *inner]))
+    *before, (index, many) = zip(inner, loop.reduced, strict=True)
+    # Sums stay in registers from one term to the next where the compiler sees several; by itself it does not unroll this.
+    terms = [
+        f"UNROLL for (int {index} = 0; {index} < {many}; ++{index})",
+        *_nest([(last, size)], [f"sum[{last}] = {combine};"]),
+    ]
     body = [
         f"{varies} sum[{size}];",
         *_nest([(last, size)], [f"sum[{last}] = {_filled(varies, loop)};"]),
-        *_nest([*zip(inner, loop.reduced, strict=True), (last, size)], [f"sum[{last}] = {combine};"]),
+        *_nest(before, terms),
         *_nest([(last, size)], [_store(loop, outer, f"sum[{last}]", adds)]),
     ]
     return _nest(front, ["{", *(f"  {line}" for line in body), "}"])
