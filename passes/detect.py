@@ -21,6 +21,7 @@ from pcr_fx.graphs.effects import writes
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.assembly import FoundChain, assemble_chain
 from pcr_fx.passes.bindings import Blocks, Broken, Carried, NotCarried, OpSequence, names_of
+from pcr_fx.passes.completion import complete_last_block
 from pcr_fx.passes.describe import common_modules, describe_node, describe_source, module_path, module_range
 from pcr_fx.passes.isomorphism import Isomorphism
 from pcr_fx.passes.kinds import target_of
@@ -46,11 +47,14 @@ def find_chains(graph: fx.Graph, attributes: dict[str, Any], min_length: int) ->
     """Every chain of at least `min_length` blocks, and the near misses.
 
     Args:
-        graph: a normalised graph.
+        graph: a normalised graph. Where a last block lacks what nobody reads of it, that is put into it.
         attributes: the value of each `get_attr` target.
         min_length: the fewest blocks worth a chain.
     """
-    return _Detector(OpSequence(graph, attributes), min_length).run()
+    detector = _Detector(OpSequence(graph, attributes), min_length)
+    detection = detector.run()
+    completed = [complete_last_block(taken.blocks, taken.length) for taken in detector.taken]
+    return _Detector(OpSequence(graph, attributes), min_length).run() if any(completed) else detection
 
 
 @dataclass(frozen=True, eq=False)
