@@ -16,19 +16,20 @@ from torch.nn.utils import parametrize
 from pcr_fx.watched import copied
 
 
-def copy_model(model: nn.Module) -> nn.Module:
-    """A model with parameters of its own, which keep their hooks."""
+def copy_model(model: nn.Module) -> tuple[nn.Module, dict[int, Any]]:
+    """A model with parameters of its own, which keep their hooks; and the copy of whatever was copied, by its `id`."""
     # What hooks compute from parameters, such as a normalised weight, is computed anew at each call.
     computed = [
         v for module in model.modules() for v in module.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf
     ]
-    copied = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    copies: dict[int, Any] = {id(value): value.detach().clone() for value in computed}
+    copied = copy.deepcopy(model, copies)
     for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         for hook in (theirs._backward_hooks or {}).values():
             ours.register_hook(hook)
         for hook in (theirs._post_accumulate_grad_hooks or {}).values():
             ours.register_post_accumulate_grad_hook(hook)
-    return copied
+    return copied, copies
 
 
 def copy_structure(model: nn.Module) -> nn.Module:

@@ -24,6 +24,7 @@ from pcr_fx.copies import copy_model, copy_structure
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.graphs.effects import is_barrier
 from pcr_fx.operands import Attributes, Source, StackedAttributes
+from pcr_fx.optimizers import Joined, MovingOptimizer, check_optimizer
 from pcr_fx.options import Options
 from pcr_fx.packing import CONTAINER, Pack, pack_operands
 from pcr_fx.passes.capture import bind_to
@@ -38,7 +39,12 @@ _GRAPHS_KEPT = 32
 
 
 def transform(
-    model: nn.Module, example_inputs: Any = None, options: Any = None, *, pack_parameters: bool = False
+    model: nn.Module,
+    example_inputs: Any = None,
+    options: Any = None,
+    *,
+    pack_parameters: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> TransformedModule:
     """A module that computes what `model` computes, its chains solved as whole systems.
 
@@ -54,10 +60,16 @@ def transform(
             for those of all L blocks of a chain: `parameters()` then has few entries, and a gradient costs what the
             kernel costs. `state_dict` and `load_state_dict` keep the model's names. Train the result's `parameters()`;
             optimisers that work on each parameter as a whole (LAMB, say, or norms per tensor) see whole chains.
+        optimizer: one of the model's, which from now on trains the result: its groups keep their options, what it keeps of
+            parameters (moments, steps) moves to the packed ones, with gradients, and its `state_dict` and
+            `load_state_dict` keep the form that they have for the model. Parameters of blocks in different groups, or with
+            different numbers of steps, stay apart, and the report says so. Only those of `torch.optim` that update each
+            number by itself: SGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta, Rprop, ASGD. Only with
+            `pack_parameters`: without, the result has the model's own parameters.
 
     Raises:
         CaptureError: the model cannot be traced.
-        OptionError, UnsupportedError: a bad argument.
+        OptionError, UnsupportedError: a bad argument. The optimizer is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedError(f"transform takes a torch.nn.Module, got {type(model).__name__}")
@@ -74,13 +86,20 @@ def transform(
         model.__dict__.update((name, value) for name, value in transformed.__dict__.items() if name[:5] != "_pcr_")
     if not isinstance(pack_parameters, bool):
         raise UnsupportedError(f"pack_parameters must be True or False, got {pack_parameters!r}")
+    if optimizer is not None:
+        check_optimizer(optimizer)
+        if not pack_parameters:
+            raise UnsupportedError(
+                "optimizer goes with pack_parameters=True: without it the result has the model's own parameters, which the "
+                "optimizer has already"
+            )
     # What a container holds are its items, and packed parameters are none.
     is_model = not (pack_parameters and isinstance(model, nn.Sequential | nn.ModuleList | nn.ModuleDict))
     is_parametrized = parametrize.is_parametrized(model)
     made = _remake(type(model).__bases__[0] if is_parametrized else type(model), is_model)
     # Past the `__setattr__` of the model's class, which may allow only attributes that it knows.
     object.__setattr__(made, "__class__", _parametrized(type(made), model))
-    TransformedModule.__init__(made, model, example_inputs, Options.of(options), pack_parameters)
+    TransformedModule.__init__(made, model, example_inputs, Options.of(options), pack_parameters, optimizer)
     return made
 
 
@@ -105,10 +124,19 @@ class TransformedModule(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Nothing, and not what the model's class does for another: enter it in a list of models, say."""
 
-    def __init__(self, model: nn.Module, example_inputs: Any, options: Options, pack_parameters: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        options: Options,
+        pack_parameters: bool = False,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         nn.Module.__init__(self)  # not that of the model's class
+        moving = None
         if pack_parameters:
-            model = copy_model(model)
+            model, copies = copy_model(model)
+            moving = None if optimizer is None else MovingOptimizer(optimizer, copies)
         self.__dict__.update(copy_structure(model).__dict__)
         for module in self.modules():
             if isinstance(module, TransformedModule):  # a copy of one within, of which graphs of the other know nothing
@@ -129,7 +157,7 @@ class TransformedModule(nn.Module):
         )
         variant = self._latest()
         if pack_parameters:
-            self._pack(variant)
+            self._pack(variant, moving)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or _may_not_break()):
@@ -203,16 +231,23 @@ class TransformedModule(nn.Module):
             kept = [variant, *others[: _GRAPHS_KEPT - 1]]
             object.__setattr__(self, "_pcr_variants", kept)  # past what counts changes of the model
 
-    def _pack(self, variant: Variant) -> None:
+    def _pack(self, variant: Variant, moving: MovingOptimizer | None) -> None:
         sources = getattr(variant.run, "attributes", Attributes([])).sources
         operands = [source for source in sources if isinstance(source, StackedAttributes)]
         others = [source.path for source in sources if isinstance(source, Source)]
         others += variant.captured.found_elsewhere
-        packs, notes = pack_operands(self, operands, others)
+        also = () if moving is None else (moving.why_apart,)
+        packs, notes = pack_operands(self, operands, others, *also)
         self.__dict__.update(_pcr_packs=packs, _pcr_notes=notes)
-        for pack in self._pcr_packs:
+        joined = [
+            Joined(f"{CONTAINER}.{pack.name}", pack.parameter, [home.holder[home.name] for home in pack.homes])
+            for pack in packs
+        ]
+        for pack in packs:
             pack.take_out()
         self._use_packs(variant)
+        if moving is not None:
+            moving.finish(joined)
 
     def _use_packs(self, variant: Variant) -> None:
         """Have a graph read packed parameters where it would read those that they stand for."""

@@ -8,7 +8,7 @@ the chain costs. Packed, those of one operand are one leaf: one gradient, one up
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,10 @@ class Pack:
 
 
 def pack_operands(
-    root: nn.Module, operands: Sequence[StackedAttributes], other: Iterable[str]
+    root: nn.Module,
+    operands: Sequence[StackedAttributes],
+    other: Iterable[str],
+    why_apart: Callable[[Sequence[Any]], str] = lambda values: "",
 ) -> tuple[list[Pack], list[str]]:
     """Pack the operands that can be: of parameters that nothing else uses, alike in shape, dtype and `requires_grad`.
 
@@ -67,6 +70,7 @@ def pack_operands(
         root: gets the packed parameters, and hooks through which its `state_dict` keeps its form.
         operands: per-block operands.
         other: the names of all attributes used elsewhere.
+        why_apart: what else there is against packing some parameters, in words; empty if nothing.
 
     Returns:
         What was packed; and of what was not, in words, why not.
@@ -81,9 +85,8 @@ def pack_operands(
         values = operand.values()
         if not any(isinstance(value, nn.Parameter) for value in values):
             continue
-        reason = _why_not(values, places) or (
-            "used elsewhere as well" if any(used[source.path] > 1 for source in operand.sources) else ""
-        )
+        is_used = any(used[source.path] > 1 for source in operand.sources)
+        reason = _why_not(values, places) or ("used elsewhere as well" if is_used else why_apart(values))
         if reason:
             first, count = operand.sources[0].path, len(values)
             notes.append(f"{first} and the {count - 1} like it are not packed: {reason}")

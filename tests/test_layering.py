@@ -34,7 +34,7 @@ FLOORS = (
     {"node"},
     {"reports"},
     {"passes"},
-    {"packing", "copies", "rehearsal"},
+    {"packing", "copies", "optimizers", "rehearsal"},
     {"variants"},
     {"explicit", "backend", "solve"},
     {"introspect"},
