@@ -32,7 +32,7 @@ help:  ## list the targets
 
 environment: $(READY)  ## make the virtual environment, and nothing else
 
-demo: compiler $(READY)  ## train a deep residual network both ways, and show what was gained
+demo: compiler $(READY)  ## train a network of 1,024 blocks in four ways, and show what was gained
 	$(BIN)/python examples/train_resnet.py $(ARGS)
 
 # A file is run by one process, since its tests share what they compile.
