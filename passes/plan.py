@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from pcr_fx.body import Signature
 from pcr_fx.body.isolation import wants_every_op
@@ -33,6 +33,7 @@ class PlannedChain:
         plan, choice: how it is to run; `None` while its shapes are not known yet.
         refusal: why the present tensors are left to the model's own ops, if they are; others may come.
         node: what is to stand for it in the graph; `None` where the model's own ops stay.
+        parameters: the names of the blocks' own parameters.
     """
 
     found: FoundChain
@@ -40,6 +41,7 @@ class PlannedChain:
     choice: Choice | None
     refusal: BodyError | None = None
     node: SolveNode | None = None
+    parameters: frozenset[str] = frozenset()
 
     def left_alone(self, needs_gradient: bool) -> bool:
         """Whether the rest of the compiler does as well or better: block by block, and nobody asked for it."""
@@ -56,7 +58,8 @@ def plan_chains(
         try:
             if found not in sortable:
                 raise BodyError(explain_unsortable(graph, found))
-            planned.append(_plan_chain(found, attributes, options))
+            made = _plan_chain(found, attributes, options)
+            planned.append(replace(made, parameters=_parameters(found, attributes)))
         except BodyError as reason:
             origin = found.chain.origin
             near_misses.append(NearMiss(origin.modules, str(reason), found.chain.length, origin.source))
@@ -80,6 +83,13 @@ def _plan_chain(found: FoundChain, attributes: dict[str, Any], options: Options)
     layout = plan.program.layout
     samples = math.prod(signature.states[0].shape[dim] for dim in layout.batch_dims)
     return PlannedChain(found, plan, plan.choice(samples))
+
+
+def _parameters(found: FoundChain, attributes: dict[str, Any]) -> frozenset[str]:
+    values = {node: _value(node, attributes) for node in itertools.chain.from_iterable(found.operands)}
+    return frozenset(
+        str(node.target) for node, value in values.items() if isinstance(value, nn.Parameter) and value.requires_grad
+    )
 
 
 def measure_chains(planned: Sequence[PlannedChain], values: dict[fx.Node, torch.Tensor]) -> list[PlannedChain]:

@@ -21,7 +21,8 @@ def report_chains(
 ) -> RewriteReport:
     """The report of one rewrite of `graph`, which is the graph that the chains were found in."""
     entries = [
-        ChainEntry(item.found.chain, options, item.plan or item.refusal, item.choice, item.node) for item in planned
+        ChainEntry(item.found.chain, options, item.plan or item.refusal, item.choice, item.node, set(item.parameters))
+        for item in planned
     ]
     ops = sum(node.op.startswith("call_") for node in graph.nodes)
     report = RewriteReport(entries, list(near_misses), *depth(graph, [item.found for item in planned]), ops)

@@ -252,6 +252,9 @@ class TransformedModule(nn.Module):
     def _use_packs(self, variant: Variant) -> None:
         """Have a graph read packed parameters where it would read those that they stand for."""
         variant.report.notes += self._pcr_notes
+        for entry in variant.report.chains:
+            entry.parameters -= {home.path for pack in self._pcr_packs for home in pack.homes}
+            entry.is_packed = bool(self._pcr_packs or self._pcr_notes)
         if not self._pcr_packs:
             return
 

@@ -14,20 +14,29 @@ from pcr_fx.chain import Chain, NearMiss
 from pcr_fx.errors import BodyError
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
-from pcr_fx.planner import BESIDE, Choice, Plan, Timing
+from pcr_fx.planner import ADAM, BESIDE, FUSED_ADAM, HANDING, Choice, Plan, Timing
 from pcr_fx.solvers import Outcome, SolveStats
 from pcr_fx.ways import Way, in_units
+
+_DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(eq=False)
 class ChainEntry:
-    """One chain of the report. It follows its solve node: printed after a run, it tells of that run."""
+    """One chain of the report. It follows its solve node: printed after a run, it tells of that run.
+
+    Attributes:
+        parameters: the names of those that the blocks have of their own, each a tensor for itself.
+        is_packed: whether those that can be are packed, and these are what is left.
+    """
 
     chain: Chain
     options: Options
     planned: Plan | BodyError | None = None
     choice: Choice | None = None
     node: SolveNode | None = None
+    parameters: set[str] = field(default_factory=set)
+    is_packed: bool = False
 
     @property
     def plan(self) -> Plan | None:
@@ -98,6 +107,21 @@ class ChainEntry:
             return self.chain.length
         return way.depth(plan.program, plan.expected_samples, last.iterations, plan.settings)
 
+    @property
+    def training_step(self) -> dict[str, float] | None:
+        """The seconds of the parts of a training step where the blocks have parameters of their own, as far as measured."""
+        choice = self.present_choice
+        if choice is None or not self.parameters or self.is_left_alone:
+            return None
+        seconds = {(timing.direction, timing.way): timing.seconds for timing in choice.timings}
+        beside = {"handing_out": HANDING, "adam": ADAM, "adam_fused": FUSED_ADAM}
+        # What is beside the chain was measured with all operands, of which some may be no parameters.
+        share = len(self.parameters) / max(self.chain.length * self.chain.num_operands, 1)
+        step = {direction: seconds.get((direction, getattr(choice, direction).name)) for direction in _DIRECTIONS}
+        step |= {name: seconds.get(("backward", thing)) for name, thing in beside.items()}
+        found = {name: value * (share if name in beside else 1) for name, value in step.items() if value is not None}
+        return found if len(found) == len(step) else None
+
     def to_dict(self) -> dict[str, Any]:
         plan, record = self.plan, self.node.record if self.node is not None else None
         last = record.last if record is not None else None
@@ -133,6 +157,9 @@ class ChainEntry:
             "sequential_depth_after": self._depth(plan, last) if plan and last else None,
             "extra_memory_bytes": self._memory(plan) if plan else 0,
             "samples": plan.expected_samples if plan else None,
+            "own_parameters": len(self.parameters),
+            "packed": self.is_packed,
+            "training_step": self.training_step,
         }
 
 
@@ -232,9 +259,10 @@ def _chain_table(number: int, entry: dict[str, Any]) -> str:
         ("blocks", f"{entry['length']} of {' > '.join(entry['body_ops'])}"),
         ("source", entry["source"] or "unknown"),
         ("state", state),
-        ("solver", ", ".join(_solver(entry, direction) for direction in ("forward", "backward"))),
+        ("solver", ", ".join(_solver(entry, direction) for direction in _DIRECTIONS)),
         ("because", textwrap.fill(entry["reason"], 90)),
         *_measured(entry),
+        *_around(entry),
         ("iterations", "-" if entry["iterations"] is None else entry["iterations"]),
         ("residual", residual),
         ("fallbacks", _fallbacks(entry)),
@@ -259,12 +287,28 @@ def _solver(entry: dict[str, Any], direction: str) -> str:
 def _measured(entry: dict[str, Any]) -> list[tuple[str, str]]:
     """What each way would cost, a row for each direction."""
     rows = []
-    for direction in ("forward", "backward"):
+    for direction in _DIRECTIONS:
         timings = [Timing(**timing) for timing in entry["timings"] if timing["direction"] == direction]
+        timings = [timing for timing in timings if timing.way not in (ADAM, FUSED_ADAM)]
         timings.sort(key=lambda timing: (timing.way in BESIDE, timing.seconds is None, timing.seconds))
         if timings:
             rows.append((f"{direction} by", "\n".join(textwrap.fill(_timing(timing), 90) for timing in timings)))
     return rows
+
+
+def _around(entry: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where a training step goes, if that is less into the chain than into its many parameters."""
+    step = entry["training_step"]
+    if step is None or step["handing_out"] + step["adam"] < step["forward"] + step["backward"]:
+        return []
+    ms = {name: f"{1e3 * seconds:.3g}" for name, seconds in step.items()}
+    text = (
+        f"{entry['own_parameters']:,} parameters, in a training step: handing out their gradients {ms['handing_out']} ms, and "
+        f"Adam over them {ms['adam']} ms ({ms['adam_fused']} ms with fused=True)."
+    )
+    if not entry["packed"]:
+        text += " Packed, they are few: transform(model, x, pack_parameters=True, optimizer=optimizer)"
+    return [("beside it", textwrap.fill(text, 90))]
 
 
 def _timing(timing: Timing) -> str:

@@ -1,5 +1,6 @@
 """The planner that measures: what it chooses, when it looks again, and when it leaves a chain alone."""
 
+import copy
 import gc
 import logging
 import threading
@@ -12,6 +13,7 @@ import torch
 import torch.utils.checkpoint
 from planner_cases import Net, chain_of, in_ops, rigged
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pcr_fx
 from pcr_fx import ways
@@ -36,6 +38,7 @@ def test_the_fastest_of_what_was_measured_is_chosen(length: int, width: int, bat
     seconds = {(t["direction"], t["way"]): t["seconds"] for t in chain["timings"] if t["seconds"] is not None}
     beside = seconds.pop(("forward", "stacking operands")) + seconds.pop(("backward", "handing out gradients"))
     eager = sum(seconds.pop((direction, "eager")) for direction in DIRECTIONS)
+    assert all(seconds.pop(("backward", name)) for name in ("Adam", "Adam, fused"))  # which no way takes part in
     best = {d: min((s, way) for (of, way), s in seconds.items() if of == d) for d in DIRECTIONS}
     assert chain["left_alone"] == (0.95 * eager <= sum(least for least, _ in best.values()) + beside)
     if not chain["left_alone"]:
@@ -44,6 +47,36 @@ def test_the_fastest_of_what_was_measured_is_chosen(length: int, width: int, bat
     assert {t["way"] for t in chain["timings"]} >= {"eager", "sequential", "newton", "picard", "jacobi"}
     assert all(t["seconds"] is not None or t["note"] for t in chain["timings"])
     assert "fastest of what was measured" in chain["reason"]
+
+
+def test_the_report_says_where_a_training_step_goes() -> None:
+    seen: list[object] = []
+    handle = register_optimizer_step_post_hook(lambda *args: seen.append(args))
+    model, x = Net(100, 3), torch.randn(4, 3)
+    before = copy.deepcopy(model.state_dict())
+    try:
+        fast = pcr_fx.transform(model, x)
+        fast(x)
+    finally:
+        handle.remove()
+    assert not seen  # others' hooks are for their own optimizers
+    torch.testing.assert_close(model.state_dict(), before)
+    chain = chain_of(fast)
+    parameters = len({name for name, _ in model.named_parameters() if name.startswith("layers")})
+    assert chain["own_parameters"] == parameters > 0
+    step = chain["training_step"]
+    assert step.keys() == {*DIRECTIONS, "handing_out", "adam", "adam_fused"} and all(s > 0 for s in step.values())
+    text = " ".join(str(fast.report).replace("|", " ").split())
+    assert f"{parameters} parameters, in a training step: handing out their gradients" in text
+    assert "with fused=True). Packed, they are few: transform(model, x, pack_parameters=True," in text
+    packed = pcr_fx.transform(model, x, pack_parameters=True)
+    packed(x)
+    assert chain_of(packed)["own_parameters"] == 0 and "beside it" not in str(packed.report)
+    model.layers[5].weight.requires_grad_(False)
+    some_packed = pcr_fx.transform(model, x, pack_parameters=True)
+    some_packed(x)
+    left = chain_of(some_packed)["training_step"]
+    assert 0 < left["adam"] < step["adam"] * 3 and "Packed, they are few" not in str(some_packed.report)
 
 
 def test_forward_and_backward_are_chosen_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,12 @@ from pcr_fx.ways import Backward, Forward, Way
 # eager needs last.
 STACKING = "stacking operands"
 HANDING = "handing out gradients"
+# And what a training step does with those tensors whatever runs the chain: as PyTorch's Adam does it by default, and fused.
+ADAM, FUSED_ADAM = "Adam", "Adam, fused"
 # What each comes on top of.
 BESIDE = {STACKING: "for all but eager and native code both ways", HANDING: "for all but eager"}
+# What is timed and no way: nothing competes with it.
+NO_WAYS = (STACKING, HANDING, ADAM, FUSED_ADAM)
 
 # What a solve node costs beside its solver, in seconds a call, more than a model's modules cost beside their ops. On a
 # CPU, chains of 4 to 16 blocks: 4 us forward, 30 to 80 us in a training step.

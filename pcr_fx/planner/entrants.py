@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from pcr_fx.call import Call
-from pcr_fx.planner.choice import HANDING, NODE_SECONDS, STACKING
+from pcr_fx.planner.choice import ADAM, FUSED_ADAM, HANDING, NODE_SECONDS, STACKING
 from pcr_fx.planner.rounds import Entrant, Series, once
 from pcr_fx.solvers import Settings, blocks
 from pcr_fx.ways import EAGER, Backward, Case, Forward
 
 # Bytes of gradients from which on it matters whether they are added to those that there are: caches hold no more.
 _LARGE_GRADIENTS = 2**23
+# Past the hooks that others have on the steps of all optimizers.
+_STEP = getattr(torch.optim.Adam.step, "__wrapped__", torch.optim.Adam.step)
 # In place of a direction: the way back where gradients are added.
 ADDING = "backward, adding"
 
@@ -129,6 +131,25 @@ class Entrants:
                 gradients[:] = gradients or [torch.ones_like(operand) for operand in outputs]
                 taken |= {(HANDING, way): s for way, s in self._backwards(outputs, leaves, gradients).items()}
             return taken
+
+        return call
+
+    def optimizing(self) -> Entrant:
+        """What an optimizer's step over the blocks' own tensors costs."""
+        return Entrant(self._optimizing_call, {(name, "backward"): self._series() for name in (ADAM, FUSED_ADAM)})
+
+    def _optimizing_call(self, count: int) -> Callable[[], dict[Any, float]]:
+        operands = [operand for operand in self.call.first(count).operands if operand.is_floating_point()]
+        leaves = [part.clone().requires_grad_() for operand in operands for part in operand.unbind(0)]
+        for leaf in leaves:
+            leaf.grad = torch.zeros_like(leaf)
+        optimizers = {ADAM: torch.optim.Adam(leaves), FUSED_ADAM: torch.optim.Adam(leaves, fused=True)}
+        for optimizer in optimizers.values():
+            _STEP(optimizer)  # which makes the moments
+
+        def call() -> dict[Any, float]:
+            device = self.call.initial.device
+            return {(name, "backward"): once(partial(_STEP, one), device) for name, one in optimizers.items()}
 
         return call
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from pcr_fx.call import Call
-from pcr_fx.planner.choice import BESIDE, HANDING, STACKING, Timing
+from pcr_fx.planner.choice import ADAM, NO_WAYS, STACKING, Timing
 from pcr_fx.planner.entrants import ADDING, Entrants
 from pcr_fx.planner.rounds import HOPELESS, Entrant, Series, compete, drop_hopeless, once
 from pcr_fx.planner.watch import OFF
@@ -128,6 +128,8 @@ class _Measurement:
         self._enter_all(ways, lambda way: not way.iterates)
         if self.are_stacked:
             self._enter(STACKING, "forward", self.make.stacking)
+            if "backward" in self.directions:
+                self._enter(ADAM, "backward", self.make.optimizing)
         self._enter_all(ways, lambda way: way.iterates)
         self._sift()
         self._spare_what_adds_nothing()
@@ -211,8 +213,9 @@ class _Measurement:
         try:
             entrant = make()
             if entrant is not None:
-                share = _CALL_SHARE * self.budget * (0.25 if name in BESIDE else 1.0)
-                entrant.grow(1, share, self.ends)
+                share = _CALL_SHARE * self.budget * (0.25 if name in NO_WAYS else 1.0)
+                entrant.grow(1, share / 2 if name == ADAM else share, self.ends)
+                entrant.is_out = name == ADAM  # nothing hangs on it: a few calls will do
                 self.entrants.append(entrant)
         except Exception as error:
             self._note(name, direction, _in_words(error))
@@ -299,7 +302,7 @@ class _Measurement:
         alive = [each for each in self.entrants if not each.is_out and (_any_of(each, direction) or each is entrant)]
         if len(alive) < 2 and not entrant.is_out:  # nothing else could be taken
             return False
-        return name not in BESIDE and ((series.is_disturbed and not entrant.is_out) or series.seconds > most)
+        return name not in NO_WAYS and ((series.is_disturbed and not entrant.is_out) or series.seconds > most)
 
     # --- block by block ----------------------------------------------------------------------------------------
 
@@ -395,7 +398,7 @@ def _any_of(entrant: Entrant, direction: str) -> bool:
 def _prize(thing: tuple[str, str]) -> str | None:
     """What something competes for."""
     name, direction = thing
-    return None if name in (STACKING, HANDING) or direction == ADDING else direction
+    return None if name in NO_WAYS or direction == ADDING else direction
 
 
 def _in_words(error: Exception) -> str:
