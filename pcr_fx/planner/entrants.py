@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,10 +20,23 @@ from pcr_fx.ways import EAGER, Backward, Case, Forward
 
 # Bytes of gradients from which on it matters whether they are added to those that there are: caches hold no more.
 _LARGE_GRADIENTS = 2**23
-# Past the hooks that others have on the steps of all optimizers.
-_STEP = getattr(torch.optim.Adam.step, "__wrapped__", torch.optim.Adam.step)
+# Past the hooks that others have on the steps of all optimizers, and past what turns gradients off.
+_STEP = inspect.unwrap(torch.optim.Adam.step)
 # In place of a direction: the way back where gradients are added.
 ADDING = "backward, adding"
+
+
+@contextlib.contextmanager
+def _as_in_training() -> Iterator[None]:
+    """As an optimizer steps: where a model is being compiled it would take other ops, which a compiler can read."""
+    flag = "_is_compiling_flag"
+    before = getattr(torch.compiler, flag, False)
+    setattr(torch.compiler, flag, False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        setattr(torch.compiler, flag, before)
 
 
 class Entrants:
@@ -144,12 +159,14 @@ class Entrants:
         for leaf in leaves:
             leaf.grad = torch.zeros_like(leaf)
         optimizers = {ADAM: torch.optim.Adam(leaves), FUSED_ADAM: torch.optim.Adam(leaves, fused=True)}
-        for optimizer in optimizers.values():
-            _STEP(optimizer)  # which makes the moments
+        with _as_in_training():
+            for optimizer in optimizers.values():
+                _STEP(optimizer)  # which makes the moments
 
         def call() -> dict[Any, float]:
             device = self.call.initial.device
-            return {(name, "backward"): once(partial(_STEP, one), device) for name, one in optimizers.items()}
+            with _as_in_training():
+                return {(name, "backward"): once(partial(_STEP, one), device) for name, one in optimizers.items()}
 
         return call
 

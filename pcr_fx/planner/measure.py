@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 # A share of the budget that one call may take while it is not known yet who can win, and of what is left then all calls of one
 # round.
 _CALL_SHARE, _ROUND_SHARE = 0.04, 0.15
+# What a call of an optimizer may take of it.
+_OPTIMIZER_SHARE = 0.005
 # A share of what is left to find out who cannot win, and one that a first solve by what iterates may take.
 _SIFT_SHARE, _SOLVE_SHARE = 0.25, 0.1
 # Iterations that no solver does without.
@@ -129,7 +131,7 @@ class _Measurement:
         if self.are_stacked:
             self._enter(STACKING, "forward", self.make.stacking)
             if "backward" in self.directions:
-                self._enter(ADAM, "backward", self.make.optimizing)
+                self._enter(ADAM, "backward", self._optimizing)
         self._enter_all(ways, lambda way: way.iterates)
         self._sift()
         self._spare_what_adds_nothing()
@@ -214,11 +216,19 @@ class _Measurement:
             entrant = make()
             if entrant is not None:
                 share = _CALL_SHARE * self.budget * (0.25 if name in NO_WAYS else 1.0)
-                entrant.grow(1, share / 2 if name == ADAM else share, self.ends)
-                entrant.is_out = name == ADAM  # nothing hangs on it: a few calls will do
+                entrant.grow(1, share, self.ends)
                 self.entrants.append(entrant)
         except Exception as error:
             self._note(name, direction, _in_words(error))
+
+    def _optimizing(self) -> Entrant:
+        """What only the report tells of: a few calls will do."""
+        entrant = self.make.optimizing()
+        entrant.grow(1, _OPTIMIZER_SHARE * self.budget, self.ends)
+        for size in 2 * entrant.sizes:
+            entrant.take(size)
+        entrant.is_out = True
+        return entrant
 
     def _note(self, name: str, direction: str, note: str, skipped: bool = False) -> None:
         self.timings.append(Timing(name, direction, None, note=note, skipped=skipped))
