@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from collections import Counter, OrderedDict
@@ -28,6 +29,7 @@ from pcr_fx.graphs.attributes import attribute, holder_of
 from pcr_fx.graphs.effects import RESHAPING_METHODS, draws_by_shape
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
 from pcr_fx.passes.contents import items_in, put_back
+from pcr_fx.passes.known_values import TELLING, KnownValues, NotKnown
 from pcr_fx.passes.open_sizes import OpenSize, close_what_repeats, closed, may_stay_open, place_in_argument
 from pcr_fx.passes.own_functions import record_call
 from pcr_fx.passes.raw_tensors import RawTensors
@@ -84,6 +86,7 @@ class ModelTracer(fx.Tracer):
         # What was asked for whether it requires gradients: who keeps it, or `None` for an argument; its name; the answer.
         self.gradients: list[tuple[Mapping[str, Any] | None, str, bool]] = []
         self.checkpoint: object = None
+        self._known_values = KnownValues(self._known_attribute)
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         with _undisturbed(root, self.read), self.read.recording(), RawTensors(self), lenient():
@@ -212,6 +215,9 @@ class ModelTracer(fx.Tracer):
         return self.create_proxy("get_attr", name, (), {})
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        if kind == "call_method" and target in TELLING and isinstance(args[0], fx.Proxy):
+            with contextlib.suppress(NotKnown):
+                return getattr(self.known_value(args[0].node), target)(*args[1:], **kwargs)
         line = user_line(sys._getframe(1))
         self._follow_settings(line)
         self.reshapes |= kind == "call_method" and target in RESHAPING_METHODS
@@ -309,14 +315,41 @@ class ModelTracer(fx.Tracer):
         self.gradients.append((holder, name, value.requires_grad))
         return value.requires_grad
 
+    def known_value(self, node: fx.Node) -> Any:
+        """The value of what is computed of constants alone; those that the model keeps may not change from now on."""
+        with torch._C.DisableTorchFunction():
+            return self._known_values.of(node)
+
+    def _known_attribute(self, node: fx.Node) -> Tensor:
+        path, _, name = str(node.target).rpartition(".")
+        value = self._attribute(str(node.target))
+        if issubclass(type(value), fx.Proxy):  # the forward has stored another
+            raise NotKnown
+        if not isinstance(value, Tensor) or value.requires_grad or value.is_meta:
+            raise NotKnown
+        if not name.startswith(CONSTANT):
+            self.read.is_at(self.root.get_submodule(path), name, value)
+        self.read.computes_with(value)
+        return value
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         line = user_line(sys._getframe(1))
+        with contextlib.suppress(NotKnown):
+            return bool(self.known_value(obj.node))
         if obj.node.target is getattr and obj.node.args[1] in UNKNOWN:
             what = f"the model asks for {obj.node.args[1]} of a tensor{at(line)}"
             hint = "" if self.values is not None else f"pass example_inputs if it is one of {_inputs(obj)}; "
             raise CaptureError(f"{what}, which is not known while it is read; {hint}{ADVICE}")
         hint = "" if self.values is not None else f"pass example_inputs if it asks for a shape of {_inputs(obj)}; "
         raise CaptureError(f"the model branches on the value of a tensor{at(line)}; {hint}{ADVICE}")
+
+    def number(self, obj: fx.Proxy) -> Any:
+        """The number that a tensor of one holds."""
+        try:
+            return self.known_value(obj.node)
+        except NotKnown:
+            line = user_line(sys._getframe(2))
+            raise CaptureError(f"the model reads the number in a tensor{at(line)}; {ADVICE}") from None
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value = obj.node.meta.get("example_value")
