@@ -201,8 +201,8 @@ class Compilations:
             since = f"; the first did not fit since {reason}" if reason else ""
             yield (
                 f"{function.name} was compiled as often as torch._dynamo.config.{limit[1]} = {limit[2]} allows: calls that fit "
-                f"none of that run the model as it was, in eager{since}. Raise it, or call the model with fewer kinds of arguments, "
-                "as with sequences padded to a few lengths"
+                f"none of that run the model as it was, in eager{since}. Raise it, or call the model with fewer kinds of "
+                "arguments, as with sequences padded to a few lengths"
             )
 
 
