@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -86,7 +87,7 @@ class ModelTracer(fx.Tracer):
         # What was asked for whether it requires gradients: who keeps it, or `None` for an argument; its name; the answer.
         self.gradients: list[tuple[Mapping[str, Any] | None, str, bool]] = []
         self.checkpoint: object = None
-        self._known_values = KnownValues(self._known_attribute)
+        self.known = KnownValues(self)
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         with _undisturbed(root, self.read), self.read.recording(), RawTensors(self), lenient():
@@ -217,7 +218,11 @@ class ModelTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
         if kind == "call_method" and target in TELLING and isinstance(args[0], fx.Proxy):
             with contextlib.suppress(NotKnown):
-                return getattr(self.known_value(args[0].node), target)(*args[1:], **kwargs)
+                return getattr(self.known.of(args[0].node), target)(*args[1:], **kwargs)
+        if target is operator.getitem:
+            args = args[0], self.known.place(args[1])
+        if target is torch.where and getattr(args[0], "dtype", None) is torch.uint8:  # an old form of truth values
+            args = args[0].bool(), *args[1:]
         line = user_line(sys._getframe(1))
         self._follow_settings(line)
         self.reshapes |= kind == "call_method" and target in RESHAPING_METHODS
@@ -299,6 +304,13 @@ class ModelTracer(fx.Tracer):
     def _attribute(self, path: str) -> Any:
         return self.stored[path] if path in self.stored else attribute(self.root, path)
 
+    def takes_value_of(self, path: str) -> None:
+        """Take note that the graph hangs on what an attribute holds."""
+        value, (path, _, name) = self._attribute(path), path.rpartition(".")
+        if not name.startswith(CONSTANT):
+            self.read.is_at(self.root.get_submodule(path), name, value)
+        self.read.computes_with(value)
+
     # --- what a model may ask of a stand-in -------------------------------------------------------------------------
 
     def requires_grad(self, node: fx.Node) -> bool | None:
@@ -315,27 +327,10 @@ class ModelTracer(fx.Tracer):
         self.gradients.append((holder, name, value.requires_grad))
         return value.requires_grad
 
-    def known_value(self, node: fx.Node) -> Any:
-        """The value of what is computed of constants alone; those that the model keeps may not change from now on."""
-        with torch._C.DisableTorchFunction():
-            return self._known_values.of(node)
-
-    def _known_attribute(self, node: fx.Node) -> Tensor:
-        path, _, name = str(node.target).rpartition(".")
-        value = self._attribute(str(node.target))
-        if issubclass(type(value), fx.Proxy):  # the forward has stored another
-            raise NotKnown
-        if not isinstance(value, Tensor) or value.requires_grad or value.is_meta:
-            raise NotKnown
-        if not name.startswith(CONSTANT):
-            self.read.is_at(self.root.get_submodule(path), name, value)
-        self.read.computes_with(value)
-        return value
-
     def to_bool(self, obj: fx.Proxy) -> bool:
         line = user_line(sys._getframe(1))
         with contextlib.suppress(NotKnown):
-            return bool(self.known_value(obj.node))
+            return bool(self.known.of(obj.node))
         if obj.node.target is getattr and obj.node.args[1] in UNKNOWN:
             what = f"the model asks for {obj.node.args[1]} of a tensor{at(line)}"
             hint = "" if self.values is not None else f"pass example_inputs if it is one of {_inputs(obj)}; "
@@ -346,7 +341,7 @@ class ModelTracer(fx.Tracer):
     def number(self, obj: fx.Proxy) -> Any:
         """The number that a tensor of one holds."""
         try:
-            return self.known_value(obj.node)
+            return self.known.of(obj.node)
         except NotKnown:
             line = user_line(sys._getframe(2))
             raise CaptureError(f"the model reads the number in a tensor{at(line)}; {ADVICE}") from None

@@ -57,6 +57,36 @@ def test_a_changed_buffer_is_another_constant() -> None:
         fast(y)
 
 
+class Scheduled(nn.Module):
+    """A grid that is written to, a mask of ones, a place that is looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("times", torch.linspace(0, 1, 12))
+
+    def forward(self, y: Tensor) -> Tensor:
+        grid = torch.arange(0.0, 14.0)
+        before, view = grid.clone(), grid[1:]
+        grid[-1] = 20.0
+        view[0] = 1.5
+        assert before[-1] == 13 and before[1] == 1 and grid[1] == 1.5
+        assert torch.ones_like(y, dtype=torch.uint8)[0].all() and not y.new_zeros(3).any()
+        for time in before[:12]:
+            index = torch.bucketize(time / 14, self.times)
+            y = y + self.times[index] * torch.tanh(self.linear(y))
+        return torch.where(torch.ones_like(y, dtype=torch.uint8), y, grid[-1])
+
+
+@pytest.mark.filterwarnings("ignore:where received a uint8 condition")
+def test_constants_that_are_written_to() -> None:
+    model, y = Scheduled(), torch.randn(2, 3)
+    fast = pcr_fx.transform(model, example_inputs=y, options=OPTIONS)
+    torch.testing.assert_close(fast(y), model(y))
+    assert lengths(fast) == [12]
+    torch.testing.assert_close(fast(y.repeat(2, 1)), model(y.repeat(2, 1)))
+
+
 class Branches(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -71,11 +101,19 @@ class Branches(nn.Module):
             "parameter": lambda: self.weight.sum() > 0,
             "random": lambda: torch.rand(()) > 0.5,
             "count": lambda: self.count > 3,
+            "written": lambda: _written(x) > 0,
         }[self.kind]()
         return x * self.weight if condition else x
 
 
-@pytest.mark.parametrize("kind", ["input", "parameter", "random", "count"])
+def _written(x: Tensor) -> Tensor:
+    constant = torch.zeros(3)
+    view = constant[1:]
+    view[0] = x.sum()
+    return constant[1]
+
+
+@pytest.mark.parametrize("kind", ["input", "parameter", "random", "count", "written"])
 def test_what_changes_from_call_to_call_is_refused(kind: str) -> None:
     with pytest.raises(CaptureError, match="branches on the value of a tensor"):
         pcr_fx.transform(Branches(kind), example_inputs=torch.randn(3))
