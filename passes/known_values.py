@@ -56,6 +56,12 @@ class KnownValues:
                 self._note(origin)
             return self._values[node]
 
+    def origins(self, node: fx.Node) -> frozenset[fx.Node] | None:
+        """What the value of a node hangs on, of which it is not taken note; `None` where it is not known."""
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            self._follow(node.graph)
+        return self._origins[node] if node in self._values else None
+
     def place(self, index: Any) -> Any:
         """An index with numbers in place of tensors that hold a whole one: nobody else could tell where that is."""
         if isinstance(index, tuple):
@@ -135,7 +141,9 @@ class KnownValues:
 
 
 def _is_small(value: Tensor) -> bool:
-    return value.layout is torch.strided and not value.is_meta and value.numel() <= _MOST_NUMBERS
+    """Whether a tensor may be looked into: one that requires gradients changes in training."""
+    is_plain = value.layout is torch.strided and not value.is_meta and not value.requires_grad
+    return is_plain and value.numel() <= _MOST_NUMBERS
 
 
 def _takes_shape(node: fx.Node) -> bool:

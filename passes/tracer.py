@@ -314,7 +314,10 @@ class ModelTracer(fx.Tracer):
     # --- what a model may ask of a stand-in -------------------------------------------------------------------------
 
     def requires_grad(self, node: fx.Node) -> bool | None:
-        """Whether an argument or an attribute does, which is taken for granted from now on; `None` for what is computed."""
+        """Whether an argument or an attribute does, which is taken for granted from now on; `None` for what is computed of such.
+
+        What is computed of constants alone does not.
+        """
         name, value = str(node.target), None
         if node.op == "placeholder":
             value = self.arguments[name]
@@ -323,7 +326,10 @@ class ModelTracer(fx.Tracer):
             holder, name = holder_of(self.root, name)
             value = holder[name] if isinstance(holder, dict) else None
         if not isinstance(value, Tensor):
-            return None
+            origins = self.known.origins(node)
+            return (
+                None if origins is None else any([self.requires_grad(one) for one in origins if one.op == "get_attr"])
+            )
         self.gradients.append((holder, name, value.requires_grad))
         return value.requires_grad
 

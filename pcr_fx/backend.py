@@ -190,7 +190,7 @@ def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any
     return split.forward
 
 
-def _return_tuple(module: fx.GraphModule) -> bool:
+def _return_tuple(module: Any) -> bool:
     """Have a part of a graph return a tuple, as backends take for granted of what Dynamo gives them; whether it did not."""
     output = module.graph.output_node()
     is_single = isinstance(output.args[0], fx.Node)

@@ -174,8 +174,9 @@ class Recurrent(nn.Module):
         look = x.shape, x.dtype, x.device, torch.is_grad_enabled()
         if look in self._alone or not self._may_be_chains(x, hx):
             return self.form.run(x, hx, weights)
-        nodes = [layer.node(self._steps(x)) for layer in self.layers]
-        if any(node is None for node in nodes):
+        every = [layer.node(self._steps(x)) for layer in self.layers]
+        nodes = [node for node in every if node is not None]
+        if len(nodes) < len(every):
             return self.form.run(x, hx, weights)
         found = self._by_layers(x, hx, weights, nodes)
         # In a checkpoint, which compares what is saved, the way stays what it is.
@@ -197,7 +198,7 @@ class Recurrent(nn.Module):
         )
         return fits and self._steps(x) >= self.options.min_length
 
-    def _by_layers(self, x: Tensor, hx: Any, weights: Sequence[Tensor], nodes: Sequence[Any]) -> Any:
+    def _by_layers(self, x: Tensor, hx: Any, weights: Sequence[Tensor], nodes: Sequence[SolveNode]) -> Any:
         form = self.form
         steps = x.transpose(0, 1).contiguous() if form.batch_first else x
         given = (hx,) if form.cell.states == 1 else hx

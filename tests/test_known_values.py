@@ -87,6 +87,27 @@ def test_constants_that_are_written_to() -> None:
     torch.testing.assert_close(fast(y.repeat(2, 1)), model(y.repeat(2, 1)))
 
 
+def test_constants_require_no_gradients() -> None:
+    class Asserting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            grid = torch.linspace(0, 1, 3) * self.scale
+            leaf = torch.ones(3).requires_grad_()
+            if grid.requires_grad:
+                return x
+            return x * grid * leaf
+
+    model, x = Asserting(), torch.randn(3)
+    fast = pcr_fx.transform(model, example_inputs=x)
+    torch.testing.assert_close(fast(x), model(x))
+    fast.scale.requires_grad_()
+    with pytest.raises(CaptureError, match="asks for requires_grad"):
+        fast(x)
+
+
 class Branches(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
