@@ -43,6 +43,8 @@ CELLS = {
 # Numbers of steps that a network has chains for: each is traced and measured, and who has more is served by the op itself.
 _LENGTHS = 8
 _DTYPES = (torch.float32, torch.float64)
+# Sizes of which it is remembered that PyTorch's op is the fastest for them.
+_LOOKS = 256
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,10 @@ class Recurrent(nn.Module):
         self._alone: set[Any] = set()
 
     def forward(self, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> Any:
-        look = x.shape, x.dtype, x.device, torch.is_grad_enabled()
-        if look in self._alone or not self._may_be_chains(x, hx):
+        if not self._may_be_chains(x, hx):
+            return self.form.run(x, hx, weights)
+        look = x.shape, x.device, x.dtype, torch.is_grad_enabled()
+        if look in self._alone:
             return self.form.run(x, hx, weights)
         every = [layer.node(self._steps(x)) for layer in self.layers]
         nodes = [node for node in every if node is not None]
@@ -181,7 +185,7 @@ class Recurrent(nn.Module):
         found = self._by_layers(x, hx, weights, nodes)
         # In a checkpoint, which compares what is saved, the way stays what it is.
         if is_undisturbed() and all(map(_is_alone, nodes)):
-            self._alone.add(look)
+            self._alone = {look, *list(self._alone)[:_LOOKS]}
         return found
 
     def _steps(self, x: Tensor) -> int:
