@@ -45,6 +45,8 @@ _LENGTHS = 8
 _DTYPES = (torch.float32, torch.float64)
 # Sizes of which it is remembered that PyTorch's op is the fastest for them.
 _LOOKS = 256
+# Every so many calls it is asked again.
+_AGAIN = 16
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,15 @@ class Recurrent(nn.Module):
             layer.node(length)
         # Looks of calls that PyTorch's op is the fastest for.
         self._alone: set[Any] = set()
+        self._calls = 0
 
     def forward(self, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> Any:
         if not self._may_be_chains(x, hx):
             return self.form.run(x, hx, weights)
         look = x.shape, x.device, x.dtype, torch.is_grad_enabled()
-        if look in self._alone:
+        # Now and then layers are called one by one all the same, which are watched, and may find themselves faster by now.
+        self._calls += 1
+        if look in self._alone and (self._calls % _AGAIN or not is_undisturbed()):
             return self.form.run(x, hx, weights)
         every = [layer.node(self._steps(x)) for layer in self.layers]
         nodes = [node for node in every if node is not None]
@@ -184,8 +189,9 @@ class Recurrent(nn.Module):
             return self.form.run(x, hx, weights)
         found = self._by_layers(x, hx, weights, nodes)
         # In a checkpoint, which compares what is saved, the way stays what it is.
-        if is_undisturbed() and all(map(_is_alone, nodes)):
-            self._alone = {look, *list(self._alone)[:_LOOKS]}
+        if is_undisturbed():
+            others = [one for one in self._alone if one != look][:_LOOKS]
+            self._alone = {look, *others} if all(node.record.left_alone for node in nodes) else set(others)
         return found
 
     def _steps(self, x: Tensor) -> int:
@@ -220,11 +226,6 @@ class Recurrent(nn.Module):
             if form.training and form.dropout and first + form.directions < len(nodes):
                 steps = F.dropout(steps, form.dropout)
         return (steps.transpose(0, 1) if form.batch_first else steps), *map(torch.stack, last)
-
-
-def _is_alone(node: SolveNode) -> bool:
-    choice = node.choice
-    return node.record.left_alone and choice is not None and not choice.is_disturbed
 
 
 def _named(origin: Origin, form: Form, index: int) -> Origin:
