@@ -97,6 +97,8 @@ def capture_model(model: nn.Module, example_inputs: Any = None, changes: Changes
         what = str(error).strip().rstrip(".;")
         if "_wrap_for_grad" in what or "_add_batch_dim" in what:
             what = "it transforms functions (torch.func), of which only their results would be read"
+        if "PackedSequence" in what or "_pack_padded_sequence" in what:
+            what = "a packed sequence, whose batch shrinks from step to step, is not read; pad the sequences"
         raise CaptureError(f"{type(model).__name__} cannot be traced{hint}: {what}. If it runs, {ADVICE}") from error
     answers = tracer.answers(graph)
     model_facts = Facts(tracer.read, answers is not None, changes or Changes())

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from pcr_fx.graphs.effects import hides_ops, is_barrier, is_random, writes
 from pcr_fx.graphs.parts import Part, own_derivative
+from pcr_fx.passes.writes import write_out
 
 # By what calls a graph: which of its arguments are those of the graph.
 _FIRST_ARGUMENT = {invoke_subgraph: 2, tag_activation_checkpoint: 1}
@@ -116,7 +117,8 @@ class _Inlining:
 
 
 def _without_grad_modes(graph: fx.Graph) -> fx.Graph | None:
-    """A copy of a forward or backward without the ops that switch gradients off first and on last; autograd does that.
+    """A copy of a forward or backward without the ops that switch gradients off first and on last, which autograd does, and without
+    writes to what it makes itself.
 
     `None` where more than that is done beside computing.
     """
@@ -127,8 +129,9 @@ def _without_grad_modes(graph: fx.Graph) -> fx.Graph | None:
     if switches and (len(switches) != 2 or [ops[0], ops[-1]] != switches or switches[0].args != (False,)):
         return None
     for node in switches:
-        ops.remove(node)
         copy.erase_node(node)
+    write_out(copy)
+    ops = [node for node in copy.nodes if node.op not in ("placeholder", "output")]
     if any(node.op == "get_attr" or _does_more(node) for node in ops):
         return None
     return copy

@@ -17,8 +17,10 @@ from pcr_fx.passes.collect import collect_states
 from pcr_fx.passes.detect import find_chains
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.passes.plan import PlannedChain, plan_chains
-from pcr_fx.passes.report import report_chains
+from pcr_fx.passes.recurrent import replace_recurrent
+from pcr_fx.passes.report import report_chains, report_recurrent
 from pcr_fx.passes.rewrite import rewrite_chains
+from pcr_fx.recurrent import Recurrent
 from pcr_fx.reports import RewriteReport
 
 
@@ -42,6 +44,9 @@ class WayIn(Protocol):
     def place(self, graph: fx.Graph, planned: Sequence[PlannedChain]) -> list[PlannedChain]:
         """The same chains, each with its solve node, or with none where the model's own ops are to stay."""
 
+    def calls_modules(self, graph: fx.Graph) -> bool:
+        """Whether a graph may call modules that no compiler looks into."""
+
     def stack(self, new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
         """Emit a per-block operand: see `rewrite_chains`."""
 
@@ -56,6 +61,7 @@ class Rewritten:
         planned: every chain, in the order of the graph, also those that keep the model's own ops.
         near_misses: what is no chain, and why.
         report: what a user is told.
+        recurrent: PyTorch's recurrent networks, by the names that the graph calls them by.
     """
 
     graph: fx.Graph
@@ -63,6 +69,7 @@ class Rewritten:
     planned: list[PlannedChain]
     near_misses: list[NearMiss]
     report: RewriteReport
+    recurrent: Mapping[str, Recurrent]
 
 
 def run_passes(way_in: WayIn, options: Options) -> Rewritten:
@@ -78,8 +85,14 @@ def run_passes(way_in: WayIn, options: Options) -> Rewritten:
     chains = [item.found for item in planned if item.node is not None]
     rewritten = rewrite_chains(graph, chains, list(nodes), way_in.stack)
     collect_states(rewritten, nodes)
+    recurrent: dict[str, Recurrent] = {}
+    if way_in.calls_modules(rewritten):
+        recurrent, others = replace_recurrent(rewritten, options)
+        near_misses += others
+    near_misses.sort(key=lambda miss: -miss.length)
     report = report_chains(graph, planned, near_misses, options)
-    return Rewritten(rewritten, nodes, planned, near_misses, report)
+    report_recurrent(report, list(recurrent.values()), options)
+    return Rewritten(rewritten, nodes, planned, near_misses, report, recurrent)
 
 
 def _named(planned: Sequence[PlannedChain]) -> dict[str, SolveNode]:

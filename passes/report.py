@@ -11,6 +11,7 @@ from pcr_fx.chain import NearMiss
 from pcr_fx.options import Options
 from pcr_fx.passes.plan import PlannedChain
 from pcr_fx.passes.rewrite import depth
+from pcr_fx.recurrent import Recurrent
 from pcr_fx.reports import ChainEntry, RewriteReport
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,18 @@ def report_chains(
     report = RewriteReport(entries, list(near_misses), *depth(graph, [item.found for item in planned]), ops)
     log.debug("%s", report)
     return report
+
+
+def report_recurrent(report: RewriteReport, networks: Sequence[Recurrent], options: Options) -> None:
+    """Add the chains of recurrent networks, each of which is one op of the graph."""
+    for network in networks:
+        for layer in network.layers:
+            node = next(iter(layer.nodes.values()))
+            entry = ChainEntry(node.chain, options, node=node)
+            layer.followers.append(entry)
+            report.chains.append(entry)
+        steps = network.form.num_layers * node.chain.length
+        report.depth, report.depth_in_chains = report.depth + steps - 1, report.depth_in_chains + steps
 
 
 def warn_without_chains(report: RewriteReport, reason: str = "") -> None:

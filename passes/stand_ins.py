@@ -115,6 +115,12 @@ class KnownStandIn(StandIn):
             _ = attribute.node  # computed now, and not where it is first used
         return attribute
 
+    def __float__(self) -> float:
+        return float(self.tracer.number(self))  # type: ignore[attr-defined]
+
+    def __int__(self) -> int:
+        return int(self.tracer.number(self))  # type: ignore[attr-defined]
+
     def __len__(self) -> int:
         return self.tracer.questions.length(self.node, self.node.meta["example_value"])  # type: ignore[attr-defined]
 

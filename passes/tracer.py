@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import operator
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +30,7 @@ from pcr_fx.graphs.attributes import attribute, holder_of
 from pcr_fx.graphs.effects import RESHAPING_METHODS, draws_by_shape
 from pcr_fx.graphs.hooks import AfterForward, BeforeForward, HookOp, is_part_of_forward, tensors_in
 from pcr_fx.passes.contents import items_in, put_back
+from pcr_fx.passes.known_values import TELLING, KnownValues, NotKnown
 from pcr_fx.passes.open_sizes import OpenSize, close_what_repeats, closed, may_stay_open, place_in_argument
 from pcr_fx.passes.own_functions import record_call
 from pcr_fx.passes.raw_tensors import RawTensors
@@ -84,6 +87,7 @@ class ModelTracer(fx.Tracer):
         # What was asked for whether it requires gradients: who keeps it, or `None` for an argument; its name; the answer.
         self.gradients: list[tuple[Mapping[str, Any] | None, str, bool]] = []
         self.checkpoint: object = None
+        self.known = KnownValues(self)
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         with _undisturbed(root, self.read), self.read.recording(), RawTensors(self), lenient():
@@ -212,6 +216,13 @@ class ModelTracer(fx.Tracer):
         return self.create_proxy("get_attr", name, (), {})
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Any:
+        if kind == "call_method" and target in TELLING and isinstance(args[0], fx.Proxy):
+            with contextlib.suppress(NotKnown):
+                return getattr(self.known.of(args[0].node), target)(*args[1:], **kwargs)
+        if target is operator.getitem:
+            args = args[0], self.known.place(args[1])
+        if target is torch.where and getattr(args[0], "dtype", None) is torch.uint8:  # an old form of truth values
+            args = args[0].bool(), *args[1:]
         line = user_line(sys._getframe(1))
         self._follow_settings(line)
         self.reshapes |= kind == "call_method" and target in RESHAPING_METHODS
@@ -293,10 +304,20 @@ class ModelTracer(fx.Tracer):
     def _attribute(self, path: str) -> Any:
         return self.stored[path] if path in self.stored else attribute(self.root, path)
 
+    def takes_value_of(self, path: str) -> None:
+        """Take note that the graph hangs on what an attribute holds."""
+        value, (path, _, name) = self._attribute(path), path.rpartition(".")
+        if not name.startswith(CONSTANT):
+            self.read.is_at(self.root.get_submodule(path), name, value)
+        self.read.computes_with(value)
+
     # --- what a model may ask of a stand-in -------------------------------------------------------------------------
 
     def requires_grad(self, node: fx.Node) -> bool | None:
-        """Whether an argument or an attribute does, which is taken for granted from now on; `None` for what is computed."""
+        """Whether an argument or an attribute does, which is taken for granted from now on; `None` for what is computed of such.
+
+        What is computed of constants alone does not.
+        """
         name, value = str(node.target), None
         if node.op == "placeholder":
             value = self.arguments[name]
@@ -305,18 +326,31 @@ class ModelTracer(fx.Tracer):
             holder, name = holder_of(self.root, name)
             value = holder[name] if isinstance(holder, dict) else None
         if not isinstance(value, Tensor):
-            return None
+            origins = self.known.origins(node)
+            return (
+                None if origins is None else any([self.requires_grad(one) for one in origins if one.op == "get_attr"])
+            )
         self.gradients.append((holder, name, value.requires_grad))
         return value.requires_grad
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         line = user_line(sys._getframe(1))
+        with contextlib.suppress(NotKnown):
+            return bool(self.known.of(obj.node))
         if obj.node.target is getattr and obj.node.args[1] in UNKNOWN:
             what = f"the model asks for {obj.node.args[1]} of a tensor{at(line)}"
             hint = "" if self.values is not None else f"pass example_inputs if it is one of {_inputs(obj)}; "
             raise CaptureError(f"{what}, which is not known while it is read; {hint}{ADVICE}")
         hint = "" if self.values is not None else f"pass example_inputs if it asks for a shape of {_inputs(obj)}; "
         raise CaptureError(f"the model branches on the value of a tensor{at(line)}; {hint}{ADVICE}")
+
+    def number(self, obj: fx.Proxy) -> Any:
+        """The number that a tensor of one holds."""
+        try:
+            return self.known.of(obj.node)
+        except NotKnown:
+            line = user_line(sys._getframe(2))
+            raise CaptureError(f"the model reads the number in a tensor{at(line)}; {ADVICE}") from None
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         value = obj.node.meta.get("example_value")

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import operator
-import sys
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -15,7 +12,9 @@ from torch import fx
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.passes.split_module import split_module
 
+from pcr_fx.compilations import Compilations, keep
 from pcr_fx.errors import OptionError
+from pcr_fx.frameworks import introduce
 from pcr_fx.graphs.effects import is_barrier
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import InputOperand, collect, complete, stack_operands, stack_parts
@@ -24,26 +23,13 @@ from pcr_fx.passes.inline import holds_regions, inline_regions
 from pcr_fx.passes.pipeline import run_passes
 from pcr_fx.passes.plan import PlannedChain, measure_chains
 from pcr_fx.passes.report import warn_without_chains
+from pcr_fx.recurrent import Recurrent
 from pcr_fx.reports import RewriteReport, merge_reports
 
 NAME = "deeppcr"
 
 
-class _Latest:
-    """What was compiled last.
-
-    Attributes:
-        whole: a reference to what `torch.compile` was called with.
-        reports: one for each graph that it was broken into: by the code that Dynamo compiled, so that what is compiled anew
-            for other arguments takes the place of what was said of it before.
-    """
-
-    def __init__(self) -> None:
-        self.whole: Callable[[], Any] = lambda: None
-        self.reports: dict[CodeType | None, RewriteReport] = {}
-
-
-_latest = _Latest()
+_latest = Compilations()
 
 
 def deeppcr(
@@ -64,10 +50,10 @@ def deeppcr(
     settings = Options.of(options)
     compile_rest = _inner_backend(settings, mode)
     report, native = rewrite_captured(graph_module, example_inputs, settings)
-    _remember(report)
+    _latest.add(report)
     if not report.chains:
         # A training step is several graphs: there need not be a chain in that of the optimiser.
-        warn_without_chains(merge_reports(list(_latest.reports.values())))
+        warn_without_chains(merge_reports(_latest.reports))
     if native:
         return compile_around(graph_module, compile_rest)
     nodes = [module for module in graph_module.modules() if isinstance(module, SolveNode)]
@@ -94,13 +80,15 @@ def rewrite_captured(
     """Rewrite a graph captured by Dynamo in place. One without a chain keeps its marked regions.
 
     Returns:
-        The report, and whether all chains run as native kernels that can be called apart from the rest.
+        The report, and whether chains are to be called apart from the rest: all run as native kernels, or some are of recurrent
+        networks, which choose at run time what they run by.
     """
     way_in = _CapturedByDynamo(graph_module, example_inputs, options)
     rewritten = run_passes(way_in, options)
-    if rewritten.nodes:
-        for name, node in rewritten.nodes.items():
-            graph_module.add_submodule(name, node)
+    modules = {**rewritten.nodes, **rewritten.recurrent}
+    if modules:
+        for name, module in modules.items():
+            graph_module.add_submodule(name, module)
         graph_module.graph = rewritten.graph
     graph_module.recompile()
     report = rewritten.report
@@ -110,7 +98,7 @@ def rewrite_captured(
             "DistributedDataParallel splits the graph into buckets before this backend sees it, which cuts chains; "
             "torch._dynamo.config.optimize_ddp = False keeps it whole"
         )
-    return report, way_in.is_native
+    return report, way_in.is_native or bool(rewritten.recurrent)
 
 
 class _CapturedByDynamo:
@@ -149,6 +137,9 @@ class _CapturedByDynamo:
     def _node(self, item: PlannedChain) -> SolveNode:
         return SolveNode(item.found.chain, self.options, item.plan, item.found.leaving)
 
+    def calls_modules(self, graph: fx.Graph) -> bool:
+        return not any(map(is_barrier, graph.nodes))  # see `place`
+
     def stack(self, new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
         """Kernels are given the inputs of the graph where they lie."""
         tensors = [copies[node] for node in operand]
@@ -171,7 +162,8 @@ def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any
 
     A compiler has nothing to add to a native kernel, and checks each of thousands of inputs at each call.
     """
-    modules = {name for name, module in graph_module.named_children() if isinstance(module, SolveNode | InputOperand)}
+    kinds = SolveNode | InputOperand | Recurrent
+    modules = {name for name, module in graph_module.named_children() if isinstance(module, kinds)}
 
     def is_called(node: fx.Node) -> bool:
         return node.target in (stack_parts, collect, complete) or (node.op == "call_module" and node.target in modules)
@@ -193,19 +185,31 @@ def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any
     for name, module in list(split.named_children()):
         if not any(is_called(node) for node in module.graph.nodes):
             inputs = [node.meta["example_value"] for node in module.graph.nodes if node.op == "placeholder"]
-            split.add_submodule(name, _Compiled(compile_rest(module, inputs)))
+            is_single = _return_tuple(module)
+            split.add_submodule(name, _Compiled(compile_rest(module, inputs), is_single))
     return split.forward
 
 
-class _Compiled(torch.nn.Module):
-    """What a backend returned, as a module."""
+def _return_tuple(module: Any) -> bool:
+    """Have a part of a graph return a tuple, as backends take for granted of what Dynamo gives them; whether it did not."""
+    output = module.graph.output_node()
+    is_single = isinstance(output.args[0], fx.Node)
+    if is_single:
+        output.args = ((output.args[0],),)
+        module.recompile()
+    return is_single
 
-    def __init__(self, run: Callable[..., Any]) -> None:
+
+class _Compiled(torch.nn.Module):
+    """What a backend returned, as a module; of one that `is_single` its only result."""
+
+    def __init__(self, run: Callable[..., Any], is_single: bool) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.is_single = run, is_single
 
     def forward(self, *inputs: Any) -> Any:
-        return self.run(*inputs)
+        results = self.run(*inputs)
+        return results[0] if self.is_single else results
 
 
 def _inner_backend(options: Options, mode: str | None) -> Callable[..., Any]:
@@ -224,38 +228,14 @@ def _inner_backend(options: Options, mode: str | None) -> Callable[..., Any]:
     return lambda module, inputs: compile_rest(module, inputs, config_patches=patches)  # type: ignore[call-arg]
 
 
-def _remember(report: RewriteReport) -> None:
-    """Keep the report for `pcr_fx.report()`: with those before it where this graph is a part of the same whole."""
-    code, whole = _what_compiles()
-    if _latest.whole() is not whole or whole is None:
-        _latest.reports.clear()
-    _latest.whole = (lambda: None) if whole is None else weakref.ref(whole)
-    _latest.reports[code] = report
-
-
-def _what_compiles() -> tuple[CodeType | None, Any]:
-    """The function that Dynamo is compiling, or the rest of one behind a graph break; and what `torch.compile` was called with.
-
-    A training step is many functions: its own parts, the model's, the optimiser's.
-    """
-    frame: FrameType | None = sys._getframe()
-    code, whole = None, None
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if code is None and name.endswith("convert_frame.py") and isinstance(frame.f_locals.get("code"), CodeType):
-            code = frame.f_locals["code"]
-        if frame.f_code.co_name == "compile_wrapper" and name.endswith("eval_frame.py"):
-            whole = frame.f_locals.get("fn", whole)
-        frame = frame.f_back
-    return code, whole
-
-
 def last_report() -> RewriteReport | None:
-    """The report of the last compilation."""
-    return merge_reports(list(_latest.reports.values())) if _latest.reports else None
+    """The report of what was compiled last; `None` where nothing was."""
+    return _latest.merged()
 
 
 def register() -> None:
-    """Make the backend known where the package is not installed, and so has no entry point."""
+    """Make the backend known where the package is not installed, and so has no entry point; have Dynamo say what it compiles."""
+    keep(deeppcr, _latest)
+    introduce(NAME)
     if NAME not in torch._dynamo.list_backends(exclude_tags=()):
         torch._dynamo.register_backend(deeppcr, name=NAME)

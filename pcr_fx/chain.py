@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -77,6 +78,8 @@ class Chain:
         head: its outputs; `None` where it has none.
         is_checkpoint: whether its author has what lies between the states computed again in the backward.
         num_outputs: outputs that the body itself returns, behind the new states.
+        own_op: the op that the model has in place of the blocks, such as `torch.gru`, if it has one: `(states, operands, shared)
+            ->` what leaves the chain.
     """
 
     body: fx.GraphModule
@@ -89,6 +92,7 @@ class Chain:
     head: Head | None = None
     is_checkpoint: bool = False
     num_outputs: int = 0
+    own_op: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from pcr_fx.backend import last_report, rewrite_captured
+from pcr_fx.compilations import kept
 from pcr_fx.errors import PcrFxError, UnsupportedError
 from pcr_fx.explicit import TransformedModule
 from pcr_fx.options import Options
-from pcr_fx.reports import RewriteReport, merge_reports
+from pcr_fx.reports import RewriteReport
 
 
 def report(target: TransformedModule | None = None) -> RewriteReport:
@@ -52,13 +53,13 @@ def explain(model: Callable[..., Any], *args: Any, options: Any = None, **kwargs
     if not callable(model):
         raise UnsupportedError(f"explain takes a module or a function, got {type(model).__name__}")
     settings = Options.of(options)
-    reports: list[RewriteReport] = []
 
     def explain_graph(graph_module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         untouched = fx.Graph()
         untouched.output(untouched.graph_copy(graph_module.graph, {}))
-        reports.append(rewrite_captured(fx.GraphModule(graph_module, untouched), example_inputs, settings)[0])
+        compilations.add(rewrite_captured(fx.GraphModule(graph_module, untouched), example_inputs, settings)[0])
         return graph_module.forward
 
-    torch.compile(model, backend=explain_graph)(*args, **kwargs)
-    return merge_reports(reports)
+    with kept(explain_graph) as compilations:
+        torch.compile(model, backend=explain_graph)(*args, **kwargs)
+    return compilations.merged() or RewriteReport()

@@ -358,17 +358,24 @@ class SolveNode(nn.Module):
         Args:
             left_alone: whether that is because nothing is faster.
         """
+        if self.chain.own_op is not None:
+            self._note_own(left_alone)
+            leaves: tuple[Any, ...] = self.chain.own_op(states, list(map(stacked, given[0][0])), given[0][1])
+            return leaves
         wanted = None if self.leaving.whole else {block for _, block in self.leaving.taps}
         parts = [([parts_of(operand) for operand in operands], shared) for operands, shared in given]
         found = evaluate_whole(self.chain, states, parts, wanted)
-        self.record.forward("sequential", IN_SEQUENCE)
-        self.record.solver_backward = "sequential"
-        self.record.left_alone = left_alone
+        self._note_own(left_alone)
         # What the model's own ops made is nobody else's: no copies.
         whole = [[values[index] for values in found.values()] for index in self.leaving.whole]
         if not self.is_in_graph:
             return tuple(torch.stack(values) for values in whole)
         return (*whole, *(found[block][index] for index, block in self.leaving.taps))
+
+    def _note_own(self, left_alone: bool) -> None:
+        self.record.forward("sequential", IN_SEQUENCE)
+        self.record.solver_backward = "sequential"
+        self.record.left_alone = left_alone
 
     def _choose(
         self, plan: Plan, states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]

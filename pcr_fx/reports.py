@@ -19,6 +19,8 @@ from pcr_fx.solvers import Outcome, SolveStats
 from pcr_fx.ways import Way, in_units
 
 _DIRECTIONS = ("forward", "backward")
+# Near misses, and places where graphs end, that are printed.
+_MOST_LINES = 12
 
 
 @dataclass(eq=False)
@@ -169,11 +171,12 @@ class RewriteReport:
 
     Attributes:
         chains: the chains found, rewritten or left alone.
-        rejected: near misses, each with its reason.
+        rejected: near misses, each with its reason, the longest first.
         depth: ops on the longest path through the model.
         depth_in_chains: how many of them lie in chains.
         nodes: ops of the model.
         notes: what else there is to know.
+        outside: what `torch.compile` runs outside of all graphs, and why.
     """
 
     chains: list[ChainEntry] = field(default_factory=list)
@@ -182,6 +185,7 @@ class RewriteReport:
     depth_in_chains: int = 0
     nodes: int = 0
     notes: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in the report as plain values."""
@@ -195,17 +199,23 @@ class RewriteReport:
             "depth_in_chains": self.depth_in_chains,
             "ops": self.nodes,
             "notes": list(self.notes),
+            "outside": list(self.outside),
         }
 
     def __str__(self) -> str:
         parts = [self._headline()]
+        if self.outside:
+            lines = (textwrap.fill(words, 120, subsequent_indent="  ") for words in self.outside[:_MOST_LINES])
+            parts.append("\n".join(["Outside of the graphs that torch.compile made:", *lines, *_rest(self.outside)]))
         for number, entry in enumerate(self.chains, 1):
             parts.append(_chain_table(number, entry.to_dict()))
         if self.rejected:
             rows = [
-                (miss.modules, miss.length or "", miss.source, textwrap.fill(miss.reason, 70)) for miss in self.rejected
+                (miss.modules, miss.length or "", miss.source, textwrap.fill(miss.reason, 70))
+                for miss in self.rejected[:_MOST_LINES]
             ]
-            parts.append("Not parallelised:\n" + tabulate(rows, ("modules", "blocks", "source", "reason"), "simple"))
+            table = tabulate(rows, ("modules", "blocks", "source", "reason"), "simple")
+            parts.append("\n".join(["Not parallelised:", table, *_rest(self.rejected)]))
         parts += [f"Note: {note}" for note in self.notes]
         return "\n\n".join(parts)
 
@@ -220,18 +230,26 @@ class RewriteReport:
         )
 
 
+def _rest(items: Sequence[Any]) -> list[str]:
+    """That there is more than was printed."""
+    more = len(items) - _MOST_LINES
+    return [f"and {more} more, which to_dict() has"] if more > 0 else []
+
+
 def merge_reports(reports: Sequence[RewriteReport]) -> RewriteReport:
-    """One report for the graphs that a model was broken into."""
+    """One report for the graphs that a model was broken into: what many of them have is said once."""
     if len(reports) == 1:
         return reports[0]
     merged = RewriteReport()
+    rejected: dict[NearMiss, None] = {}
     for report in reports:
         merged.chains += report.chains
-        merged.rejected += report.rejected
+        rejected |= dict.fromkeys(report.rejected)
         merged.depth += report.depth
         merged.depth_in_chains += report.depth_in_chains
         merged.nodes += report.nodes
         merged.notes += [note for note in report.notes if note not in merged.notes]
+    merged.rejected = sorted(rejected, key=lambda miss: -miss.length)
     if len(reports) > 1:
         merged.notes.append(f"torch.compile broke the model into {len(reports)} graphs; a chain cannot span two")
     return merged

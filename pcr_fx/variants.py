@@ -55,7 +55,7 @@ def rewrite_model(
     way_in = _TracedModel(model, example_inputs, options, changes)
     rewritten = run_passes(way_in, options)
     attributes = _fetch_attributes(rewritten.graph, model, way_in.stacked)
-    run = fx.GraphModule({**rewritten.nodes, "attributes": attributes}, rewritten.graph)
+    run = fx.GraphModule({**rewritten.nodes, **rewritten.recurrent, "attributes": attributes}, rewritten.graph)
     rewritten.report.notes += way_in.captured.notes
     kept = sum("recompute" in node.meta for node in rewritten.graph.nodes)
     if kept:
@@ -117,6 +117,9 @@ class _TracedModel:
         if item.plan is not None:
             node.learn(item.plan)
         return node
+
+    def calls_modules(self, graph: fx.Graph) -> bool:
+        return True
 
     def stack(self, new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
         if any(node.op != "get_attr" for node in operand):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # rooms that share a floor do not see each other.
 FLOORS = (
     {"errors", "disk", "locks"},
-    {"registry", "watched", "artifacts"},
+    {"registry", "watched", "artifacts", "frameworks"},
     {"options", "graphs"},
     {"chain", "call", "stopping"},
     {"body"},
@@ -32,9 +32,10 @@ FLOORS = (
     {"looks"},
     {"sweep", "heads"},
     {"node"},
+    {"recurrent"},
     {"reports"},
     {"passes"},
-    {"packing", "copies", "optimizers", "rehearsal"},
+    {"packing", "copies", "optimizers", "rehearsal", "compilations"},
     {"variants"},
     {"explicit", "backend", "solve"},
     {"introspect"},

@@ -37,6 +37,9 @@ class Traced:
             replace(item, node=SolveNode(item.found.chain, OPTIONS, item.plan, item.found.leaving)) for item in planned
         ]
 
+    def calls_modules(self, graph: fx.Graph) -> bool:
+        return True
+
     def stack(self, new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
         return new.call_function(torch.stack, ([copies[node] for node in operand],))
 

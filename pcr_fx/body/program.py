@@ -218,6 +218,8 @@ def _content_key(chain: Chain, inputs: Any, graphs: dict[str, fx.GraphModule]) -
     digest = hashlib.sha256()
     for part in (chain.length, chain.literals, inputs):
         digest.update(repr(part).encode())
+    if chain.own_op is not None:  # what its ways are measured against
+        digest.update(chain.own_op.__name__.encode())
     for name, graph in graphs.items():
         digest.update(name.encode() + graph.code.encode())
         for attribute, tensor in sorted(graph.named_buffers()):

@@ -62,7 +62,12 @@ class Entrants:
         series = {(EAGER, direction): self._series() for direction in self.directions}
         if self._adds:
             series[EAGER, ADDING] = self._series()
-        return Entrant(self._eager_call, series)
+        entrant = Entrant(self._eager_call, series)
+        if (
+            self.case.program.chain.own_op is not None
+        ):  # what it takes for a few blocks tells nothing of what it does for all
+            entrant.take(self.case.program.length)
+        return entrant
 
     @property
     def _adds(self) -> bool:
@@ -108,6 +113,8 @@ class Entrants:
 
     def _eager_forward(self, count: int) -> Callable[[], tuple[Any, list[Tensor]]]:
         program, call = self.case.program, self.call.first(count)
+        if program.chain.own_op is not None:
+            return self._own_op_forward(program.chain.own_op, count)
         each = [tuple(self._leaf(part) for part in block) for block in blocks(call.operands, count)]
         states = [self._leaf(state) for state in program.layout.unflatten(call.initial)]
         shared = [self._leaf(tensor) for tensor in call.shared]
@@ -119,6 +126,18 @@ class Entrants:
                 for block in each:
                     present = program.chain.body.forward(*present, *block, *shared)
             return present, inputs
+
+        return run
+
+    def _own_op_forward(self, own_op: Callable[..., Any], count: int) -> Callable[[], tuple[Any, list[Tensor]]]:
+        call = self.call.first(count)
+        groups = self.case.program.layout.unflatten(call.initial), call.operands, call.shared
+        states, operands, shared = ([self._leaf(tensor) for tensor in group] for group in groups)
+        inputs = [tensor for tensor in (*states, *operands, *shared) if tensor.requires_grad]
+
+        def run() -> tuple[Any, list[Tensor]]:
+            with torch.set_grad_enabled(self.needs_gradient):
+                return own_op(states, operands, shared), inputs
 
         return run
 
