@@ -25,6 +25,7 @@ from pcr_fx.passes.pipeline import run_passes
 from pcr_fx.passes.plan import PlannedChain, measure_chains
 from pcr_fx.passes.report import warn_without_chains
 from pcr_fx.reports import RewriteReport, merge_reports
+from pcr_fx.scans import LoopModule, take_loops
 
 NAME = "deeppcr"
 
@@ -68,7 +69,9 @@ def deeppcr(
     if not report.chains:
         # A training step is several graphs: there need not be a chain in that of the optimiser.
         warn_without_chains(merge_reports(list(_latest.reports.values())))
-    if native:
+    loops = any(isinstance(module, LoopModule) for module in graph_module.children())
+    others = any(isinstance(module, SolveNode) for module in graph_module.children())
+    if native or (loops and not others and not any(map(is_barrier, graph_module.graph.nodes))):
         return compile_around(graph_module, compile_rest)
     nodes = [module for module in graph_module.modules() if isinstance(module, SolveNode)]
     return _holding(nodes, compile_rest(graph_module, example_inputs))
@@ -102,8 +105,9 @@ def rewrite_captured(
         for name, node in rewritten.nodes.items():
             graph_module.add_submodule(name, node)
         graph_module.graph = rewritten.graph
-    graph_module.recompile()
     report = rewritten.report
+    report.chains += take_loops(graph_module, options)
+    graph_module.recompile()
     splits = torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
     if splits and torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
         report.notes.append(
@@ -166,12 +170,16 @@ def _real_inputs(placeholders: Iterable[fx.Node], example_inputs: Sequence[Any])
     return {node: value for node, value in pairs if isinstance(value, torch.Tensor) and not is_fake(value)}
 
 
+# Modules that are called as they are, and not compiled.
+_CALLED = (SolveNode, InputOperand, LoopModule)
+
+
 def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any]) -> Callable[..., Any]:
     """The graph with its solve nodes called as they are, and what is around them compiled, part by part.
 
     A compiler has nothing to add to a native kernel, and checks each of thousands of inputs at each call.
     """
-    modules = {name for name, module in graph_module.named_children() if isinstance(module, SolveNode | InputOperand)}
+    modules = {name for name, module in graph_module.named_children() if isinstance(module, _CALLED)}
 
     def is_called(node: fx.Node) -> bool:
         return node.target in (stack_parts, collect, complete) or (node.op == "call_module" and node.target in modules)

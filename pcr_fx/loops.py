@@ -247,6 +247,12 @@ class Loop:
         specs = self.specs[self.step.num_carry :]
         return [torch.empty((0, *spec.shape), dtype=spec.dtype, device=spec.device) for spec in specs]
 
+    def expected_node(self, length: int) -> SolveNode | None:
+        """The solve node of calls with so many steps, which are still to come."""
+        if self.states:
+            self.node = self._node(length)
+        return self.node
+
     def _node(self, length: int) -> SolveNode:
         """The solve node for so many steps."""
         node = self._nodes.get(length)

@@ -29,6 +29,8 @@ from pcr_fx.loops import Loop, Step
 from pcr_fx.options import Options
 from pcr_fx.registry import Registry
 
+_DEFAULT = Options()
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 # Codes and forms of arguments that captures are kept for.
 _STEPS = 256
 # What Dynamo guards while it captures: hooks too, and all numbers and sizes by their values.
@@ -87,7 +89,9 @@ class ScanOp(HigherOrderOperator):
         super().__init__("pcr_fx_scan")
 
     def __call__(self, block: fx.GraphModule, *tensors: Any) -> tuple[Tensor, ...]:
-        return _framed(block, tensors).run(tensors)
+        framed = block_of(block).framed(tensors)
+        _held.keep(id(framed), framed)
+        return framed.run(tensors)
 
 
 scan_op = ScanOp()
@@ -146,7 +150,7 @@ class Framed:
         carry, xs: which input of the graph each is; `None` where the graph has none, since it is not read.
         shared: likewise of what the step gets whole.
         results: for each result of the graph which of the step's it is: outputs are counted behind the carry.
-        length: of the loop, where the graph says so.
+        length: of the loop, where the graph says so; or the input of it that does.
         is_checked: whether what the step returns was found to be of the form that it should be.
     """
 
@@ -171,15 +175,15 @@ class Framed:
             self.loops[options] = loop
         return loop
 
-    def run(self, tensors: Sequence[Any]) -> tuple[Tensor, ...]:
+    def run(self, tensors: Sequence[Any], options: Options = _DEFAULT) -> tuple[Tensor, ...]:
         """What the operator in a graph returns."""
         xs = [tensors[at] for at in self.xs if at is not None]
-        length = int(xs[0].shape[0]) if xs else int(self.length)
-        final, ys = self.loop(Options()).run(
+        length = xs[0].shape[0] if xs else tensors[self.length[0]] if isinstance(self.length, tuple) else self.length
+        final, ys = self.loop(options).run(
             [tensors[at] for at in self.carry],  # type: ignore[index]
             xs,
             [tensors[at] for at in self.shared],
-            length,
+            int(length),
         )
         every = [*final, *ys]
         return tuple(every[index] for index in self.results)
@@ -219,14 +223,14 @@ def find_step(
             copies[node] = inputs[at]
     for number, node in enumerate(given):
         value = node.meta.get("example_value")
-        if all(user.target in _ENTER for user in node.users):
+        if all(user.target in (*_ENTER, *_LEAVE) for user in node.users):
             continue
         if isinstance(value, Tensor):
             copies[node] = graph.placeholder(f"shared_{number}")
             copies[node].meta = dict(node.meta)
             shared.append(number)
         else:
-            copies[node] = int(values[number])
+            copies[node] = as_number(values[number])
     for node in graph_module.graph.nodes:
         if node in copies or node.op in ("placeholder", "output"):
             continue
@@ -246,28 +250,70 @@ def find_step(
     if handed_on != num_carry or sorted(results) != list(range(len(results))):
         raise NotCaptured("it returns another carry than it is given")
     graph.output(tuple(results[index] for index in range(len(results))))
-    length = copies.get(length, length) if isinstance(length, fx.Node) else length
+    if isinstance(length, fx.Node):
+        length = (given.index(length),) if length.op == "placeholder" else None
     step = Step.of(fx.GraphModule(graph_module, graph), num_carry, num_xs, name, source)
     return Framed(step, places[:num_carry], places[num_carry:], shared, order, length)
+
+
+def as_number(value: Any) -> Any:
+    """A number that a graph is given, as it is now."""
+    if isinstance(value, _SYMBOLIC):
+        kinds = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+        return kinds[type(value)](value)
+    return value
 
 
 def _flat(results: Any) -> list[Any]:
     return list(results) if isinstance(results, (tuple, list)) else [results]
 
 
-def _framed(block: fx.GraphModule, tensors: Sequence[Any]) -> Framed:
-    """The step of a block, found once for each of the numbers that it is given."""
-    known: dict[Any, Framed] = block.__dict__.setdefault("_pcr_fx_steps", {})
-    key = tuple(int(one) for one in tensors if not isinstance(one, Tensor))
-    if key not in known:
-        marks = [node.args[2:4] for node in block.graph.nodes if node.target in _ENTER]
-        counts = [sum(is_x == which for _, is_x in marks) for which in (False, True)]
-        known[key] = find_step(block, counts[0], counts[1], tensors, "scan")
-        _held[id(block)] = block  # compiled graphs name plans, which live as long as their loops
-    return known[key]
+def count_marks(block: fx.GraphModule) -> tuple[int, int]:
+    """How many tensors of the carry and of `xs` a block is given."""
+    marks = [node.args[3] for node in block.graph.nodes if node.op == "call_function" and node.target in _ENTER]
+    return sum(not is_x for is_x in marks), sum(bool(is_x) for is_x in marks)
 
 
-_held: dict[int, fx.GraphModule] = {}
+class Block:
+    """The step in a block of a graph, which may depend on numbers that the block is given, such as sizes.
+
+    Args:
+        graph_module: the block.
+        find: finds the step, of all that the block is given.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, find: Callable[[Sequence[Any]], Framed]) -> None:
+        self.find = find
+        self.numbers = [
+            number
+            for number, node in enumerate(graph_module.graph.find_nodes(op="placeholder"))
+            if not isinstance(node.meta.get("example_value"), Tensor)
+            and any(user.target not in (*_ENTER, *_LEAVE) for user in node.users)
+        ]
+        self.found: dict[Any, Framed] = {}
+
+    def framed(self, given: Sequence[Any]) -> Framed:
+        """The step for what the block is given now."""
+        key = tuple([as_number(given[at]) for at in self.numbers])
+        framed = self.found.get(key)
+        if framed is None:
+            framed = self.found[key] = self.find(given)
+            if len(self.found) > _STEPS:
+                self.found.pop(next(iter(list(self.found))), None)  # other threads may be at it, too
+        return framed
+
+
+def block_of(graph_module: fx.GraphModule) -> Block:
+    """A block between marks."""
+    known: Any = graph_module.__dict__.get("_pcr_fx_block")
+    if known is None:
+        find = functools.partial(find_step, graph_module, *count_marks(graph_module), name="scan")
+        known = graph_module.__dict__["_pcr_fx_block"] = Block(graph_module, lambda given: find(values=given))
+    return known
+
+
+# Those that compilers have traced: what they make names plans, which live as long as their loops.
+_held: Registry[int, Framed] = Registry(kept=1024)
 
 
 # --- captures by Dynamo -------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ FLOORS = (
     {"packing", "copies", "rehearsal"},
     {"variants", "loops"},
     {"steps"},
+    {"scans"},
     {"explicit", "backend", "solve", "scan"},
     {"introspect"},
     {"__init__"},

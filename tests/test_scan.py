@@ -11,6 +11,7 @@ from scan_cases import draw, plain_loop
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+import pcr_fx
 from pcr_fx import UnsupportedError, scan, steps
 
 F64 = torch.float64
@@ -383,3 +384,31 @@ def test_within_torch_compile(backend: str) -> None:
     for length in (6, 9):
         h, x = real(2, 3), real(length, 2, 3)
         assert_same(compiled(h, x), plain(h, x), [h, x, cell.w])
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_pytorchs_own_scan_becomes_a_chain(dynamic: bool | None) -> None:
+    w, graphs = real(3, 3), []
+
+    def step(h: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+        h = torch.tanh(h @ w + x)
+        return h, (h * 2, h.sum(-1))
+
+    def loop(run: Any, h: Tensor, x: Tensor) -> Any:
+        h, y = run(step, h, x.sin(), dim=0)
+        return h.cos(), y
+
+    def inner(graph_module: Any, inputs: Any) -> Any:
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    options = {"inner_backend": inner, "planning": "estimated"}
+    compiled = torch.compile(loop, backend="deeppcr", fullgraph=True, dynamic=dynamic, options=options)
+    for length in (6, 9, 12, 7):
+        h, x = real(2, 3), real(length, 2, 3)
+        assert_same(compiled(torch._higher_order_ops.scan, h, x), loop(plain_loop, h, x), [h, x, w])
+        if length == 9:
+            before = len(graphs)
+    assert len(graphs) == before
+    (chain,) = pcr_fx.report().to_dict()["chains"]
+    assert chain["native_forward"]
