@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import CodeType, FrameType
@@ -26,6 +28,8 @@ from pcr_fx.passes.plan import PlannedChain, measure_chains
 from pcr_fx.passes.report import warn_without_chains
 from pcr_fx.reports import RewriteReport, merge_reports
 from pcr_fx.scans import LoopModule, take_loops
+
+log = logging.getLogger(__name__)
 
 NAME = "deeppcr"
 
@@ -106,6 +110,7 @@ def rewrite_captured(
             graph_module.add_submodule(name, node)
         graph_module.graph = rewritten.graph
     report = rewritten.report
+    _advise(report)
     report.chains += take_loops(graph_module, options)
     graph_module.recompile()
     splits = torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
@@ -115,6 +120,29 @@ def rewrite_captured(
             "torch._dynamo.config.optimize_ddp = False keeps it whole"
         )
     return report, way_in.is_native
+
+
+# By what their blocks compute, the lengths that chains were compiled for.
+_lengths: OrderedDict[Any, set[int]] = OrderedDict()
+_BODIES, _MANY_LENGTHS = 256, 3
+
+
+def _advise(report: RewriteReport) -> None:
+    """Say of a loop that is compiled for ever new lengths that there is a way that compiles once."""
+    for entry in report.chains:
+        chain = entry.chain
+        key = chain.body.code, tuple(node.target for node in chain.body.graph.nodes)
+        lengths = _lengths.setdefault(key, set())
+        _lengths.move_to_end(key)
+        if chain.length not in lengths:
+            lengths.add(chain.length)
+            if len(lengths) == _MANY_LENGTHS:
+                where = chain.origin.source or chain.origin.modules or "a loop"
+                note = f"{where}: this loop changes its length, and is compiled for each; pcr_fx.scan compiles once for all"
+                report.notes.append(note)
+                log.warning("%s", note)
+    while len(_lengths) > _BODIES:
+        _lengths.popitem(last=False)
 
 
 class _CapturedByDynamo:

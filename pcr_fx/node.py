@@ -129,7 +129,7 @@ class SolveNode(nn.Module):
         family: Family | None = None,
     ) -> None:
         super().__init__()
-        self.family = family
+        self.family, self._joints = family, None if family is None else family.joints
         self.chain = chain
         self.is_in_graph = leaving is not None
         self.options = options
@@ -146,7 +146,7 @@ class SolveNode(nn.Module):
         """Have calls return this."""
         self.leaving, self.of_solve = leaving, leaving.of_solve(self.chain)
         self.has_places = any(place is not None for place in leaving.places)
-        self._sweeps = Sweeps(self.chain, leaving, self.record.name, self.family and self.family.joints)
+        self._sweeps = Sweeps(self.chain, leaving, self.record.name, self._joints)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SolveNode:
         # Plans are immutable and shared; what happened at a node is its own.

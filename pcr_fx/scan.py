@@ -52,7 +52,7 @@ def scan(
         dim: that dimension.
         length: the number of steps; needed where `xs` has no tensors.
         reverse: whether to begin with the last slice; what is returned of it comes last then, too.
-        options: an `Options`, or a dict of its fields.
+        options: an `Options`, or a dict of its fields. Inside `torch.compile` those of its backend are taken.
 
     Returns:
         The last carry, and what the steps said, each tensor stacked along dimension `dim` (0 where it has fewer). No steps

@@ -88,7 +88,7 @@ class ScanOp(HigherOrderOperator):
     def __init__(self) -> None:
         super().__init__("pcr_fx_scan")
 
-    def __call__(self, block: fx.GraphModule, *tensors: Any) -> tuple[Tensor, ...]:
+    def __call__(self, block: Any, *tensors: Any) -> Any:
         framed = block_of(block).framed(tensors)
         _held.keep(id(framed), framed)
         return framed.run(tensors)
@@ -351,9 +351,7 @@ class Captures:
         self.name, self.source, self.failure = name, source, ""
         self.latest: Framed | None = None
         self.carry, self.xs = carry, xs
-        self.counts = [
-            sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(tree)) for tree in (self.carry, self.xs)
-        ]
+        self.counts = _count(carry), _count(xs)
         context: Any = torch._dynamo.optimize(self._compile, nopython=True)
         context.enter_exit_hooks.append(torch._dynamo.config._make_closure_patcher(**_CAREFULLY))
         # A code of its own, since captures are kept and counted by code.
@@ -371,7 +369,7 @@ class Captures:
         if len(calls) != 1:
             raise NotCaptured("nothing is computed in it")
         # What Dynamo keeps outside, as views of what a step closes over, belongs to each step.
-        return find_step(_written_out(graph_module, calls[0]), *self.counts, name=self.name, source=self.source)
+        return find_step(_written_out(graph_module, calls[0]), *self.counts, (), self.name, self.source)
 
     def __call__(
         self, combine_fn: Callable[..., Any], act: Callable[[Framed, Sequence[Any]], Sequence[Any]]
@@ -411,6 +409,11 @@ class Captures:
         return carry, ys
 
 
+def _count(tree: Any) -> int:
+    """The tensors of a tree."""
+    return sum(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(tree))
+
+
 def _written_out(graph_module: fx.GraphModule, call: fx.Node) -> fx.GraphModule:
     """The graph with a step in place of the call of it."""
     at: Any = call.args[0]
@@ -446,7 +449,7 @@ def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:2])}" if lines else type(error).__name__
 
 
-_captures: OrderedDict[Hashable, Captures] = OrderedDict()
+_captures: OrderedDict[tuple[Any, Hashable], Captures] = OrderedDict()
 _lock = fork_safe_lock()
 
 
@@ -470,7 +473,7 @@ def captures_of(combine_fn: Callable[..., Any], form: Hashable, stand_ins: Calla
 def latest_of(combine_fn: Callable[..., Any]) -> list[Captures]:
     """All captures of steps of this one's code."""
     code = code_of(combine_fn)
-    return [found for (known, _), found in list(_captures.items()) if known is code]  # type: ignore[misc]
+    return [found for (known, _), found in list(_captures.items()) if known is code]
 
 
 def code_of(function: Any) -> Any:

@@ -412,3 +412,34 @@ def test_pytorchs_own_scan_becomes_a_chain(dynamic: bool | None) -> None:
     assert len(graphs) == before
     (chain,) = pcr_fx.report().to_dict()["chains"]
     assert chain["native_forward"]
+
+
+def test_reports() -> None:
+    def step(h: Tensor, x: Tensor) -> tuple[Tensor, None]:
+        return torch.tanh(h + x), None
+
+    def branching(h: Tensor, x: Tensor) -> tuple[Tensor, None]:
+        return (h + x if h.sum() > 0 else h - x), None
+
+    with pytest.raises(UnsupportedError, match=r"a step that pcr_fx\.scan ran"):
+        pcr_fx.report(step)
+    for one in (step, branching):
+        scan(one, real(2), real(12, 2), options=IN_OPS)
+    report = pcr_fx.report(step)
+    assert report.to_dict()["chains"][0]["length"] == 12
+    assert "step (a loop)" in str(report)
+    assert "branching" in str(pcr_fx.report(branching))
+
+
+def test_advice_for_loops_that_change_their_length(caplog: pytest.LogCaptureFixture) -> None:
+    def model(h: Tensor, x: Tensor) -> Tensor:
+        for t in range(x.shape[0]):
+            h = torch.tanh(0.7654 * h + x[t])
+        return h
+
+    compiled = torch.compile(model, backend="deeppcr", dynamic=False, options={"inner_backend": "eager"})
+    with caplog.at_level(logging.WARNING, "pcr_fx.backend"):
+        for length in (10, 11, 12, 13):
+            compiled(torch.ones(2), torch.ones(length, 2))
+    (told,) = (record.message for record in caplog.records if "changes its length" in record.message)
+    assert "test_scan.py:" in told
