@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from pcr_fx.body import Signature
-from pcr_fx.chain import Chain, Head, Leaving, Origin
+from pcr_fx.chain import Chain, Head, Leaving, Origin, Place
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.graphs.effects import hides_ops, is_barrier, writes, written_nodes
 from pcr_fx.graphs.nodes import op_name
@@ -119,7 +119,7 @@ class Loop:
         self.taken: list[_Taken] = []
         self.specs = [_value(result) for result in results]
         self.node: SolveNode | None = None
-        self._nodes: dict[int, SolveNode] = {}
+        self._nodes: dict[tuple[int, bool], SolveNode] = {}
         self._family = Family(self._plan)
         self._plans: dict[Signature, Plan | BodyError] = {}
         self._divide()
@@ -255,14 +255,18 @@ class Loop:
 
     def _node(self, length: int) -> SolveNode:
         """The solve node for so many steps."""
-        node = self._nodes.get(length)
+        keeps = torch.is_grad_enabled()
+        node = self._nodes.get((length, keeps))
         if node is None:
             if self.chain.length == 1:
                 self.chain = self.chain.of_length(max(length, 2))
-            taps = tuple((index, length - 1) for index in range(len(self.states)))
-            chain = self.chain.of_length(length)
-            node = SolveNode(chain, self.options, leaving=Leaving(taps, self.whole), family=self._family)
-            self._nodes[length] = node
+            states = len(self.states)
+            taps = tuple((index, length - 1) for index in range(states))
+            # What is kept for a backward is not what the caller gets, who may write to that.
+            places = tuple(Place(0) if keeps and index < states else None for index in self.whole)
+            leaving = Leaving(taps, self.whole, places)
+            node = SolveNode(self.chain.of_length(length), self.options, leaving=leaving, family=self._family)
+            self._nodes[length, keeps] = node
             if len(self._nodes) > _LENGTHS:
                 self._nodes.pop(next(iter(list(self._nodes))), None)  # other threads may be at it, too
         return node
