@@ -96,7 +96,8 @@ class ScanOp(HigherOrderOperator):
 
 scan_op = ScanOp()
 # Dynamo traces the block as that of its own operator which does no more than call it.
-higher_order_ops._hop_name_to_variable_class[scan_op.__name__] = higher_order_ops.WrapHigherOrderVariable
+_known: dict[str, Any] = getattr(higher_order_ops, "_hop_name_to_variable_class", {})
+_known[scan_op.__name__] = higher_order_ops.WrapHigherOrderVariable
 
 
 def step_between_marks(combine_fn: Callable[..., Any], carry: Any, xs: Any, length: int, is_alone: bool) -> Any:
