@@ -89,6 +89,8 @@ class ScanOp(HigherOrderOperator):
         super().__init__("pcr_fx_scan")
 
     def __call__(self, block: Any, *tensors: Any) -> Any:
+        if not isinstance(block, fx.GraphModule):  # Dynamo broke the graph here
+            return _in_sequence(*tensors)
         framed = block_of(block).framed(tensors)
         _held.keep(id(framed), framed)
         return framed.run(tensors)
@@ -98,6 +100,22 @@ scan_op = ScanOp()
 # Dynamo traces the block as that of its own operator which does no more than call it.
 _known: dict[str, Any] = getattr(higher_order_ops, "_hop_name_to_variable_class", {})
 _known[scan_op.__name__] = higher_order_ops.WrapHigherOrderVariable
+
+
+def _in_sequence(combine_fn: Callable[..., Any], carry: Any, xs: Any, length: int, is_alone: bool) -> Any:
+    """What a step that `torch.compile` cannot capture makes of the arguments of `step_between_marks`."""
+    if is_alone:
+        raise NotCaptured("nothing is compiled here")
+    each = []
+    for index in range(int(length)):
+        result = combine_fn(carry, pytree.tree_map_only(Tensor, operator.itemgetter(index), xs))
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise UnsupportedError(f"combine_fn must return a pair, the new carry and ys, got {type(result).__name__}")
+        carry, y = result
+        each.append(pytree.tree_flatten(y))
+    columns = zip(*(leaves for leaves, _ in each), strict=True)
+    stacked = [torch.stack(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in columns]
+    return carry, pytree.tree_unflatten(stacked, each[0][1])
 
 
 def step_between_marks(combine_fn: Callable[..., Any], carry: Any, xs: Any, length: int, is_alone: bool) -> Any:

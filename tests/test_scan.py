@@ -399,6 +399,19 @@ def test_within_torch_compile(backend: str) -> None:
         assert_same(compiled(h, x), plain(h, x), [h, x, cell.w])
 
 
+def test_a_graph_that_breaks_at_a_loop() -> None:
+    def branching(h: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+        return (h + x if h.sum() > 0 else h - x), (h, None)
+
+    def loop(run: Any, h: Tensor, x: Tensor) -> Any:
+        h, y = run(branching, h.sin(), x)
+        return h.cos(), y
+
+    h, x = real(3), real(5, 3)
+    compiled = torch.compile(loop, backend="eager")
+    assert_same(compiled(scan, h, x), loop(plain_loop, h, x), [h, x])
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_pytorchs_own_scan_becomes_a_chain(dynamic: bool | None) -> None:
     w, graphs = real(3, 3), []
