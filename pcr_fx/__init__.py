@@ -19,6 +19,7 @@ from pcr_fx.introspect import explain, report
 from pcr_fx.options import Options
 from pcr_fx.planner import cached_plans, clear_plans
 from pcr_fx.reports import RewriteReport
+from pcr_fx.scan import scan
 from pcr_fx.solve import ChainSolution, solve_chain
 from pcr_fx.solvers import Outcome, SolveStats
 
@@ -40,6 +41,7 @@ __all__ = [
     "clear_plans",
     "explain",
     "report",
+    "scan",
     "solve_chain",
     "transform",
 ]

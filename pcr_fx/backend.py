@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +27,9 @@ from pcr_fx.passes.plan import PlannedChain, measure_chains
 from pcr_fx.passes.report import warn_without_chains
 from pcr_fx.recurrent import Recurrent
 from pcr_fx.reports import RewriteReport, merge_reports
+from pcr_fx.scans import LoopModule, take_loops
+
+log = logging.getLogger(__name__)
 
 NAME = "deeppcr"
 
@@ -54,7 +59,9 @@ def deeppcr(
     if not report.chains:
         # A training step is several graphs: there need not be a chain in that of the optimiser.
         warn_without_chains(merge_reports(_latest.reports))
-    if native:
+    loops = any(isinstance(module, LoopModule) for module in graph_module.children())
+    others = any(isinstance(module, SolveNode) for module in graph_module.children())
+    if native or (loops and not others and not any(map(is_barrier, graph_module.graph.nodes))):
         return compile_around(graph_module, compile_rest)
     nodes = [module for module in graph_module.modules() if isinstance(module, SolveNode)]
     return _holding(nodes, compile_rest(graph_module, example_inputs))
@@ -90,8 +97,10 @@ def rewrite_captured(
         for name, module in modules.items():
             graph_module.add_submodule(name, module)
         graph_module.graph = rewritten.graph
-    graph_module.recompile()
     report = rewritten.report
+    _advise(report)
+    report.chains += take_loops(graph_module, options)
+    graph_module.recompile()
     splits = torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
     if splits and torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:
         report.notes.append(
@@ -99,6 +108,29 @@ def rewrite_captured(
             "torch._dynamo.config.optimize_ddp = False keeps it whole"
         )
     return report, way_in.is_native or bool(rewritten.recurrent)
+
+
+# By what their blocks compute, the lengths that chains were compiled for.
+_lengths: OrderedDict[Any, set[int]] = OrderedDict()
+_BODIES, _MANY_LENGTHS = 256, 3
+
+
+def _advise(report: RewriteReport) -> None:
+    """Say of a loop that is compiled for ever new lengths that there is a way that compiles once."""
+    for entry in report.chains:
+        chain = entry.chain
+        key = chain.body.code, tuple(node.target for node in chain.body.graph.nodes)
+        lengths = _lengths.setdefault(key, set())
+        _lengths.move_to_end(key)
+        if chain.length not in lengths:
+            lengths.add(chain.length)
+            if len(lengths) == _MANY_LENGTHS:
+                where = chain.origin.source or chain.origin.modules or "a loop"
+                note = f"{where}: this loop changes its length, and is compiled for each; pcr_fx.scan compiles once for all"
+                report.notes.append(note)
+                log.warning("%s", note)
+    while len(_lengths) > _BODIES:
+        _lengths.popitem(last=False)
 
 
 class _CapturedByDynamo:
@@ -157,13 +189,16 @@ def _real_inputs(placeholders: Iterable[fx.Node], example_inputs: Sequence[Any])
     return {node: value for node, value in pairs if isinstance(value, torch.Tensor) and not is_fake(value)}
 
 
+# Modules that are called as they are, and not compiled.
+_CALLED = (SolveNode, InputOperand, Recurrent, LoopModule)
+
+
 def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any]) -> Callable[..., Any]:
     """The graph with its solve nodes called as they are, and what is around them compiled, part by part.
 
     A compiler has nothing to add to a native kernel, and checks each of thousands of inputs at each call.
     """
-    kinds = SolveNode | InputOperand | Recurrent
-    modules = {name for name, module in graph_module.named_children() if isinstance(module, kinds)}
+    modules = {name for name, module in graph_module.named_children() if isinstance(module, _CALLED)}
 
     def is_called(node: fx.Node) -> bool:
         return node.target in (stack_parts, collect, complete) or (node.op == "call_module" and node.target in modules)

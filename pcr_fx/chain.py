@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -93,6 +93,13 @@ class Chain:
     is_checkpoint: bool = False
     num_outputs: int = 0
     own_op: Callable[..., Any] | None = None
+
+    def of_length(self, length: int) -> Chain:
+        """A chain of the same blocks, another number of them; they have no numbers of their own."""
+        if length == self.length:
+            return self
+        assert not self.literals, "a number for each block is for that many blocks"
+        return replace(self, length=length)
 
 
 @dataclass(frozen=True)

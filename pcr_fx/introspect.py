@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from pcr_fx.backend import last_report, rewrite_captured
+from pcr_fx.chain import NearMiss
 from pcr_fx.compilations import kept
 from pcr_fx.errors import PcrFxError, UnsupportedError
 from pcr_fx.explicit import TransformedModule
 from pcr_fx.options import Options
-from pcr_fx.reports import RewriteReport
+from pcr_fx.reports import ChainEntry, RewriteReport
+from pcr_fx.steps import Captures, latest_of
 
 
-def report(target: TransformedModule | None = None) -> RewriteReport:
-    """The report of a transformed module, or of the last `torch.compile` with this backend.
+def report(target: TransformedModule | Callable[..., Any] | None = None) -> RewriteReport:
+    """The report of a transformed module, of a step that `pcr_fx.scan` ran, or of the last `torch.compile` with this backend.
 
     Raises:
         PcrFxError: nothing was compiled yet.
@@ -26,8 +28,11 @@ def report(target: TransformedModule | None = None) -> RewriteReport:
     if isinstance(target, TransformedModule):
         return TransformedModule.report.fget(target)  # type: ignore[attr-defined, no-any-return]
     if target is not None:
+        found = latest_of(target) if callable(target) else []
+        if found:
+            return _report_of_loops(found)
         raise UnsupportedError(
-            f"report takes what pcr_fx.transform returned, got {type(target).__name__}; "
+            f"report takes what pcr_fx.transform returned, or a step that pcr_fx.scan ran, got {type(target).__name__}; "
             "report() without an argument is about the last torch.compile"
         )
     last = last_report()
@@ -36,6 +41,18 @@ def report(target: TransformedModule | None = None) -> RewriteReport:
             'nothing was compiled with backend="deeppcr" yet; torch.compile compiles at the first call of the model'
         )
     return last
+
+
+def _report_of_loops(found: Sequence[Captures]) -> RewriteReport:
+    """What became of a step, for each form of arguments that it was called with."""
+    report = RewriteReport()
+    loops = dict.fromkeys(loop for one in found if one.latest is not None for loop in one.latest.loops.values())
+    report.chains = [
+        ChainEntry(loop.chain if loop.node is None else loop.node.chain, loop.options, node=loop.node) for loop in loops
+    ]
+    report.rejected = [NearMiss(one.name, one.failure, source=one.source) for one in found if one.failure]
+    report.nodes = report.depth = report.depth_in_chains = sum(len(loop.chain.origin.ops) for loop in loops)
+    return report
 
 
 def explain(model: Callable[..., Any], *args: Any, options: Any = None, **kwargs: Any) -> RewriteReport:

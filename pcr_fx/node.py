@@ -6,7 +6,7 @@ import copy
 import enum
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -47,7 +47,7 @@ from pcr_fx.operands import (
 from pcr_fx.options import Options
 from pcr_fx.planner import Choice, Plan, Watch, make_plan
 from pcr_fx.record import SolveRecord
-from pcr_fx.sweep import Sweeps
+from pcr_fx.sweep import Joints, Sweeps
 from pcr_fx.targets import PointerTable
 from pcr_fx.ways import IN_SEQUENCE, Native, evaluate_whole
 
@@ -93,6 +93,21 @@ class Route:
         return self.where is not Where.OPERATORS
 
 
+@dataclass(eq=False)
+class Family:
+    """What the solve nodes of chains of the same blocks, but more or fewer of them, have in common.
+
+    Attributes:
+        plan: makes their plans.
+        joints: of their sweeps.
+        told: why they run block by block, as far as that was logged.
+    """
+
+    plan: Callable[[Chain, Signature, Options], Plan]
+    joints: Joints = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+
+
 class SolveNode(nn.Module):
     """Evaluates a chain: `(states, operands, shared) -> trajectories`.
 
@@ -102,12 +117,19 @@ class SolveNode(nn.Module):
         plan: made beforehand, when the shapes of every call are known to match it (a compiler's guards see to that).
             Without one the node plans at the first call of each signature.
         leaving: what to return, each tap a copy; without it the trajectories of all states.
+        family: what it shares with the nodes of other lengths; `None` where there are none.
     """
 
     def __init__(
-        self, chain: Chain, options: Options, plan: Plan | None = None, leaving: Leaving | None = None
+        self,
+        chain: Chain,
+        options: Options,
+        plan: Plan | None = None,
+        leaving: Leaving | None = None,
+        family: Family | None = None,
     ) -> None:
         super().__init__()
+        self.family, self._joints = family, None if family is None else family.joints
         self.chain = chain
         self.is_in_graph = leaving is not None
         self.options = options
@@ -124,11 +146,12 @@ class SolveNode(nn.Module):
         """Have calls return this."""
         self.leaving, self.of_solve = leaving, leaving.of_solve(self.chain)
         self.has_places = any(place is not None for place in leaving.places)
-        self._sweeps = Sweeps(self.chain, leaving, self.record.name)
+        self._sweeps = Sweeps(self.chain, leaving, self.record.name, self._joints)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SolveNode:
         # Plans are immutable and shared; what happened at a node is its own.
-        node = SolveNode(self.chain, self.options, self.plan, self.leaving if self.is_in_graph else None)
+        leaving = self.leaving if self.is_in_graph else None
+        node = SolveNode(self.chain, self.options, self.plan, leaving, self.family)
         node._routes = copy.copy(self._routes)
         node.training = self.training
         memo[id(self)] = node
@@ -423,10 +446,13 @@ class SolveNode(nn.Module):
         known = next((route.plan for route in list(self._routes.values()) if route.signature == signature), None)
         if known is not None:
             return signature, known
+        plan, told = (make_plan, set[str]()) if self.family is None else (self.family.plan, self.family.told)
         try:
-            return signature, make_plan(self.chain, signature, self.options)
+            return signature, plan(self.chain, signature, self.options)
         except BodyError as reason:
-            log.warning("%s runs block by block: %s", self.record.name, reason)
+            level = logging.DEBUG if str(reason) in told else logging.WARNING
+            log.log(level, "%s runs block by block: %s", self.record.name, reason)
+            told.add(str(reason))
             return signature, reason
 
     @property

@@ -269,7 +269,8 @@ def _chain_table(number: int, entry: dict[str, Any]) -> str:
         state = f"{entry['state_shape']}, d = {entry['dimension']} per sample, batch dims: {batch}"
     residual = "not run yet"
     if entry["residual"] is not None:
-        residual = f"{entry['residual']:.1e} (tolerance {entry['tolerance']:.1e})"
+        tolerance = "none" if entry["tolerance"] is None else f"{entry['tolerance']:.1e}"
+        residual = f"{entry['residual']:.1e} (tolerance {tolerance})"
         if entry["outcome"] == str(Outcome.ROUNDING):
             residual += ", which is the rounding level of the blocks"
     after = entry["sequential_depth_after"]

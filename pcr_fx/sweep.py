@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -117,7 +117,7 @@ class Sweep:
         return tuple(one for one in self.taken if one.is_whole)
 
     def go(self, initial: Tensor, operands: Sequence[Any], shared: Sequence[Tensor], keeps: bool) -> tuple[Any, ...]:
-        """The trajectory, where it `keeps` that or some of it is taken, and what is taken, in the order of `parted`."""
+        """The trajectory, where it `keeps` that or all of it is taken, and what is taken, in the order of `parted`."""
         call, kernel = self.interface.call_with(initial, operands, shared), self.way.kernel
         results = [NOWHERE for _ in kernel.lowered.results]
         wholes, elsewhere = [], []
@@ -134,15 +134,17 @@ class Sweep:
             else:
                 results[one.number] = whole.data_ptr() + offset, *strides, 0
             wholes.append(whole)
-        keeps = keeps or bool(self.leaving.whole or self.leaving.taps)
-        trajectory = kernel.sweep(call, results, self.way.threads, keeps)
+        keeps, blocks, taps = keeps or bool(self.leaving.whole), self.leaving.blocks, self.leaving.taps
+        trajectory = kernel.sweep(call, results, self.way.threads, keeps, blocks)
+        if not keeps:
+            taps = tuple((index, blocks.index(block)) for index, block in taps)
         for parts, written in elsewhere:
             parts.copy_(written)
         pairs = list(zip(self.taken, wholes, strict=True))
         return trajectory, (
             *((trajectory,) if self.leaving.whole else ()),
             *(whole for one, whole in pairs if one.is_whole),
-            *(() if trajectory is None else tapped(self.interface.layout, trajectory, self.leaving.taps)),
+            *(() if trajectory is None else tapped(self.interface.layout, trajectory, taps)),
             *(one.parts(whole)[block].clone() for one, whole in pairs for block in one.taps),
         )
 
@@ -198,19 +200,25 @@ class Sweep:
         return self.arranged(self.go(initial, operands, shared, keeps=False)[1])
 
 
+# By the tensors that they are for: a chain and its head as one, and its kernel; or why there is none.
+Joints: TypeAlias = dict[Any, "tuple[Joined, CppKernel] | Exception"]
+
+
 class Sweeps:
     """Those of one solve node.
 
     Args:
         chain, leaving: of the node.
         name: of the chain, for what is logged.
+        joints: what is known of chains of the same blocks, which may be more or fewer.
 
     Attributes:
         are_wanted: whether anything leaves the chain but states by themselves, or trajectories that stay what they are.
     """
 
-    def __init__(self, chain: Chain, leaving: Leaving, name: str) -> None:
+    def __init__(self, chain: Chain, leaving: Leaving, name: str, joints: Joints | None = None) -> None:
         self.chain, self.leaving, self.name = chain, leaving, name
+        self.joints: Joints = {} if joints is None else joints
         self.are_wanted = chain.head is not None or any(leaving.places)
         self._found: dict[Any, Sweep | None] = {}
 
@@ -252,7 +260,7 @@ class Sweeps:
     ) -> Sweep | None:
         head = signature_of((), operands, shared)
         try:
-            sweep = find_sweep(self.chain, self.leaving, plan, ways, states, (head.operands, head.shared))
+            sweep = find_sweep(self.chain, self.leaving, plan, ways, states, (head.operands, head.shared), self.joints)
         except (BodyError, UnsupportedError) as reason:
             log.info("the outputs of %s are computed behind its blocks: %s", self.name, reason)
             return None
@@ -265,13 +273,15 @@ def find_sweep(
     plan: Plan,
     ways: tuple[Native, Native],
     states: Sequence[Tensor],
-    head: tuple[Sequence[TensorSpec], Sequence[TensorSpec]],
+    head: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]],
+    joints: Joints,
 ) -> Sweep:
     """How calls of such tensors go.
 
     Args:
         ways: forward and back, of the chain without its head.
         head: per-block operands of the head, without their leading L, and its shared operands.
+        joints: what was found of chains of the same blocks.
 
     Raises:
         BodyError, UnsupportedError: no kernel computes the outputs; the message is the reason.
@@ -279,20 +289,33 @@ def find_sweep(
     interface: Interface = plan.program
     joined = None
     if chain.head is not None:
-        joined = join(chain)
-        signature = plan.program.signature
-        operands, shared = (
-            joined.operands_of(signature.operands, head[0]),
-            joined.shared_of(signature.shared, head[1]),
-        )
-        interface = Interface.of(
-            joined.chain, Signature(signature.states, tuple(operands), tuple(shared)), plan.program.layout
-        )
-        kernel = CppKernel.of(interface)
-        if kernel.body.batch_dims != ways[0].kernel.body.batch_dims:
-            raise BodyError("an output is not each sample's own")
+        key = plan.program.signature, *head
+        if key not in joints:
+            try:
+                joints[key] = _joint(chain, plan, ways[0].kernel, head)
+            except (BodyError, UnsupportedError) as reason:
+                joints[key] = reason
+        found = joints[key]
+        if isinstance(found, Exception):
+            raise found
+        joined, kernel = found
+        interface = replace(kernel.program, chain=kernel.program.chain.of_length(chain.length))
         ways = replace(ways[0], kernel=kernel), replace(ways[1], kernel=kernel)
     return _sweep(interface, joined, ways, leaving, states)
+
+
+def _joint(
+    chain: Chain, plan: Plan, alone: CppKernel, head: tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]
+) -> tuple[Joined, CppKernel]:
+    """A chain and its head as one, and the kernel of that."""
+    joined, signature = join(chain), plan.program.signature
+    operands = joined.operands_of(signature.operands, head[0])
+    shared = joined.shared_of(signature.shared, head[1])
+    every = Signature(signature.states, tuple(operands), tuple(shared))
+    kernel = CppKernel.of(Interface.of(joined.chain, every, plan.program.layout))
+    if kernel.body.batch_dims != alone.body.batch_dims:
+        raise BodyError("an output is not each sample's own")
+    return joined, kernel
 
 
 def _sweep(

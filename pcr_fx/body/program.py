@@ -10,6 +10,7 @@ import hashlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from pcr_fx.body.isolation import isolated
 from pcr_fx.body.layout import StateLayout
 from pcr_fx.body.purity import check_pure
 from pcr_fx.body.signature import Generality, Signature
-from pcr_fx.body.tracer import Run, trace_block, trace_graphs
+from pcr_fx.body.tracer import Run, trace_block, trace_for, trace_graphs
 from pcr_fx.call import Call
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError
@@ -119,6 +120,15 @@ class Program(Interface):
             self._shorter[length] = build_program(chain, self.signature)
         return self._shorter[length]
 
+    def for_chain(self, chain: Chain) -> Program:
+        """The same for a chain of more or fewer of the same blocks; what runs all of these at once is traced when it is wanted."""
+        later = _TracedLater(chain, self)
+        runs: dict[str, Any] = {
+            name: partial(later.run, name) for name in ("evaluate", "linearise", "pullback", "pull")
+        }
+        key = hashlib.sha256(f"{self.key} {chain.length}".encode()).hexdigest()[:32]
+        return replace(self, chain=chain, key=key, _shorter={}, _faults={}, **runs)
+
     def fault(self, *names: str) -> str:
         """Why one of these programs of all blocks may not be used, or nothing; found out when it is first asked.
 
@@ -129,6 +139,20 @@ class Program(Interface):
             if name not in self._faults:
                 self._faults[name] = disagreement(self, name)
         return next((fault for name in names if (fault := self._faults[name])), "")
+
+
+class _TracedLater:
+    """The programs of all blocks of a chain, for which a program of more or fewer of them stands as it is otherwise."""
+
+    def __init__(self, chain: Chain, program: Program) -> None:
+        self.chain, self.program = chain, program
+        self.graphs: dict[str, fx.GraphModule] = {}
+
+    def run(self, name: str, *tensors: Tensor) -> Any:
+        if not self.graphs:
+            program = self.program
+            self.graphs = isolated(trace_for)(self.chain, program.signature, program.layout, program.generality)
+        return self.graphs[name].forward(*tensors)
 
 
 # By content: of a chain's graphs, and of its block alone, which is traced first.

@@ -93,7 +93,7 @@ def trace_graphs(
     """Every program of the body, for any batch size where the body allows it, else for this one."""
     for generality in _generalities(signature, layout):
         try:
-            return _trace(chain, signature, layout, generality), generality
+            return trace_for(chain, signature, layout, generality), generality
         except BodyError as reason:
             if not generality.any_batch:
                 raise
@@ -101,9 +101,10 @@ def trace_graphs(
     raise AssertionError("the last generality has no free size")
 
 
-def _trace(
+def trace_for(
     chain: Chain, signature: Signature, layout: StateLayout, generality: Generality
 ) -> dict[str, fx.GraphModule]:
+    """Every program of the body for such sizes."""
     if not generality.any_batch:
         return Tracer(chain, signature, layout, generality).graphs()
     first, second = (Tracer(chain, signature, layout, generality, sizes).graphs() for sizes in STAND_INS)

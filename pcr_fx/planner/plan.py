@@ -30,7 +30,7 @@ from pcr_fx.planner.rule import estimated_choice
 from pcr_fx.planner.watch import Watch
 from pcr_fx.registry import Registry
 from pcr_fx.solvers import Settings, SolveStats, default_tolerance
-from pcr_fx.targets import KERNELS, Kernel
+from pcr_fx.targets import KERNELS, CppKernel, Kernel
 from pcr_fx.ways import EAGER, Backward, Case, Forward, Native, Sequential, Way, candidates, fallback
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class Plan:
         kernel: the chain's kernel, or why it has none.
         bound: the sizes beside those of its program that alone the plan is for, as from `SampleBody.bound_to`.
         learnt: what measurements and solves showed; copies of a plan share it.
+        lengths: what is known of plans of more or fewer of the same blocks, by bits of their number.
         origin: the plan that this is a copy of for another signature. The registry lets go of plans that nobody holds,
             and by this who holds a copy holds that.
     """
@@ -83,6 +84,7 @@ class Plan:
     kernel: Kernel | str
     bound: tuple[int, ...] | Signature = ()
     learnt: Learnt = field(default_factory=Learnt, repr=False)
+    lengths: dict[int, Learnt] = field(default_factory=dict, repr=False)
     origin: Plan | None = field(default=None, repr=False)
 
     def __reduce__(self) -> Any:
@@ -94,6 +96,36 @@ class Plan:
         if signature == self.program.signature:
             return self
         return replace(self, program=self.program.called_with(signature), origin=self.origin or self)
+
+    def for_chain(self, chain: Chain) -> Plan:
+        """The plan of more or fewer of the same blocks, for which a kernel on a CPU is neither traced nor compiled.
+
+        What is chosen for so many blocks is chosen for all up to the next power of two.
+        """
+        if chain.length == self.program.length:
+            return self
+        if not isinstance(self.kernel, str | CppKernel):  # it is made for its length
+            return make_plan(chain, self.program.signature, self.options)
+        key = _digest(self.key, chain.length)
+        known = _plans.get(key)
+        if known is None:
+            learnt = self._learnt_of(chain.length)
+            known = _plans.keep(key, replace(self, key=key, program=self.program.for_chain(chain), learnt=learnt))
+        return known.called_with(self.program.signature)
+
+    def _learnt_of(self, length: int) -> Learnt:
+        """What is known of so many blocks: at first, how native code goes that does not depend on their number."""
+        self.lengths.setdefault(_bits(self.program.length), self.learnt)
+        if _bits(length) not in self.lengths:
+            longest = max(length, self.program.length)
+            carried_over = {
+                size: replace(choice, timings=(), reason=f"{choice.reason} (of {self.program.length} blocks)")
+                for size, choice in list(self.learnt.choices.items())
+                if choice.timings
+                and all(isinstance(w, Native) and w.is_alone(longest, choice.samples) for w in choice.needed(True))
+            }
+            self.lengths.setdefault(_bits(length), Learnt(carried_over))
+        return self.lengths[_bits(length)]
 
     @property
     def queues(self) -> bool:
@@ -222,7 +254,8 @@ class Plan:
         found = next((t for t in choice.timings if (t.way, t.direction) == (name, direction) and t.points), None)
         if found is None:
             return None
-        expected = along(found.points, max(self.program.length, found.points[-1][0]))
+        length, most = self.program.length, found.points[-1][0]
+        expected = along(found.points, max(length, most)) * min(1.0, length / most)
         # What was measured on a busy machine is out in any case, once that may have passed.
         return Watch(0.0 if choice.is_disturbed else expected, samples / max(choice.samples, 1))
 
@@ -389,6 +422,11 @@ def _bound_to(program: Program, kernel: Kernel | str) -> tuple[int, ...] | Signa
         return trace_sample(program).bound_to(program)
     except BodyError:
         return program.signature
+
+
+def _bits(length: int) -> int:
+    """Numbers of blocks up to the same power of two have as many."""
+    return (length - 1).bit_length()
 
 
 def _digest(*content: object) -> str:

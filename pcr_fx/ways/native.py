@@ -66,6 +66,10 @@ class Native(Forward, Backward):
     def is_shared(self, case: Case, direction: str) -> bool:
         return self.threads is None and self.kernel.feeds(_KERNELS_WORD[direction], case.samples) > 1
 
+    def is_alone(self, length: int, samples: int) -> bool:
+        """Whether one thread does all the work of so many blocks, so that more or fewer of them take as much each."""
+        return all(self.kernel.feeds(word, samples, length) == 1 for word in _KERNELS_WORD.values())
+
     @property
     def failure(self) -> str | None:
         return self.kernel.failure

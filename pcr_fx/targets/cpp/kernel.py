@@ -149,13 +149,14 @@ class CppKernel:
             return False  # it puts a row of a Jacobian in each lane
         return self._run(direction, self._samples(initial)) is not None
 
-    def feeds(self, direction: str, samples: int) -> int:
+    def feeds(self, direction: str, samples: int, length: int | None = None) -> int:
         """How many threads the work of all blocks feeds, and PyTorch may use; where lanes are samples, each has a vector.
 
         Args:
             direction: "forward" or "adjoint".
+            length: of how many blocks; `None` for those of the program.
         """
-        operations = self.operations[direction == "adjoint"] * self.program.length * samples
+        operations = self.operations[direction == "adjoint"] * (length or self.program.length) * samples
         tiles = samples if self.why_features(direction, samples) else -(-samples // self._lanes)
         return max(1, min(available_threads(), tiles, operations // _OPERATIONS_A_THREAD))
 
@@ -184,7 +185,12 @@ class CppKernel:
         return (made,) if len(blocks) == 1 else made.unbind(0)
 
     def sweep(
-        self, call: Call, results: Sequence[Words], threads: int | None = None, keeps: bool = True
+        self,
+        call: Call,
+        results: Sequence[Words],
+        threads: int | None = None,
+        keeps: bool = True,
+        blocks: tuple[int, ...] = (),
     ) -> Tensor | None:
         """As `solve`, writing states and outputs in memory of others on the way.
 
@@ -192,11 +198,14 @@ class CppKernel:
             results: where each state, then each output of the body is to be; `NOWHERE` where nobody wants it.
             threads: as for `solve`.
             keeps: whether the trajectory is wanted beside them.
+            blocks: the numbers, in order, of those after which the states are wanted, where the trajectory is not.
         """
         initial = call.initial.contiguous()
-        trajectory = empty(initial, (call.length, *initial.shape)) if keeps else None
-        self._call("forward", call, initial, trajectory, _NOTHING, threads=threads, results=results)
-        return trajectory
+        count = call.length if keeps else len(blocks)
+        made = empty(initial, (count, *initial.shape)) if count else None
+        rows = None if keeps or made is None else _rows(blocks, call.length)
+        self._call("forward", call, initial, made, _NOTHING, threads=threads, rows=rows, results=results)
+        return made
 
     def batch_dims_of(self, result: int) -> tuple[int, ...]:
         """Which dimensions of a state or an output, counted behind the states, tell samples apart."""
@@ -313,6 +322,8 @@ class CppKernel:
             shapes.append((*leading, *shape) if need else None)
         shapes[operands:operands] = [None for _ in program.literals]
         self._shapes[key] = shapes
+        if len(self._shapes) > _LAUNCHES:
+            self._shapes.pop(next(iter(list(self._shapes))), None)  # other threads may be at it, too
         return shapes
 
     @functools.cached_property
@@ -343,7 +354,7 @@ class CppKernel:
         words: tuple[int, ...],
         gradients: Sequence[int] = (),
         threads: int | None = None,
-        rows: ctypes.Array[ctypes.c_int64] | None = None,
+        rows: Tensor | None = None,
         results: Sequence[Words] = (),
     ) -> None:
         """Call native code, in the order of the fields of `Call` in call.h."""
@@ -353,7 +364,7 @@ class CppKernel:
         places, _kept = self._places(samples, call)
         fed = 1 if fed == 1 else min(threads or fed, available_threads(), fed)
         is_shared = fed > 1 and self._team.may_share(kind)
-        where = 0 if rows is None else ctypes.addressof(rows)
+        where = 0 if rows is None else rows.data_ptr()
         addresses = initial.data_ptr(), 0 if trajectory is None else trajectory.data_ptr(), where
         told = chain.from_iterable(results) if results else self._nowhere
         every = (call.length, samples, fed if is_shared else 1, *addresses, *words, *places, *told, *gradients)
@@ -429,10 +440,10 @@ class _Given:
     kept: list[Any]
 
 
-@functools.lru_cache(maxsize=64)
-def _rows(wanted: tuple[int, ...], length: int) -> Any:
+@functools.lru_cache(maxsize=16)
+def _rows(wanted: tuple[int, ...], length: int) -> Tensor:
     """For native code: the place of each block's state among those that are wanted, or -1."""
-    rows = (ctypes.c_int64 * length)(*(-1 for _ in range(length)))
+    rows = torch.full((length,), -1, dtype=torch.int64)
     for row, block in enumerate(wanted):
         rows[block] = row
     return rows

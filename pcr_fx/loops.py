@@ -1,0 +1,341 @@
+"""A loop whose step is a graph: the chain of its carries, for any number of steps.
+
+Nothing is traced or compiled for another length: the chain is given its length anew, with the plan, the kernel and what
+was measured of it, and the solve node around that is small.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from pcr_fx.body import Signature
+from pcr_fx.chain import Chain, Head, Leaving, Origin, Place
+from pcr_fx.errors import BodyError, UnsupportedError
+from pcr_fx.graphs.effects import hides_ops, is_barrier, writes, written_nodes
+from pcr_fx.graphs.nodes import op_name
+from pcr_fx.node import Family, SolveNode
+from pcr_fx.options import Options
+from pcr_fx.passes.inline import inline_regions
+from pcr_fx.passes.normalise import normalise_graph
+from pcr_fx.planner import Plan, make_plan
+
+# Lengths that a solve node is kept for.
+_LENGTHS = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a loop, called as `graph(*carry, *xs, *shared)`, a tuple of the new carry and of the outputs.
+
+    Attributes:
+        graph: in the ops that it was captured in.
+        num_carry, num_xs: tensors that are handed on, and tensors of which each step has a part.
+        name, source: for what is reported.
+    """
+
+    graph: fx.GraphModule
+    num_carry: int
+    num_xs: int
+    name: str = "step"
+    source: str = ""
+
+    @classmethod
+    def of(cls, graph: fx.GraphModule, num_carry: int, num_xs: int, name: str = "step", source: str = "") -> Step:
+        """The step in its normal form.
+
+        Raises:
+            UnsupportedError: it writes into its carry or into a part of `xs`.
+        """
+        written_out = inline_regions(graph)
+        normalise_graph(written_out)
+        graph = fx.GraphModule(graph, written_out)
+        written = written_nodes(graph.graph)
+        for index, node in enumerate(graph.graph.find_nodes(op="placeholder")[: num_carry + num_xs]):
+            if node in written:
+                what = "carry" if index < num_carry else "slice of xs"
+                raise UnsupportedError(f"combine_fn may not write into its {what} in place; return a new tensor")
+        return cls(graph, num_carry, num_xs, name, source)
+
+    @property
+    def content(self) -> Hashable:
+        """All that the step is; `None` where it holds tensors or graphs of its own."""
+        nodes = list(self.graph.graph.nodes)
+        if any(node.op == "get_attr" for node in nodes):
+            return None
+        values = [node.meta.get("example_value") for node in (*self.inputs, *self.results)]
+        specs = tuple((one.shape, one.dtype, one.device) if isinstance(one, Tensor) else None for one in values)
+        if any(isinstance(size, torch.SymInt) for spec in specs if spec for size in spec[0]):
+            return None
+        # Functions of one name may be several.
+        return self.graph.code, tuple(node.target for node in nodes), self.num_carry, self.num_xs, specs
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        return list(self.graph.graph.find_nodes(op="placeholder"))
+
+    @property
+    def results(self) -> list[fx.Node]:
+        return list(self.graph.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What an output is among all that there is of a loop.
+
+    Attributes:
+        kind: "state" after each step or "before" it, "output" of the chain, "x" as it was given, or "shared" by all steps.
+        number: which of these.
+    """
+
+    kind: str
+    number: int
+
+
+class Loop:
+    """A step for any number of steps.
+
+    Args:
+        step: in its normal form.
+        options: how its chain is solved.
+
+    Attributes:
+        chain: of as many steps as it was first called for; `None` where the step hands nothing on.
+        node: of the latest call.
+    """
+
+    def __init__(self, step: Step, options: Options) -> None:
+        self.step, self.options = step, options
+        results, inputs = step.results, step.inputs
+        carry = inputs[: step.num_carry]
+        # What each step hands on as it got it is the same for all.
+        self.states: list[int] = [index for index in range(step.num_carry) if results[index] is not carry[index]]
+        self.fixed = [index for index in range(step.num_carry) if index not in self.states]
+        self.common = [*inputs[step.num_carry + step.num_xs :], *(carry[i] for i in self.fixed)]
+        self.taken: list[_Taken] = []
+        self.specs = [_value(result) for result in results]
+        self.node: SolveNode | None = None
+        self._nodes: dict[tuple[int, bool], SolveNode] = {}
+        self._family = Family(self._plan)
+        self._plans: dict[Signature, Plan | BodyError] = {}
+        self._divide()
+
+    # --- the step as the block of a chain, and what it gives away -------------------------------------------------
+
+    def _divide(self) -> None:
+        """Find what of the step is the chain's body, and what its head."""
+        step, inputs, results = self.step, self.step.inputs, self.step.results
+        new = [results[index] for index in self.states]
+        old = [inputs[index] for index in self.states]
+        xs = inputs[step.num_carry : step.num_carry + step.num_xs]
+        outputs: list[fx.Node] = []
+        for result in results[step.num_carry :]:
+            if result in xs:
+                self.taken.append(_Taken("x", xs.index(result)))
+            elif result in self.common:
+                self.taken.append(_Taken("shared", self.common.index(result)))
+            elif result in new and result.op != "placeholder":
+                self.taken.append(_Taken("state", new.index(result)))
+            elif result in old:
+                self.taken.append(_Taken("before", old.index(result)))
+            else:
+                if result not in outputs:
+                    outputs.append(result)
+                self.taken.append(_Taken("output", outputs.index(result)))
+        own = _needed(step.graph.graph, new)
+        self.xs = [index for index, node in enumerate(xs) if node in own]
+        self.shared = [index for index, node in enumerate(self.common) if node in own]
+        made = [node for node in new if node.op != "placeholder"]
+        beside = _needed(step.graph.graph, outputs, made)
+        self.head_xs = [index for index, node in enumerate(xs) if outputs and node in beside]
+        self.head_shared = [index for index, node in enumerate(self.common) if outputs and node in beside]
+        operands, shared = [xs[i] for i in self.xs], [self.common[i] for i in self.shared]
+        more = [xs[i] for i in self.head_xs], [self.common[i] for i in self.head_shared]
+        body = _part(step.graph, [*old, *operands, *shared], new)
+        head = None
+        if outputs:
+            after = [node if node in made else None for node in new]
+            alone = _part(step.graph, [*old, *after, *more[0], *more[1]], outputs)
+            every = [*old, *operands, *shared, *more[0], *more[1]]
+            block = _part(step.graph, every, [*new, *outputs])
+            head = Head(alone, block, len(outputs), len(more[0]), len(more[1]))
+        ops = tuple(op_name(node) for node in step.graph.graph.nodes if node.op not in ("placeholder", "output"))
+        self.chain = Chain(
+            body,
+            1,
+            len(new),
+            len(operands),
+            len(shared),
+            origin=Origin(f"{step.name} (a loop)", step.source, ops),
+            head=head,
+        )
+        wanted = {one.number for one in self.taken if one.kind in ("state", "before")}
+        self.whole = (*sorted(wanted), *(len(new) + index for index in range(len(outputs))))
+
+    # --- calls ----------------------------------------------------------------------------------------------------
+
+    def run(
+        self, init: Sequence[Tensor], xs: Sequence[Tensor], shared: Sequence[Tensor], length: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The carry after all steps, and every output of all steps, `[length, ...]`.
+
+        Args:
+            init: the carry before them.
+            xs: `[length, ...]`.
+            shared: what the step gets whole each time.
+        """
+        common = [*shared, *(init[index] for index in self.fixed)]
+        states = [init[index] for index in self.states]
+        if not length:
+            return list(init), self._nothing()
+        whole: dict[int, Tensor] = {}
+        final = list(init)
+        if self.states:
+            node = self.node = self._node(length)
+            leaves = node(
+                states,
+                [xs[index] for index in self.xs],
+                [common[index] for index in self.shared],
+                [xs[index] for index in self.head_xs],
+                [common[index] for index in self.head_shared],
+            )
+            for index, parts in zip(self.whole, leaves, strict=False):
+                whole[index] = torch.stack(parts) if isinstance(parts, list) else parts
+            for index, state in zip(self.states, leaves[len(self.whole) :], strict=True):
+                final[index] = state
+        elif any(one.kind == "output" for one in self.taken):
+            whole = self._each(xs, common, length)
+        return final, self._outputs(states, xs, common, whole, length)
+
+    def _outputs(
+        self,
+        states: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        common: Sequence[Tensor],
+        whole: dict[int, Tensor],
+        length: int,
+    ) -> list[Tensor]:
+        outputs, given = [], set[int]()
+        for one in self.taken:
+            if one.kind == "x":
+                outputs.append(xs[one.number].clone(memory_format=torch.contiguous_format))
+            elif one.kind == "shared":
+                same = common[one.number]
+                outputs.append(same.expand(length, *same.shape).clone(memory_format=torch.contiguous_format))
+            elif one.kind == "before":
+                outputs.append(torch.cat([states[one.number].unsqueeze(0), whole[one.number][:-1]]))
+            else:
+                number = one.number if one.kind == "state" else len(self.states) + one.number
+                outputs.append(whole[number].clone() if number in given else whole[number])
+                given.add(number)
+        return outputs
+
+    def _each(self, xs: Sequence[Tensor], common: Sequence[Tensor], length: int) -> dict[int, Tensor]:
+        """The outputs of a step that hands nothing on, step by step."""
+        head = self.chain.head
+        assert head is not None, "there is something to compute"
+        shared = [common[index] for index in self.head_shared]
+        found = [head.body.forward(*(xs[i][index] for i in self.head_xs), *shared) for index in range(length)]
+        return {index: torch.stack(parts) for index, parts in enumerate(zip(*found, strict=True))}
+
+    def _nothing(self) -> list[Tensor]:
+        """The outputs of no steps."""
+        specs = self.specs[self.step.num_carry :]
+        return [torch.empty((0, *spec.shape), dtype=spec.dtype, device=spec.device) for spec in specs]
+
+    def expected_node(self, length: int) -> SolveNode | None:
+        """The solve node of calls with so many steps, which are still to come."""
+        if self.states:
+            self.node = self._node(length)
+        return self.node
+
+    def _node(self, length: int) -> SolveNode:
+        """The solve node for so many steps."""
+        keeps = torch.is_grad_enabled()
+        node = self._nodes.get((length, keeps))
+        if node is None:
+            if self.chain.length == 1:
+                self.chain = self.chain.of_length(max(length, 2))
+            states = len(self.states)
+            taps = tuple((index, length - 1) for index in range(states))
+            # What is kept for a backward is not what the caller gets, who may write to that.
+            places = tuple(Place(0) if keeps and index < states else None for index in self.whole)
+            leaving = Leaving(taps, self.whole, places)
+            node = SolveNode(self.chain.of_length(length), self.options, leaving=leaving, family=self._family)
+            self._nodes[length, keeps] = node
+            if len(self._nodes) > _LENGTHS:
+                self._nodes.pop(next(iter(list(self._nodes))), None)  # other threads may be at it, too
+        return node
+
+    def _plan(self, chain: Chain, signature: Signature, options: Options) -> Plan:
+        """That of the first length, for another."""
+        known = self._plans.get(signature)
+        if known is None:
+            try:
+                _check_open(self.step.graph.graph)
+                known = make_plan(self.chain, signature, options)
+            except BodyError as reason:
+                known = reason
+            self._plans[signature] = known
+            if len(self._plans) > _LENGTHS:
+                self._plans.pop(next(iter(list(self._plans))), None)
+        if isinstance(known, BodyError):
+            raise known
+        return known.for_chain(chain)
+
+
+def _value(result: fx.Node) -> Tensor:
+    value = result.meta.get("example_value")
+    if not isinstance(value, Tensor):
+        raise UnsupportedError(f"combine_fn must return tensors, got {type(value).__name__}")
+    return value
+
+
+def _check_open(graph: fx.Graph) -> None:
+    """Raise unless a step shows its ops: what calls graphs of its own may have derivatives that these do not show."""
+    for node in graph.nodes:
+        if hides_ops(node):
+            raise BodyError(f"{op_name(node)} in a step holds a graph of its own")
+
+
+def _needed(graph: fx.Graph, results: Sequence[fx.Node], known: Sequence[fx.Node] = ()) -> set[fx.Node]:
+    """The nodes that some results need, but for those that are known; what writes or changes how ops run is needed in any case."""
+    pending = [*results, *(node for node in graph.nodes if node.op.startswith("call_") and _has_effect(node))]
+    needed: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending += [] if node in known else node.all_input_nodes
+    return needed
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return bool(writes(node)) or is_barrier(node)
+
+
+def _part(step: fx.GraphModule, inputs: Sequence[fx.Node | None], results: Sequence[fx.Node]) -> fx.GraphModule:
+    """What computes some results of a step from some of its values; `None` and what came before are inputs nobody reads."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for number, node in enumerate(inputs):
+        copied = graph.placeholder(f"unread_{number}" if node is None or node in copies else node.name)
+        if node is not None and node not in copies:
+            copied.meta = dict(node.meta)
+            copies[node] = copied
+    needed = _needed(step.graph, results, list(copies))
+    for node in step.graph.nodes:
+        if node in needed and node not in copies and node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    given = set(itertools.chain(copies[node] for node in inputs if node is not None))
+    made = []
+    for result in results:
+        copied = copies[result]
+        # A state that is an input is one that the block makes all the same.
+        made.append(graph.call_function(torch.clone, (copied,)) if copied in given else copied)
+    graph.output(tuple(made))
+    return fx.GraphModule(step, graph)
