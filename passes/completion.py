@@ -189,11 +189,11 @@ def _same(one: Any, other: Any) -> bool:
 
 def _next_entry(last: fx.Node, before: fx.Node) -> int | None:
     """The entry behind those that two ops take of a tensor, as `xs[t]`; `None` where they do not, or there is none."""
-    entries = _entry(last), _entry(before)
+    here, there = _entry(last), _entry(before)
     pairs = list(zip(flatten_arguments(last), flatten_arguments(before), strict=False))
-    if entries[0] is None or entries[1] is None or sum(not _same(*pair) for pair in pairs) != 1:
+    if here is None or there is None or sum(not _same(*pair) for pair in pairs) != 1:
         return None
-    (dim, index), (_, previous) = entries
+    (dim, index), (_, previous) = here, there
     value = last.args[0].meta.get("example_value") if isinstance(last.args[0], fx.Node) else None
     if isinstance(value, (tuple, list)):
         size = len(value)
