@@ -170,11 +170,12 @@ def test_ways_for_which_memory_is_too_short_are_passed_over(monkeypatch: pytest.
     def exhausted(*_: Any, **__: Any) -> Any:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("pcr_fx.ways.iterative.solve_iteratively", exhausted)
-    monkeypatch.setattr(torch, "stack", exhausted)
     model, x = Net(600, 2), torch.randn(1, 2)
     fast = pcr_fx.transform(model, x, in_ops())
     made = fast.report.chains[0].plan
+    assert not made.program.fault("evaluate", "linearise", "pullback")
+    monkeypatch.setattr("pcr_fx.ways.iterative.solve_iteratively", exhausted)
+    monkeypatch.setattr(torch, "stack", exhausted)
     call = made.program.call_with(x, [torch.randn(600, 2, 2), torch.randn(600, 2)], [])
     timings = measure.measure(made._case(1), made.settings, call, needs_gradient=False, are_stacked=True)
     notes = {t.way: t.note for t in timings}
