@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +17,7 @@ from torch import Tensor, fx
 from pcr_fx.body import Signature
 from pcr_fx.chain import Chain, Head, Leaving, Origin, Place
 from pcr_fx.errors import BodyError, UnsupportedError
-from pcr_fx.graphs.effects import hides_ops, is_barrier, writes, written_nodes
+from pcr_fx.graphs.effects import hides_ops, is_barrier, is_of_transform, writes, written_nodes
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.node import Family, SolveNode
 from pcr_fx.options import Options
@@ -49,7 +50,7 @@ class Step:
         """The step in its normal form.
 
         Raises:
-            UnsupportedError: it writes into its carry or into a part of `xs`.
+            UnsupportedError: it writes into its carry or into a part of `xs`, or returns a carry of another form.
         """
         written_out = inline_regions(graph)
         normalise_graph(written_out)
@@ -59,7 +60,10 @@ class Step:
             if node in written:
                 what = "carry" if index < num_carry else "slice of xs"
                 raise UnsupportedError(f"combine_fn may not write into its {what} in place; return a new tensor")
-        return cls(graph, num_carry, num_xs, name, source)
+        step = cls(graph, num_carry, num_xs, name, source)
+        for before, after in zip(step.inputs[:num_carry], step.results, strict=False):
+            _check_carry(before.meta.get("example_value"), after.meta.get("example_value"))
+        return step
 
     @property
     def content(self) -> Hashable:
@@ -288,6 +292,18 @@ class Loop:
         return known.for_chain(chain)
 
 
+def _check_carry(before: Any, after: Any) -> None:
+    """Raise unless a carry keeps its shape and dtype, as far as those are known."""
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return
+    sizes = [pair for pair in zip(before.shape, after.shape, strict=False) if all(type(size) is int for size in pair)]
+    if (before.ndim, before.dtype) != (after.ndim, after.dtype) or any(old != new for old, new in sizes):
+        raise UnsupportedError(
+            "the carry that combine_fn returns must have the shapes and dtypes of init: "
+            f"{list(before.shape)} {before.dtype} became {list(after.shape)} {after.dtype}"
+        )
+
+
 def _value(result: fx.Node) -> Tensor:
     value = result.meta.get("example_value")
     if not isinstance(value, Tensor):
@@ -300,10 +316,14 @@ def _check_open(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if hides_ops(node):
             raise BodyError(f"{op_name(node)} in a step holds a graph of its own")
+        if is_of_transform(node):
+            raise BodyError("a step that uses a torch.func transform is not looked into")
 
 
 def _needed(graph: fx.Graph, results: Sequence[fx.Node], known: Sequence[fx.Node] = ()) -> set[fx.Node]:
     """The nodes that some results need, but for those that are known; what writes or changes how ops run is needed in any case."""
+    if any(map(is_of_transform, graph.nodes)):  # what a transform sets up and takes down does not show in arguments
+        return {node for node in graph.nodes if node.op != "output"}
     pending = [*results, *(node for node in graph.nodes if node.op.startswith("call_") and _has_effect(node))]
     needed: set[fx.Node] = set()
     while pending:

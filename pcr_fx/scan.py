@@ -296,4 +296,8 @@ def _in_a_compiler(combine_fn: Callable[..., Any], loop: _Loop, options: Any) ->
     if not loop.length:
         _, y = combine_fn(loop.carry(loop.init), loop.x([x.new_zeros(x.shape[1:]) for x in loop.xs]))
         return loop.carry(loop.init), pytree.tree_map_only(Tensor, lambda one: one.new_empty((0, *one.shape)), y)
-    return scan_op(step_between_marks, combine_fn, loop.carry(loop.init), loop.x(loop.xs), loop.length, False)
+    carry, ys = scan_op(step_between_marks, combine_fn, loop.carry(loop.init), loop.x(loop.xs), loop.length, False)
+    _, spec, places = _flat(carry, "the carry that combine_fn returns")
+    _check_structure(loop, spec, places)
+    _check_leaves(pytree.tree_leaves(ys))
+    return carry, ys

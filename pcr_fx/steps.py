@@ -91,7 +91,10 @@ class ScanOp(HigherOrderOperator):
     def __call__(self, block: Any, *tensors: Any) -> Any:
         if not isinstance(block, fx.GraphModule):  # Dynamo broke the graph here
             return _in_sequence(*tensors)
-        framed = block_of(block).framed(tensors)
+        try:
+            framed = block_of(block).framed(tensors)
+        except NotCaptured as reason:
+            raise UnsupportedError(f"combine_fn of a scan that is compiled cannot be run: {reason}") from None
         _held.keep(id(framed), framed)
         return framed.run(tensors)
 
@@ -187,10 +190,12 @@ class Framed:
         loop = self.loops.get(options)
         if loop is None:
             content = self.step.content
-            known = None if content is None else _loops.get((content, options))
+            # What ops make of numbers depends on the default dtype, for which Dynamo has captured the step.
+            key = content, options, torch.get_default_dtype()
+            known = None if content is None else _loops.get(key)
             loop = known or Loop(self.step, options)
             if content is not None:
-                loop = _loops.keep((content, options), loop)
+                loop = _loops.keep(key, loop)
             self.loops[options] = loop
         return loop
 
@@ -242,7 +247,7 @@ def find_step(
             copies[node] = inputs[at]
     for number, node in enumerate(given):
         value = node.meta.get("example_value")
-        if all(user.target in (*_ENTER, *_LEAVE) for user in node.users):
+        if all(_is_mark_beside(user, node) for user in node.users):
             continue
         if isinstance(value, Tensor):
             copies[node] = graph.placeholder(f"shared_{number}")
@@ -273,6 +278,11 @@ def find_step(
         length = (given.index(length),) if length.op == "placeholder" else None
     step = Step.of(fx.GraphModule(graph_module, graph), num_carry, num_xs, name, source)
     return Framed(step, places[:num_carry], places[num_carry:], shared, order, length)
+
+
+def _is_mark_beside(user: fx.Node, node: fx.Node) -> bool:
+    """Whether this user is a mark that does not return the node as a result of the step."""
+    return user.target in _ENTER or (user.target in _LEAVE and user.args[0] is not node)
 
 
 def as_number(value: Any) -> Any:

@@ -380,6 +380,70 @@ def test_bad_settings(given: dict[str, Any]) -> None:
         scan(lambda c, x: (c, x), torch.ones(2), torch.ones(3), **given)
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda h, x, w: torch.func.grad(lambda z: torch.tanh(z @ w).square().sum())(h) + x,
+        lambda h, x, w: torch.func.vmap(lambda a, b: torch.tanh(a @ w + b))(h, x),
+        lambda h, x, w: h + x * torch.func.jvp(torch.tanh, (h @ w,), (x,))[1],
+    ],
+    ids=["grad", "vmap", "jvp"],
+)
+def test_transforms_within_a_step(inner: Any, compiles: bool) -> None:
+    w, h, x = real(3, 3), real(2, 3), real(4, 2, 3)
+
+    def loop(run: Any, h: Tensor, x: Tensor) -> Any:
+        return run(lambda h, x: (inner(h, x, w), torch.func.vmap(torch.sin)(h)), h, x)
+
+    compiled = torch.compile(loop, backend="eager") if compiles else loop
+    assert_same(compiled(scan, h, x), loop(plain_loop, h, x), [h, x, w])
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_what_is_closed_over_is_returned_as_it_is(compiles: bool) -> None:
+    w, h, x = real(2, 3), real(2, 3), real(4, 2, 3)
+    for step in (lambda h, x: (torch.tanh(h + x), w), lambda h, x: (w, h), lambda h, x: (w, w)):
+
+        def loop(run: Any, h: Tensor, x: Tensor, step: Any = step) -> Any:
+            return run(step, h, x)
+
+        compiled = torch.compile(loop, backend="eager") if compiles else loop
+        assert_same(compiled(functools.partial(scan, options=IN_OPS), h, x), loop(plain_loop, h, x), [h, x, w])
+        if not compiles:
+            assert_captured(step)
+
+
+def test_another_default_dtype() -> None:
+    def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(h * torch.full((3,), 0.1).double() + x), h
+
+    h, x, options = torch.randn(2, 3, dtype=F64), torch.randn(5, 2, 3, dtype=F64), {"planning": "estimated"}
+    try:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            assert_same(scan(step, h, x, options=options), plain_loop(step, h, x), error=1e-12)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("message", "step"),
+    [
+        ("must have the shapes", lambda h, x: (h.sum(), x)),
+        (r"\[1\] torch.float32 became \[3\]", lambda h, x: (h + x, x)),
+        ("must have the shapes", lambda h, x: (h.double(), x)),
+        ("structure of init", lambda h, x: ((h, h), x)),
+        ("structure of init", lambda h, x: ([h * 2], x)),
+        ("must be tensors or None", lambda h, x: (h * 2, 1.0)),
+    ],
+)
+def test_bad_input_within_torch_compile(message: str, step: Any) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(UnsupportedError, match=message):
+        torch.compile(lambda h, x: scan(step, h, x), backend="eager")(torch.ones(1), torch.ones(4, 3))
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "deeppcr"])
 def test_within_torch_compile(backend: str) -> None:
     cell = Cell()

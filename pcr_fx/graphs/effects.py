@@ -211,6 +211,14 @@ def is_barrier(node: fx.Node) -> bool:
     return isinstance(node.target, HookOp) or name in _BARRIERS or name.endswith("crement_nesting")
 
 
+def is_of_transform(node: fx.Node) -> bool:
+    """Whether the op is part of how a `torch.func` transform runs: it means something only with all others of that one."""
+    if node.op != "call_function":
+        return False
+    module = getattr(node.target, "__module__", None) or ""
+    return module.startswith(("torch._functorch", "torch._C._functorch", "torch.autograd.forward_ad"))
+
+
 def is_idle_dropout(node: fx.Node) -> bool:
     """Dropout that is switched off: its result is its input."""
     if node.op != "call_function" or "dropout" not in op_name(node) or isinstance(node.target, torch._ops.OpOverload):
