@@ -277,6 +277,8 @@ class Loop:
 
     def _plan(self, chain: Chain, signature: Signature, options: Options) -> Plan:
         """That of the first length, for another."""
+        if not torch.is_grad_enabled() and any(map(_switches_gradients_on, self.step.graph.graph.nodes)):
+            raise BodyError("a step switches gradients on where they are off")
         known = self._plans.get(signature)
         if known is None:
             try:
@@ -318,6 +320,10 @@ def _check_open(graph: fx.Graph) -> None:
             raise BodyError(f"{op_name(node)} in a step holds a graph of its own")
         if is_of_transform(node):
             raise BodyError("a step that uses a torch.func transform is not looked into")
+
+
+def _switches_gradients_on(node: fx.Node) -> bool:
+    return node.op == "call_function" and op_name(node) == "set_grad_enabled" and node.args == (True,)
 
 
 def _needed(graph: fx.Graph, results: Sequence[fx.Node], known: Sequence[fx.Node] = ()) -> set[fx.Node]:

@@ -179,6 +179,20 @@ def test_without_gradients_and_with() -> None:
     assert_same(scan(cell, h, x, options=IN_OPS), plain_loop(cell, h, x), [h, x])
 
 
+def test_gradients_that_a_step_switches_on() -> None:
+    w, h, x = real(3, 3), real(2, 3), real(5, 2, 3)
+
+    def step(h: Tensor, x: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            return torch.tanh(h @ w + x), None
+
+    options = {"kernels": False, "solver": "sequential"}
+    for is_on in (False, True, False):
+        with torch.set_grad_enabled(is_on):
+            got, expected = scan(step, h, x, options=options), plain_loop(step, h, x)
+        assert_same(got, expected, [h, x, w])
+
+
 def test_no_steps() -> None:
     h = real(2, 3)
     carry, ys = scan(Cell(), h, torch.empty(0, 2, 3, dtype=F64))
