@@ -78,6 +78,7 @@ class Reading:
         stores: what the forward stores.
         copies: the containers in what was read, each with a copy.
         tied: the ids of parameters and buffers that are in several places, of which a graph reads one.
+        made: lists of modules that the forward makes anew, as `self.blocks[:3]` does; what is in them it has read elsewhere.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -91,6 +92,7 @@ class Reading:
         self.versions: dict[int, tuple[Tensor, int]] = {}
         self.described: dict[int, Any] = {}
         self.tied = _tied(model)
+        self.made: dict[int, nn.Module] = {}
         self.copies: list[tuple[Any, Any]] = []
         self.codes: set[tuple[FunctionType, type | None]] = set()
         self.stores = Stores()
@@ -114,7 +116,15 @@ class Reading:
                 self._read(module, name)
             return object.__getattribute__(module, name)
 
+        def make(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+            if self._listens and type(module) in (nn.ModuleList, nn.Sequential):
+                self.made[id(module)] = module
+            init(module, *args, **kwargs)
+
+        init = nn.Module.__init__
         with contextlib.ExitStack() as stack:
+            nn.Module.__init__ = make  # type: ignore[method-assign,assignment]
+            stack.callback(setattr, nn.Module, "__init__", init)
             nn.Module.__getattribute__ = get  # type: ignore[method-assign,assignment]
             stack.callback(delattr, nn.Module, "__getattribute__")
             for name in _SETTINGS:
@@ -145,7 +155,7 @@ class Reading:
 
     def _read(self, module: nn.Module, name: str) -> None:
         key = id(module), name
-        if key in self.attributes:
+        if key in self.attributes or id(module) in self.made:
             return
         self.modules[id(module)] = module
         if name in CONTENTS:

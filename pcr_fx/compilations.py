@@ -25,7 +25,7 @@ import torch
 from torch._dynamo import graph_break_hints
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 from torch._dynamo.eval_frame import innermost_backend
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 from torch._dynamo.utils import get_compilation_metrics, graph_break_reasons
 from torch._guards import CompileContext
 
@@ -182,7 +182,10 @@ class Compilations:
             return
         for found in graph_break_reasons[self._known_breaks :]:
             made.outside.append(f"{_where(found.user_stack) or made.name}: {_in_words(found.reason)}")
-        if isinstance(error, TorchDynamoException) and error is not self._handled and not made.reports:
+        is_new = isinstance(error, TorchDynamoException) and error is not self._handled
+        if is_new and isinstance(error, BackendCompilerFailed):
+            made.reports.clear()  # of graphs that nobody will run
+        if is_new and not made.reports:
             where = _where(getattr(error, "real_stack", ()) or ()) or made.name
             made.outside.append(f"{where}: {_in_words(str(getattr(error, 'msg', error)))}")
             if not self.reports:
@@ -278,7 +281,10 @@ def _file(path: str) -> str:
 def _in_words(message: str) -> str:
     """What Dynamo says of a graph break, in a line."""
     message, *then = message.split("*** While handling this graph break", 1)
-    kind = message.strip().splitlines()[0] if message.strip() else "for no reason that it gives"
+    lines = [*message.strip().splitlines(), ""]
+    kind = lines[0] or "for no reason that it gives"
+    if kind.endswith("raised:"):  # a backend, what follows
+        kind += f" {_cut(lines[1])}"
     found = _EXPLANATION.search(message)
     context = _CONTEXT.search(message)
     hints = [" ".join(hint.split()) for hint in _HINT.findall(message)]

@@ -222,7 +222,8 @@ class Recurrent(nn.Module):
                 for kept, state in zip(last, (whole[-1], *others), strict=True):
                     kept.append(state)
                 outputs.append(whole.flip(0) if backwards else whole)
-            steps = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+            # PyTorch's op gives memory of its own, and a compiler relies on its strides; a trajectory has all states in one row.
+            steps = outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, -1)
             if form.training and form.dropout and first + form.directions < len(nodes):
                 steps = F.dropout(steps, form.dropout)
         return (steps.transpose(0, 1) if form.batch_first else steps), *map(torch.stack, last)

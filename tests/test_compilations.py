@@ -128,6 +128,19 @@ def test_a_failing_call_outside_of_dynamo_is_none_of_its_reasons() -> None:
     assert not pcr_fx.report().outside
 
 
+def test_graphs_that_a_failing_inner_backend_got_are_none_of_a_report() -> None:
+    def fails(graph: object, inputs: object) -> None:
+        raise RuntimeError("no such machine")
+
+    x = torch.randn(2, 3)
+    model = nn.Sequential(plain_mlp(8, width=3), nn.Linear(3, 1))
+    with torch._dynamo.config.patch(suppress_errors=True):
+        assert torch.equal(compiled(model, inner_backend=fails)(x), model(x))
+    report = pcr_fx.report()
+    assert not lengths(report)
+    assert any("RuntimeError: no such machine" in words for words in report.outside)
+
+
 def test_near_misses_stand_in_order_of_length() -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -69,6 +69,8 @@ def test_every_form_computes_what_the_module_does(form: str, batched: bool, with
     parameters = list(module.parameters())
     expected, got = all_of(module, inputs, parameters), all_of(fast, inputs, parameters)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    ours, own = (tensors_in(one(*inputs)) for one in (fast, module))
+    assert [one.stride() for one in ours] == [one.stride() for one in own]  # which views and compilers rely on
     assert lengths(fast.report) == [11] * (module.num_layers * (2 if module.bidirectional else 1))
 
 

@@ -559,3 +559,27 @@ def test_copies_and_pickles_see_changes_of_their_own() -> None:
 def test_random_changes(number: int) -> None:
     """`python -m tests.changes` runs as many as are wanted."""
     assert run_script(number, seed=2)
+
+
+@pytest.mark.parametrize(
+    "made", [lambda blocks, count: blocks[:count], lambda blocks, count: nn.Sequential(*blocks[:count])]
+)
+def test_lists_of_modules_that_the_forward_makes(made: Any) -> None:
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.count = nn.ModuleList(nn.Linear(3, 3) for _ in range(12)), 9
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in made(self.blocks, self.count):
+                x = x + torch.tanh(block(x))
+            return x
+
+    model, x = Sliced(), torch.randn(2, 3)
+    fast = pcr_fx.transform(model, x, {"solver": "sequential", "kernels": False})
+    torch.testing.assert_close(fast(x), model(x))
+    assert fast.report.to_dict()["chains"][0]["length"] == 9
+    fast.count = model.count = 11
+    fast.blocks[2] = model.blocks[2] = nn.Linear(3, 3)
+    torch.testing.assert_close(fast(x), model(x))
+    assert fast.report.to_dict()["chains"][0]["length"] == 11
