@@ -10,7 +10,7 @@ The model and its training loop are ordinary PyTorch. All runs start from the sa
 A further run, `control`, is the packed one from weights that differ by one rounding. Training amplifies rounding, so two
 right runs drift apart; the control shows how far. The others must not drift much farther from `eager`.
 
-    python examples/train_resnet.py                  # less than three minutes on two cores
+    python examples/train_resnet.py                  # two minutes on two cores
     python examples/train_resnet.py --quick          # 128 blocks, half a minute
     python examples/train_resnet.py --blocks 256 --steps 200
 """
