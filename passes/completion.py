@@ -31,23 +31,28 @@ _BOUNDED = frozenset(
     sigmoid sin tanh""".split()
 )
 _SCALED = frozenset("div imul itruediv mul multiply true_divide truediv".split())
+# Under what name a tensor knows which entries the model takes of it that nobody reads: `(dimension, index)`.
+_ENTRIES = "unread entries"
 # In place of an argument that is another one in each block.
 _VARIES = object()
 # Less than this share of a block may be alike by accident.
 _SHARE = 1 / 3
 
 
-def complete_last_block(blocks: Blocks, length: int) -> bool:
+def complete_last_block(blocks: Blocks, length: int, guarded: bool) -> bool:
     """Put into the graph what is missing of the block behind the first `length`, if that is a block but for what is unread.
 
     What is put in has no readers, so that no value changes. It takes its operands where the blocks before have them.
+
+    Args:
+        guarded: whether the graph is only called with tensors of the sizes that it was captured with, where those are numbers.
 
     Returns:
         whether anything was missing, and is there now.
     """
     if length < 2:
         return False
-    last = _LastBlock(blocks, length)
+    last = _LastBlock(blocks, length, guarded)
     missing = [index for index in range(blocks.period) if index not in last.ops]
     if not missing or len(last.ops) < _SHARE * blocks.period or not (last.is_read_alike() and last.keeps_zero(missing)):
         return False
@@ -64,8 +69,8 @@ class _LastBlock:
         renamed: what it takes from outside in place of what the block before takes.
     """
 
-    def __init__(self, blocks: Blocks, length: int) -> None:
-        self.blocks, self.length = blocks, length
+    def __init__(self, blocks: Blocks, length: int, guarded: bool) -> None:
+        self.blocks, self.length, self.guarded = blocks, length, guarded
         self.ops: dict[int, fx.Node] = {}
         self.renamed: dict[fx.Node, fx.Node] = {}
         stop, index = blocks.start + length * blocks.period, 0
@@ -150,7 +155,7 @@ class _LastBlock:
     def insert(self, index: int) -> None:
         """Put one op into the graph, with the arguments that it would have. Those before it are there."""
         usual, before = self._usual(index), self.blocks.op(self.length - 2, index)
-        following, slots = _next_entry(usual, before), itertools.count()
+        following, slots = _next_entry(usual, before, self.guarded), itertools.count()
 
         def replace(leaf: Any) -> Any:
             slot = next(slots)
@@ -167,7 +172,7 @@ class _LastBlock:
     def _following(self, last: fx.Node, before: fx.Node) -> fx.Node:
         """What comes behind two operands of blocks: the next entry of one tensor if they are that, or the last once more."""
         if last not in self.renamed:
-            index, slots = _next_entry(last, before), iter(flatten_arguments(before))
+            index, slots = _next_entry(last, before, self.guarded), iter(flatten_arguments(before))
             if index is None:
                 return last
             self.renamed[last] = _copied(last, last, lambda leaf: leaf if _same(leaf, next(slots)) else index)
@@ -187,8 +192,11 @@ def _same(one: Any, other: Any) -> bool:
     return one is other if isinstance(one, fx.Node) or isinstance(other, fx.Node) else same_literal(one, other)
 
 
-def _next_entry(last: fx.Node, before: fx.Node) -> int | None:
-    """The entry behind those that two ops take of a tensor, as `xs[t]`; `None` where they do not, or there is none."""
+def _next_entry(last: fx.Node, before: fx.Node, guarded: bool) -> int | None:
+    """The entry behind those that two ops take of a tensor, as `xs[t]`; `None` where they do not, or there may be none.
+
+    The tensors of another call may have fewer, unless the model takes it itself, or sizes are guarded.
+    """
     here, there = _entry(last), _entry(before)
     pairs = list(zip(flatten_arguments(last), flatten_arguments(before), strict=False))
     if here is None or there is None or sum(not _same(*pair) for pair in pairs) != 1:
@@ -202,7 +210,23 @@ def _next_entry(last: fx.Node, before: fx.Node) -> int | None:
     else:
         return None
     following = 2 * index - previous
-    return following if type(size) is int and 0 <= following < size else None
+    is_there = type(size) is int and 0 <= following < size
+    return (
+        following
+        if is_there and (guarded or isinstance(value, (tuple, list)) or _is_taken(last.args[0], dim, following))
+        else None
+    )
+
+
+def note_entry(node: fx.Node) -> None:
+    """Have a tensor know that the model takes the entry of it that an op takes, though nobody reads that."""
+    entry = _entry(node)
+    if entry is not None and isinstance(node.args[0], fx.Node):
+        node.args[0].meta.setdefault(_ENTRIES, set()).add(entry)
+
+
+def _is_taken(source: Any, dim: int, index: int) -> bool:
+    return (dim, index) in source.meta.get(_ENTRIES, ())
 
 
 def _entry(node: fx.Node) -> tuple[int, int] | None:
@@ -212,7 +236,7 @@ def _entry(node: fx.Node) -> tuple[int, int] | None:
     elif node.target is operator.getitem:
         entries = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         dim, index = len(entries) - 1, entries[-1]
-        if any(entry != slice(None) for entry in entries[:-1] if not isinstance(entry, fx.Node)):
+        if any(entry != slice(None) for entry in entries[:-1]):
             return None
     else:
         return None

@@ -43,17 +43,18 @@ class Detection:
     near_misses: list[NearMiss] = field(default_factory=list)
 
 
-def find_chains(graph: fx.Graph, attributes: dict[str, Any], min_length: int) -> Detection:
+def find_chains(graph: fx.Graph, attributes: dict[str, Any], min_length: int, guarded: bool = False) -> Detection:
     """Every chain of at least `min_length` blocks, and the near misses.
 
     Args:
         graph: a normalised graph. Where a last block lacks what nobody reads of it, that is put into it.
         attributes: the value of each `get_attr` target.
         min_length: the fewest blocks worth a chain.
+        guarded: whether the graph is only called with tensors of the sizes that it was captured with, where those are numbers.
     """
     detector = _Detector(OpSequence(graph, attributes), min_length)
     detection = detector.run()
-    completed = [complete_last_block(taken.blocks, taken.length) for taken in detector.taken]
+    completed = [complete_last_block(taken.blocks, taken.length, guarded) for taken in detector.taken]
     return _Detector(OpSequence(graph, attributes), min_length).run() if any(completed) else detection
 
 

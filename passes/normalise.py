@@ -21,6 +21,7 @@ from pcr_fx.graphs.effects import (
     written_nodes,
 )
 from pcr_fx.graphs.nodes import argument, hashable, is_pytorchs, op_name
+from pcr_fx.passes.completion import note_entry
 from pcr_fx.passes.fold import fold_stretches
 from pcr_fx.passes.writes import write_out
 
@@ -56,6 +57,7 @@ def normalise_graph(graph: fx.Graph) -> None:
 def _remove_unread(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if not node.users and _only_computes(node):
+            note_entry(node)
             graph.erase_node(node)
 
 

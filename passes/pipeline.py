@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import fx, nn
 
@@ -30,7 +30,10 @@ class WayIn(Protocol):
     Attributes:
         root: the module whose attributes the graph reads.
         values: the tensors that the graph is given, by its inputs, as far as they are known.
+        guards_sizes: whether it is only called with tensors of the sizes that it was captured with, where those are numbers.
     """
+
+    guards_sizes: ClassVar[bool]
 
     @property
     def root(self) -> nn.Module: ...
@@ -78,7 +81,7 @@ def run_passes(way_in: WayIn, options: Options) -> Rewritten:
     note_memory({**way_in.values, **values_of(way_in.root, graph)})
     normalise_graph(graph)
     attributes = attributes_of(way_in.root, graph)
-    detection = find_chains(graph, attributes, options.min_length)
+    detection = find_chains(graph, attributes, options.min_length, way_in.guards_sizes)
     planned, near_misses = plan_chains(graph, detection, attributes, options)
     planned = way_in.place(graph, planned)
     nodes = _named(planned)

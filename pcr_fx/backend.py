@@ -7,7 +7,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -140,6 +140,8 @@ class _CapturedByDynamo:
         root: its module.
         is_native: whether all its chains run as native kernels that can be called apart from the rest.
     """
+
+    guards_sizes: ClassVar[bool] = True
 
     def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
         self.root, self.example_inputs, self.options = graph_module, example_inputs, options

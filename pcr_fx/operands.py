@@ -63,6 +63,9 @@ def stack_parts(whole: Tensor, dim: int, first: int, count: int, step: int) -> T
     In memory of its own like a stack, which a backward finds as it was.
     """
     last = first + step * (count - 1)
+    size: Any = whole.shape[dim]
+    if type(size) is int and max(first, last) >= size:  # a slice would have fewer parts and not say so
+        raise IndexError(f"index {max(first, last)} is out of bounds for dimension {dim} with size {size}")
     parts = whole.movedim(dim, 0)[min(first, last) : max(first, last) + 1 : abs(step)]
     return parts.clone(memory_format=torch.contiguous_format) if step > 0 else parts.flip(0).contiguous()
 

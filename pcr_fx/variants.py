@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx, nn
 
@@ -97,6 +97,7 @@ class _TracedModel:
         stacked: the per-block operands that are attributes of it, by the names that the rewritten graph reads them by.
     """
 
+    guards_sizes: ClassVar[bool] = False  # but for those that the forward asked for
     captured: Captured
 
     def __init__(self, model: nn.Module, example_inputs: Any, options: Options, changes: Changes) -> None:

@@ -134,3 +134,24 @@ def test_operands_are_still_handed_over_whole() -> None:
     fast(torch.zeros(2, 3).double(), torch.zeros(STEPS, 2, 3).double())
     code = fast._pcr_variants[0].run.code
     assert "stack_operands" not in code, code
+
+
+class Given(nn.Module):
+    """The last of its steps, whose number is fixed, takes no input."""
+
+    def forward(self, state: Tensor, xs: Tensor) -> Tensor:
+        given = []
+        for t in range(STEPS):
+            given.append(torch.tanh(state).sin().cos() * 0.5)
+            if t < STEPS - 1:
+                state = state + 0.1 * xs[t] - 0.2 * state
+        return torch.stack(given, 1)
+
+
+@pytest.mark.parametrize("way_in", ["transform", "compile"])
+def test_an_input_that_the_model_does_not_take_need_not_be_there(way_in: str) -> None:
+    model, state = Given(), torch.rand(2, 3).double()
+    fast = run(model, way_in)
+    for steps in (STEPS, STEPS - 1, STEPS + 1):
+        xs = torch.randn(steps, 2, 3).double()
+        torch.testing.assert_close(fast(state, xs), model(state, xs), rtol=1e-13, atol=0)

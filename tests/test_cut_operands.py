@@ -256,3 +256,13 @@ def test_tensors_that_are_negative_by_a_flag(which: int) -> None:
     fast = pcr_fx.transform(model, tuple(plain), OPTIONS)
     tensors = [torch._neg_view(tensor) if index == which else tensor for index, tensor in enumerate(plain)]
     assert relative_error(fast(*tensors), model(*tensors)) < 1e-14
+
+
+@pytest.mark.parametrize("part, times", [(lambda x, t: x[t], UP), (lambda x, t: x[:, t], DOWN)])
+def test_fewer_inputs_than_the_model_takes_are_told_of(part: Callable[[Tensor, int], Tensor], times: list[int]) -> None:
+    model, state = Loop(part, times), torch.randn(LENGTH, 4)
+    fast = pcr_fx.transform(model, (state, torch.randn(LENGTH, LENGTH, 4)), OPTIONS)
+    fewer = torch.randn(LENGTH, LENGTH, 4)[:, :-1] if times is DOWN else torch.randn(LENGTH - 1, LENGTH, 4)
+    for run in (model, fast):
+        with pytest.raises(IndexError, match=f"index {LENGTH - 1} is out of bounds for dimension"):
+            run(state, fewer)
