@@ -22,6 +22,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Dynamo knows nothing of what was compiled before, and models are seeded."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Chains go to the GPU's kernels wherever they are, and no memory is clean that was not written to."""
     from pcr_fx.planner import plan

@@ -17,15 +17,8 @@ import pcr_fx
 from pcr_fx import backend
 from pcr_fx.planner import plan
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 EAGER = {"solver": "newton", "kernels": False, "inner_backend": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 64])

@@ -9,15 +9,8 @@ from torch import Tensor, nn
 
 import pcr_fx
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 OPTIONS = {"solver": "newton", "kernels": False, "inner_backend": "eager"}
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(model, **options):
