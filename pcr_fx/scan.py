@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 
 from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.errors import UnsupportedError
+from pcr_fx.marks import Framed, NotCaptured, scan_op, step_between_marks
 from pcr_fx.operands import is_ordinary
 from pcr_fx.options import Options
-from pcr_fx.steps import Framed, NotCaptured, captures_of, described, scan_op, step_between_marks
+from pcr_fx.steps import captures_of, described
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ def scan(
 
     The step is traced once for each form of its arguments, whatever the number of steps, and the loop runs as one chain.
     What it closes over is read at each call. A step that cannot be traced, since it branches on values, prints or draws
-    numbers in Python, runs as it is, step by step; the log says so.
+    numbers in Python, runs as it is, step by step; the log says so. A step that asks how what it is given lies in memory, or whether
+    that requires gradients, is answered as for contiguous tensors that do.
 
     Differentiable with respect to `init`, `xs` and every tensor that `combine_fn` closes over.
 

@@ -37,6 +37,7 @@ FLOORS = (
     {"passes"},
     {"packing", "copies", "optimizers", "rehearsal", "compilations"},
     {"variants", "loops"},
+    {"marks"},
     {"steps"},
     {"scans"},
     {"explicit", "backend", "solve", "scan"},
