@@ -41,8 +41,8 @@ def scan(
 
     The step is traced once for each form of its arguments, whatever the number of steps, and the loop runs as one chain.
     What it closes over is read at each call. A step that cannot be traced, since it branches on values, prints or draws
-    numbers in Python, runs as it is, step by step; the log says so. A step that asks how what it is given lies in memory, or whether
-    that requires gradients, is answered as for contiguous tensors that do.
+    numbers in Python, runs as it is, step by step; the log says so. A step that asks how what it is given lies in memory, or
+    whether that requires gradients, is answered as for contiguous tensors that do.
 
     Differentiable with respect to `init`, `xs` and every tensor that `combine_fn` closes over.
 
