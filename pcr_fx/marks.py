@@ -56,7 +56,7 @@ def _leave_fake(tensor: Tensor, index: int, is_y: bool, length: int) -> Tensor:
 
 
 # A carry has gradients after some steps, if not before the first: without, Dynamo would leave out derivatives of a function's own.
-_MOVING = torch.zeros((), requires_grad=True)
+_MOVING = torch.zeros((), device="cpu", requires_grad=True)
 enter = torch.library.custom_op("pcr_fx::enter_step", _enter, mutates_args=())
 leave = torch.library.custom_op("pcr_fx::leave_step", _leave, mutates_args=())
 enter.register_fake(_enter_fake)

@@ -63,7 +63,7 @@ class Pending:
 
 
 def _nothing() -> Tensor:
-    return torch.full((3,), -1.0, dtype=torch.float64)
+    return torch.full((3,), -1.0, dtype=torch.float64, device="cpu")
 
 
 @isolated

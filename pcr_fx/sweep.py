@@ -88,7 +88,10 @@ class Taken:
         few = {block: part for block, part in zip(self.taps, taps, strict=True) if part is not None}
         if whole is None:
             return few or None
-        return whole if not few else whole.index_add(0, torch.tensor(list(few)), torch.stack(list(few.values())))
+        if not few:
+            return whole
+        blocks = torch.tensor(list(few), device=whole.device)
+        return whole.index_add(0, blocks, torch.stack(list(few.values())))
 
 
 @dataclass(frozen=True, eq=False)

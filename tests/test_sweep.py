@@ -255,3 +255,24 @@ def test_single_precision() -> None:
             continue
         errors = [(one.double() - true).abs().max() for one in (ours, eager)]
         assert errors[0] <= 4 * errors[1] + 1e-5 * true.abs().max()
+
+
+@pytest.mark.parametrize("way_in", ["transform", "compile"])
+def test_where_new_tensors_are_on_another_device(way_in: str) -> None:
+    """What native code is told lies on the CPU, whatever the default is."""
+    model, inputs = Loop(flux, lambda collected: collected[2]), given(3, 20)
+    torch._dynamo.reset()
+    fast: Any = pcr_fx.transform(model, inputs, SEQUENTIAL)
+    if way_in == "compile":
+        fast = torch.compile(model, backend="deeppcr", options={"inner_backend": "aot_eager", **SEQUENTIAL})
+
+    def gradient(run: Any) -> Any:
+        output, state = run(*inputs)
+        return torch.autograd.grad(output.sum() + state.square().sum(), model.rate)
+
+    with torch.device("meta"):
+        with torch.no_grad():
+            ours = fast(*inputs)
+        gradients = gradient(fast)
+    torch.testing.assert_close(ours, model(*inputs), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients, gradient(model), rtol=1e-12, atol=1e-12)

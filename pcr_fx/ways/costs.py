@@ -101,7 +101,7 @@ _PEAK_SIZE, _PEAK_CALLS = 256, 5
 @functools.cache
 def _arithmetic_seconds(threads: int) -> float:
     """Seconds of an arithmetic operation here at its fastest, in float32: a millisecond's work, once."""
-    a = torch.ones(_PEAK_SIZE, _PEAK_SIZE)
+    a = torch.ones(_PEAK_SIZE, _PEAK_SIZE, device="cpu")
     times = []
     with torch.inference_mode():
         for _ in range(_PEAK_CALLS):

@@ -443,7 +443,7 @@ class _Given:
 @functools.lru_cache(maxsize=16)
 def _rows(wanted: tuple[int, ...], length: int) -> Tensor:
     """For native code: the place of each block's state among those that are wanted, or -1."""
-    rows = torch.full((length,), -1, dtype=torch.int64)
+    rows = torch.full((length,), -1, dtype=torch.int64, device="cpu")
     for row, block in enumerate(wanted):
         rows[block] = row
     return rows

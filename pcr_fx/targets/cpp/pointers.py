@@ -93,7 +93,7 @@ class _Operand(ctypes.Structure):
 @functools.cache
 def _offset() -> int | None:
     """Where in a tensor's Python object its C++ tensor lies."""
-    probe = torch.empty(1)
+    probe = torch.empty(1, device="cpu")
     size = type(probe).__basicsize__
     words = ctypes.string_at(id(probe), size)
     needle = probe._cdata.to_bytes(8, "little")
@@ -112,7 +112,7 @@ def _interface() -> tuple[int, ...]:
 def _can_check(offset: int) -> bool:
     """Whether there is a checker, and the layout of Python's tensors and the numbers of dtypes are as it takes for granted."""
     try:
-        return all(PointerTable([torch.empty(2, 3, dtype=dtype)], offset).holds() for dtype in _DTYPES)
+        return all(PointerTable([torch.empty(2, 3, dtype=dtype, device="cpu")], offset).holds() for dtype in _DTYPES)
     except (CompilerError, OSError, AttributeError):
         return False
 
