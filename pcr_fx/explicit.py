@@ -209,8 +209,10 @@ class TransformedModule(nn.Module):
         return _remake, (self._pcr_class, isinstance(self, self._pcr_class)), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy traces itself when it is first called: graphs refer to modules, native code and memory of their own.
-        return {**self.__dict__, "_pcr_variants": []}
+        # A copy traces itself when it is first called: graphs refer to modules, native code and memory of their own. What the
+        # model's class leaves out, as recurrent networks their references to weights, it makes anew itself.
+        state = super().__getstate__()
+        return {**(state if isinstance(state, dict) else self.__dict__), "_pcr_variants": []}
 
     @property
     def report(self) -> RewriteReport:

@@ -1,5 +1,7 @@
 """PyTorch's recurrent networks as modules: their steps are chains, and what is no faster so stays PyTorch's op."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -168,3 +170,17 @@ def test_through_torch_compile(inner: str) -> None:
         all_of(compiled, (x,), parameters), all_of(model, (x,), parameters), rtol=1e-11, atol=1e-11
     )
     assert lengths(pcr_fx.report()) == [16]
+
+
+def test_copies_and_pickles() -> None:
+    module, x = nn.GRU(3, 4).double(), torch.randn(12, 2, 3, dtype=torch.float64)
+    fast = pcr_fx.transform(module, example_inputs=x, options=IN_OPS)
+    fast(x)
+    for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        torch.testing.assert_close(copied(x), module(x), rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            copied.weight_hh_l0.mul_(2)
+        own = nn.GRU(3, 4).double()
+        own.load_state_dict(copied.state_dict())
+        torch.testing.assert_close(copied(x), own(x), rtol=1e-12, atol=1e-12)
+        assert lengths(copied.report) == [12]
