@@ -164,9 +164,8 @@ class Reading:
             return
         before = self.before.get(id(module)) or self._keep(module)
         value, now = before.get(name, ABSENT), attribute_of(module, name)
-        if now is value or (
-            isinstance(now, fx.Proxy) and isinstance(value, Tensor)
-        ):  # else it is the forward's own doing
+        is_stand_in = isinstance(now, fx.Proxy) and isinstance(value, Tensor)
+        if now is value or is_stand_in:  # else it is the forward's own doing
             self.attributes[key] = module, name, value
             self._describe(value)
             self._read_code(value, type(module))

@@ -382,9 +382,7 @@ class ModelTracer(fx.Tracer):
         if store is not None:
             self.is_stored.add(place.key)
             self.create_node("call_function", store[0], tuple(store[1]), {})
-        elif not type(place.module).__module__.startswith(
-            "torch.nn."
-        ):  # which keep lists of their weights to save time
+        elif not type(place.module).__module__.startswith("torch.nn."):  # whose own lists of weights only save time
             self.notes[f"{place}, which the forward sets, is not set by the transformed module"] = None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -56,6 +55,7 @@ def deeppcr(
     compile_rest = _inner_backend(settings, mode)
     report, native = rewrite_captured(graph_module, example_inputs, settings)
     _latest.add(report)
+    _advise(report, _latest.lengths)
     if not report.chains:
         # A training step is several graphs: there need not be a chain in that of the optimiser.
         warn_without_chains(merge_reports(_latest.reports))
@@ -98,7 +98,6 @@ def rewrite_captured(
             graph_module.add_submodule(name, module)
         graph_module.graph = rewritten.graph
     report = rewritten.report
-    _advise(report)
     report.chains += take_loops(graph_module, options)
     graph_module.recompile()
     splits = torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
@@ -110,27 +109,32 @@ def rewrite_captured(
     return report, way_in.is_native or bool(rewritten.recurrent)
 
 
-# By what their blocks compute, the lengths that chains were compiled for.
-_lengths: OrderedDict[Any, set[int]] = OrderedDict()
-_BODIES, _MANY_LENGTHS = 256, 3
+# Lengths of one loop from which on there is advice.
+_MANY_LENGTHS = 3
 
 
-def _advise(report: RewriteReport) -> None:
-    """Say of a loop that is compiled for ever new lengths that there is a way that compiles once."""
-    for entry in report.chains:
-        chain = entry.chain
-        key = chain.body.code, tuple(node.target for node in chain.body.graph.nodes)
-        lengths = _lengths.setdefault(key, set())
-        _lengths.move_to_end(key)
-        if chain.length not in lengths:
-            lengths.add(chain.length)
-            if len(lengths) == _MANY_LENGTHS:
-                where = chain.origin.source or chain.origin.modules or "a loop"
-                note = f"{where}: this loop changes its length, and is compiled for each; pcr_fx.scan compiles once for all"
-                report.notes.append(note)
-                log.warning("%s", note)
-    while len(_lengths) > _BODIES:
-        _lengths.popitem(last=False)
+def _advise(report: RewriteReport, known: dict[Any, set[int]]) -> None:
+    """Say of a loop that is compiled for ever new lengths that there is a way that compiles once.
+
+    Stages of a network are alike but for their lengths, layers have parameters of their own, and what `scan` runs has a family of
+    all lengths: these are no such loops.
+
+    Args:
+        known: the lengths that were compiled for one model, by what the blocks compute.
+    """
+    entries = [one for one in report.chains if not one.parameters and (one.node is None or one.node.family is None)]
+    chains = [entry.chain for entry in entries]
+    keys = [(chain.body.code, tuple(node.target for node in chain.body.graph.nodes)) for chain in chains]
+    for chain, key in zip(chains, keys, strict=True):
+        lengths = known.setdefault(key, set())
+        if chain.length in lengths or keys.count(key) > 1:
+            continue
+        lengths.add(chain.length)
+        if len(lengths) == _MANY_LENGTHS:
+            where = chain.origin.source or chain.origin.modules or "a loop"
+            note = f"{where}: this loop changes its length, and is compiled for each; pcr_fx.scan compiles once for all"
+            report.notes.append(note)
+            log.warning("%s", note)
 
 
 class _CapturedByDynamo:

@@ -126,11 +126,13 @@ class Compilations:
         whole: a reference to that.
         functions: by code. A function that is compiled anew in a later call takes the place of what it was compiled to before;
             in one call a function may be compiled for several modules.
+        lengths: of chains, by what their blocks compute.
     """
 
     def __init__(self) -> None:
         self.whole: Callable[[], Any] = lambda: None
         self.functions: dict[CodeType | None, list[Compiled]] = {}
+        self.lengths: dict[Any, set[int]] = {}
         self._compiling: Compiled | None = None
         self._known_breaks = 0
         self._handled: BaseException | None = None
@@ -167,6 +169,7 @@ class Compilations:
     def _begin(self, place: _Place) -> Compiled:
         if self.whole() is not place.whole or place.whole is None:
             self.functions.clear()
+            self.lengths.clear()
         self.whole = (lambda: None) if place.whole is None else weakref.ref(place.whole)
         made = self._compiling = Compiled(place.code, place.call, _number(), time.time_ns() // 1000)
         same_call = (one for one in self.functions.get(place.code, ()) if one.call is place.call is not None)

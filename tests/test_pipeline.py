@@ -23,6 +23,8 @@ OPTIONS = Options(solver="sequential", kernels=False)
 class Traced:
     """A way in that gives every chain a solve node, or none."""
 
+    guards_sizes = False
+
     def __init__(self, root: nn.Module, x: Tensor, places: bool = True) -> None:
         self.root, self.x, self.places = root, x, places
         self.values: dict[fx.Node, Any] = {}

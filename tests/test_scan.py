@@ -547,3 +547,26 @@ def test_advice_for_loops_that_change_their_length(caplog: pytest.LogCaptureFixt
             compiled(torch.ones(2), torch.ones(length, 2))
     (told,) = (record.message for record in caplog.records if "changes its length" in record.message)
     assert "test_scan.py:" in told
+
+
+def test_models_of_other_depths_are_no_loops_that_change_their_length(caplog: pytest.LogCaptureFixture) -> None:
+    def stages(h: Tensor) -> Tensor:
+        for length in (9, 10, 11):
+            for _ in range(length):
+                h = torch.sin(0.8765 * h + 1)
+            h = h.cumsum(0)
+        return h
+
+    options = {"inner_backend": "eager"}
+    with caplog.at_level(logging.WARNING, "pcr_fx.backend"):
+        torch.compile(stages, backend="deeppcr", options=options)(torch.ones(2))
+        for depth in (8, 9, 10, 11):
+            torch._dynamo.reset()
+            layers = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(depth)))
+            torch.compile(layers, backend="deeppcr", options=options)(torch.ones(2, 3))
+        scanned = torch.compile(
+            lambda h, x: scan(lambda c, _: (torch.cos(c), None), h, x)[0], backend="deeppcr", dynamic=False
+        )
+        for steps in (10, 11, 12, 13):
+            scanned(torch.ones(2), torch.ones(steps, 2))
+    assert not [record for record in caplog.records if "changes its length" in record.message]

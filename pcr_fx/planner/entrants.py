@@ -63,10 +63,9 @@ class Entrants:
         if self._adds:
             series[EAGER, ADDING] = self._series()
         entrant = Entrant(self._eager_call, series)
-        if (
-            self.case.program.chain.own_op is not None
-        ):  # what it takes for a few blocks tells nothing of what it does for all
-            entrant.take(self.case.program.length)
+        program = self.case.program
+        if program.chain.own_op is not None:  # of which a few blocks tell nothing
+            entrant.take(program.length)
         return entrant
 
     @property
