@@ -98,6 +98,7 @@ FUNCTIONS["batch_norm"] = functools.partial(_batch_norm, F.batch_norm)
 WRITTEN_OUT: dict[str, Body] = {
     "batch_norm": functools.partial(_batch_norm, written_out.batch_norm),
     "binary_cross_entropy_with_logits": functools.partial(_loss, written_out.binary_cross_entropy_with_logits),
+    "logit": lambda x: written_out.logit(x, 0.1),
 }
 BODIES = {**{name: use_of(name) for name in RULES}, **FUNCTIONS}
 # These read what is empty where there is a NaN.
@@ -106,9 +107,8 @@ for _name in [name for name in RULES if "empty" in name]:
 WITHOUT_PULLBACK = {*NO_PULLBACK, "softshrink", "hardshrink"}
 
 # --- what PyTorch does not decide ---
-# Whether a NaN stops a gradient: its vectors and its numbers do otherwise, so that it depends on the place in memory; or, for
-# logit, on whether the gradient can be differentiated in turn.
-AT_NAN = {"hardtanh", "relu6", "elu", "celu", "selu", "hardswish", "softshrink", "hardshrink", "logit"}
+# Whether a NaN stops a gradient: its vectors and its numbers do otherwise, so that it depends on the place in memory.
+AT_NAN = {"hardtanh", "relu6", "elu", "celu", "selu", "hardswish", "softshrink", "hardshrink"}
 # The sign of a zero, likewise or between its own formulas.
 SIGNS = {"maximum.default", "minimum.default", "clamp.Tensor", "clamp by tensors", "softshrink", "lerp by a tensor"}
 # NaN or infinity where several of them are added up, which depends on the order; gelu is oneDNN's in float32.

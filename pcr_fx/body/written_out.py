@@ -1,9 +1,11 @@
 """Fused ops written out, where PyTorch's own cannot be batched over blocks or differentiated in all they take.
 
 Its recurrent cells are batched one block at a time. Its batch norm refuses to be differentiated in the statistics,
-which are operands like any other here. Its cross entropy with logits is NaN at infinity once it is transformed, and its
-`prelu` sums a weight's cotangent over the wrong samples. What raises for a singular matrix cannot be evaluated in any order
-or for states that are only guesses: here the result is not finite then, and who called it has to look (`may_raise`).
+which are operands like any other here. Its cross entropy with logits is NaN at infinity once it is transformed, its `prelu`
+sums a weight's cotangent over the wrong samples, and its `logit` stops a NaN where gradients may be differentiated.
+
+What raises for a singular matrix cannot be evaluated in any order or for states that are only guesses: here the result is not
+finite then, and who called it has to look (`may_raise`).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
@@ -95,6 +98,15 @@ def binary_cross_entropy_with_logits(
     if size_average is not None or reduce is not None:  # the older names of the same
         reduction = "none" if reduce is False else "sum" if size_average is False else "mean"
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+
+
+def logit(input: Tensor, eps: float | None = None) -> Tensor:
+    """`torch.logit`, with bounds rounded as it rounds them."""
+    if eps is None or input.dtype not in (torch.float32, torch.float64):
+        return torch.logit(input, eps)
+    rounded = np.float32 if input.dtype == torch.float32 else np.float64
+    low, high = float(rounded(eps)), float(rounded(1) - rounded(eps))
+    return torch.logit(torch.where(input < low, low, torch.where(input > high, high, input)))
 
 
 def prelu(input: Tensor, weight: Tensor) -> Tensor:
@@ -246,6 +258,9 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     F.binary_cross_entropy_with_logits: binary_cross_entropy_with_logits,
     torch._weight_norm: weight_norm,
     torch._transformer_encoder_layer_fwd: transformer_encoder_layer,
+    torch.logit: logit,
+    torch.special.logit: logit,
+    "logit": logit,
     torch.prelu: prelu,
     F.prelu: prelu,
     "prelu": prelu,
