@@ -1,5 +1,7 @@
 """The errors that pcr_fx raises. All derive from `PcrFxError`."""
 
+import torch
+
 
 class PcrFxError(Exception):
     """Base of every error that pcr_fx raises itself."""
@@ -27,3 +29,8 @@ class SolveError(PcrFxError, RuntimeError):
 
 class PlanError(PcrFxError, RuntimeError):
     """A compiled graph names a plan that is gone with the module that it was compiled from."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, for which PyTorch has no exception of its own on a CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -55,6 +55,22 @@ def test_a_program_that_raises_or_has_another_shape_is_not_used() -> None:
     assert wrong.fault("linearise")
 
 
+def test_memory_that_runs_out_is_no_fault_for_good() -> None:
+    program = program_of(CASES["operands and shared"])
+    on_a_cpu = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+    refusals = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(on_a_cpu)]
+
+    def evaluate(*tensors: Tensor) -> Tensor:
+        if refusals:
+            raise refusals.pop()
+        return program.evaluate(*tensors)
+
+    crowded = replace(program, evaluate=evaluate, _faults={})
+    assert "no memory" in crowded.fault("evaluate")
+    assert "no memory" in crowded.fault("evaluate")
+    assert not crowded.fault("evaluate")
+
+
 def test_a_long_chain_is_looked_at_in_a_shorter_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pcr_fx.body.agreement._NUMBERS", 4 * 3 * D * D)
     program = program_of(CASES["operands and shared"], length=40)

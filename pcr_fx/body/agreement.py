@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pcr_fx.body.isolation import apart
 from pcr_fx.chain import TensorSpec
+from pcr_fx.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from pcr_fx.body.program import Program
@@ -41,6 +42,9 @@ def disagreement(program: Program, name: str) -> str:
 
     Args:
         name: `evaluate`, `linearise` or `pullback`.
+
+    Raises:
+        Exception: memory ran out, which says nothing of the program.
     """
     tried = _short_enough(program, name)
     if tried is None:
@@ -48,6 +52,8 @@ def disagreement(program: Program, name: str) -> str:
     try:
         return _Comparison(tried).of(name)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         text = str(error).strip().splitlines()
         return f"its blocks cannot be batched: {type(error).__name__}{': ' + text[0] if text else ''}"
 

@@ -25,7 +25,7 @@ from pcr_fx.body.signature import Generality, Signature
 from pcr_fx.body.tracer import Run, trace_block, trace_for, trace_graphs
 from pcr_fx.call import Call
 from pcr_fx.chain import Chain
-from pcr_fx.errors import BodyError
+from pcr_fx.errors import BodyError, is_out_of_memory
 from pcr_fx.graphs.nodes import qualified_name
 from pcr_fx.graphs.parts import holds_derivatives
 from pcr_fx.registry import Registry
@@ -137,7 +137,12 @@ class Program(Interface):
         """
         for name in names:
             if name not in self._faults:
-                self._faults[name] = disagreement(self, name)
+                try:
+                    self._faults[name] = disagreement(self, name)
+                except Exception as error:  # not kept: there may be memory for it next time
+                    if not is_out_of_memory(error):
+                        raise
+                    return "there is no memory to compare it with the blocks"
         return next((fault for name in names if (fault := self._faults[name])), "")
 
 

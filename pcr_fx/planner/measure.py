@@ -13,9 +13,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from pcr_fx.call import Call
+from pcr_fx.errors import is_out_of_memory
 from pcr_fx.planner.choice import ADAM, NO_WAYS, STACKING, Timing
 from pcr_fx.planner.entrants import ADDING, Entrants
 from pcr_fx.planner.rounds import HOPELESS, Entrant, Series, compete, drop_hopeless, once
@@ -412,8 +411,8 @@ def _prize(thing: tuple[str, str]) -> str | None:
 
 
 def _in_words(error: Exception) -> str:
-    """Why something could not be timed. Where memory ran out PyTorch has no exception of its own for it on a CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+    """Why something could not be timed."""
+    if is_out_of_memory(error):
         return "out of memory"
     log.debug("it could not be timed", exc_info=error)
     lines = str(error).strip().splitlines()
