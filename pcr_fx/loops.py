@@ -7,14 +7,17 @@ was measured of it, and the solve node around that is small.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
 
 from pcr_fx.body import Signature
+from pcr_fx.body.isolation import is_traced_or_transformed
 from pcr_fx.chain import Chain, Head, Leaving, Origin, Place
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.graphs.effects import hides_ops, is_barrier, is_of_transform, writes, written_nodes
@@ -24,9 +27,12 @@ from pcr_fx.options import Options
 from pcr_fx.passes.inline import inline_regions
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.planner import Plan, make_plan
+from pcr_fx.ways.memory import memory_limit
 
 # Lengths that a solve node is kept for.
 _LENGTHS = 256
+# Bytes of states that are kept without a look at how much memory is free.
+_FEW_BYTES = 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +198,38 @@ class Loop:
             xs: `[length, ...]`.
             shared: what the step gets whole each time.
         """
+        every = self._steps_between_checkpoints((*init, *xs, *shared), init, length)
+        if every >= length:
+            return self._run(init, xs, shared, length)
+        # Split, and not sliced: the gradient of a slice is as large as all of it.
+        parts = [x.split(every) for x in xs]
+        carry, pieces = list(init), []
+        for first in range(0, length, every):
+            count = min(every, length - first)
+            given = carry, [part[first // every] for part in parts], shared, count
+            if first + count < length:
+                carry, outputs = checkpoint(self._run, *given, use_reentrant=False, preserve_rng_state=False)
+            else:  # where the backward begins
+                carry, outputs = self._run(*given)
+            pieces.append(outputs)
+        return carry, [torch.cat(each) for each in zip(*pieces, strict=True)]
+
+    def _steps_between_checkpoints(self, given: Sequence[Tensor], init: Sequence[Tensor], length: int) -> int:
+        """After how many steps a carry is kept for a backward that computes those between anew; `length` where all are."""
+        has_backward = torch.is_grad_enabled() and any(one.requires_grad for one in given)
+        if not (self.states and has_backward) or is_traced_or_transformed():
+            return length
+        if self.options.checkpoint is not None:
+            return self.options.checkpoint
+        kept, limit = length * sum(init[index].nbytes for index in self.states), self.options.memory_limit
+        if kept <= (_FEW_BYTES if limit is None else limit) or kept <= memory_limit(limit, init[0].device):
+            return length
+        return math.isqrt(length - 1) + 1
+
+    def _run(
+        self, init: Sequence[Tensor], xs: Sequence[Tensor], shared: Sequence[Tensor], length: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """`run` without checkpoints."""
         common = [*shared, *(init[index] for index in self.fixed)]
         states = [init[index] for index in self.states]
         if not length:

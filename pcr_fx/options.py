@@ -59,6 +59,7 @@ NUMBERS = (
     Number("damping", float, lambda value: 0 < value <= 1, "a number above 0 and up to 1", optional=False),
     Number("window", int, lambda value: value >= 2, "a whole number >= 2 or None"),
     Number("memory_limit", int, lambda value: value >= 0, "a whole number of bytes or None"),
+    Number("checkpoint", int, lambda value: value >= 1, "a whole number >= 1 or None"),
     Number("diagonal_probes", int, lambda value: value >= 1, "a whole number >= 1 or None"),
     Number("planning_budget", float, lambda value: 0 < value < math.inf, "a positive number", optional=False),
     Number("min_length", int, lambda value: value >= 2, "a whole number >= 2", optional=False),
@@ -84,7 +85,12 @@ class Options:
         damping: the share of each correction that is made, above 0 and up to 1.
         window: blocks that are solved at a time. The window moves on to the first block that is not solved yet.
             `None`: all blocks, or as many as fit into `memory_limit`.
-        memory_limit: bytes that the linear systems of a chain may take. `None`: a quarter of what is free.
+        memory_limit: bytes that the linear systems of a chain may take, and the states that a loop keeps for its backward.
+            `None`: a quarter of what is free.
+        checkpoint: a loop (`pcr_fx.scan`, PyTorch's own) keeps its states after each so many steps, and its backward computes
+            those between anew. `None`: all are kept, or, where these would exceed `memory_limit`, those after each square
+            root of the number of steps. Not for chains of blocks, which the model itself can checkpoint, nor within what
+            another compiler makes of the loop.
         start: the trajectory that an iteration starts from: `"repeat"` (the initial state), `"previous"` (the last
             trajectory of the same shape at this place in the model) or `"picard"` (two sweeps of Picard's iteration).
         diagonal_probes: `"quasi-newton"` estimates diagonals from so many random vectors (Hutchinson). `None`: they are
@@ -112,6 +118,7 @@ class Options:
     damping: float = 1.0
     window: int | None = None
     memory_limit: int | None = None
+    checkpoint: int | None = None
     start: str = "repeat"
     diagonal_probes: int | None = None
     planning: str = "measured"

@@ -179,13 +179,20 @@ def is_undisturbed() -> bool:
     )
 
 
-def is_plain_call() -> bool:
-    """Whether nothing looks on that wants to see operators: no compiler, function transform, mode or autocast."""
-    return not (
+def is_traced_or_transformed() -> bool:
+    """Whether a compiler, a function transform or a mode sees each op in the place of its results."""
+    return bool(
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def is_plain_call() -> bool:
+    """Whether nothing looks on that wants to see operators: no compiler, function transform, mode or autocast."""
+    return not (
+        is_traced_or_transformed()
         or torch.is_autocast_enabled("cpu")
         or forward_ad._current_level >= 0
         or (torch._C._is_torch_function_mode_enabled() and _is_watched_by_a_function_mode())
