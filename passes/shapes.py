@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from pcr_fx.passes.open_sizes import OpenSize
 
 # What only a real tensor would know.
 UNKNOWN = frozenset("requires_grad is_leaf grad grad_fn _version".split())
+# What gives results of one shape whatever numbers it is given.
+_ARITHMETIC = frozenset((operator.add, operator.sub, operator.mul, operator.truediv, operator.pow))
 # Sizes of inputs of which a graph remembers whether it holds for them.
 _VERDICTS = 256
 
@@ -63,7 +66,7 @@ class FakeValues:
         if isinstance(node.target, HookOp):
             return node.target.assumed(args)
         try:
-            key = (node.op, node.target, _frozen(args), _frozen(kwargs))
+            key = (node.op, node.target, _form_of(node.target, args), _frozen(kwargs))
             if key in self.values:
                 return self.values[key]
         except TypeError:
@@ -289,6 +292,50 @@ def _nodes(value: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(value, found.append)
     return found
+
+
+def _form_of(target: Any, args: tuple[Any, ...]) -> Any:
+    """A hashable stand-in for the arguments of an op, equal for those that give results of equal shape.
+
+    Steps of a loop take one entry after another, and multiply by one number after another: which does not matter.
+    """
+    if target in _ARITHMETIC:
+        return tuple([type(value) if type(value) in (int, float) else _frozen(value) for value in args])
+    if target is operator.getitem and isinstance(args[0], Tensor):
+        form = _form_of_index(args[1] if isinstance(args[1], tuple) else (args[1],), args[0].shape)
+        if form is not None:
+            return id(args[0]), form
+    return _frozen(args)
+
+
+def _form_of_index(entries: tuple[Any, ...], shape: torch.Size) -> tuple[Any, ...] | None:
+    """How many entries each part of an index takes; `None` where it takes other than one or a range, or what is not there."""
+    if not all(type(entry) in (int, slice, type(None), type(Ellipsis)) for entry in entries):
+        return None
+    taken = sum(type(entry) in (int, slice) for entry in entries)
+    if taken > len(shape) or entries.count(Ellipsis) > 1:
+        return None
+    form, dim = list[Any](), 0
+    for entry in entries:
+        if entry is Ellipsis:
+            dim += len(shape) - taken
+        if type(entry) not in (int, slice):
+            form.append(entry)
+            continue
+        size = shape[dim]
+        dim += 1
+        if type(size) is not int:
+            return None
+        if type(entry) is int:
+            if not -size <= entry < size:
+                return None
+            form.append(int)
+            continue
+        bounds = entry.start, entry.stop, entry.step
+        if any(type(bound) not in (int, type(None)) for bound in bounds) or entry.step == 0 or (entry.step or 1) < 0:
+            return None
+        form.append((len(range(*entry.indices(size))), entry.step))
+    return tuple(form)
 
 
 def _frozen(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """What a traced graph takes for granted of its inputs' sizes: what the forward asked for, and no more."""
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 
 import pcr_fx
 from pcr_fx import explicit
-from pcr_fx.passes.shapes import Sizes
+from pcr_fx.passes.shapes import Sizes, _form_of_index
 
 IN_OPS = {"solver": "sequential", "kernels": False}
 
@@ -344,3 +345,32 @@ def test_what_is_computed_is_not_known_to_require_gradients() -> None:
         pcr_fx.transform(Asks(), torch.randn(2, 3))
     with pytest.raises(pcr_fx.CaptureError, match="pass example_inputs if it is one of x"):
         pcr_fx.transform(AsksForGradients())
+
+
+def test_indexes_of_one_form_give_results_of_one_form() -> None:
+    x = torch.zeros(3, 4, 5)
+    entries = [
+        0,
+        2,
+        -1,
+        -3,
+        None,
+        ...,
+        slice(None),
+        slice(1),
+        slice(1, 3),
+        slice(-2, None),
+        slice(0, 4, 2),
+        slice(1, None, 2),
+    ]
+    found: dict[Any, set[Any]] = {}
+    for index in itertools.chain.from_iterable(itertools.product(entries, repeat=length) for length in (1, 2, 3)):
+        form = _form_of_index(index, x.shape)
+        if form is None:
+            assert index.count(...) > 1
+        else:
+            found.setdefault(form, set()).add((x[index].shape, x[index].stride()))
+    assert len(found) > 100
+    assert all(len(results) == 1 for results in found.values())
+    for refused in ((3,), (-4, 0), (0, 0, 0, 0), (True,), (slice(0, 2, -1),), (torch.tensor(0),)):
+        assert _form_of_index(refused, x.shape) is None
