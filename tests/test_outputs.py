@@ -191,6 +191,34 @@ def test_several_outputs_and_states_at_once() -> None:
     assert len(node.leaving.whole) == 4
 
 
+@pytest.mark.parametrize("way", ["kernel", "ops", "newton"])
+def test_outputs_that_are_something_else_by_another_name(way: str) -> None:
+    def step(m: Any, h: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+        new = torch.tanh(h @ m.weight + x)
+        q = new * m.rate
+        return new, (new.type(h.dtype), h.to(h.dtype), x.type(h.dtype), q, q.double(), new[:, 1:], new.view(4, 3))
+
+    def hand_over(collected: list[Any]) -> Any:
+        return [torch.stack(one) for one in zip(*collected, strict=True)]
+
+    fast = check(Loop(step, hand_over), WAYS[way])
+    assert len(node_of(fast).leaving.whole) >= 5
+
+
+def test_outputs_may_be_written_to() -> None:
+    def step(m: Any, h: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+        new = torch.tanh(h @ m.weight + x)
+        return new, new.type(h.dtype)
+
+    class Writing(Loop):
+        def forward(self, h: Tensor, xs: Tensor) -> Any:
+            said, h = super().forward(h, xs)
+            said.mul_(0)
+            return said, h
+
+    check(Writing(step), {"solver": "sequential", "kernels": False})
+
+
 def test_results_written_into() -> None:
     class Written(Loop):
         def forward(self, h: Tensor, xs: Tensor) -> Any:

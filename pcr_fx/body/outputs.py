@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pcr_fx.body.agreement import differing
 from pcr_fx.body.isolation import isolated
@@ -79,7 +80,7 @@ def build_outputs(head: Head, stacked: Sequence[TensorSpec], shared: Sequence[Te
     )
 
     def evaluate(*tensors: Any) -> tuple[Any, ...]:
-        return tuple(torch.vmap(lambda *one: tuple(body(*one)), in_dims=in_dims)(*tensors))
+        return _apart(torch.vmap(lambda *one: tuple(body(*one)), in_dims=in_dims)(*tensors), tensors)
 
     def pullback(*tensors: Any) -> tuple[Any, ...]:
         inputs, cotangents = tensors[: len(specs)], tensors[len(specs) :]
@@ -117,6 +118,17 @@ def build_outputs(head: Head, stacked: Sequence[TensorSpec], shared: Sequence[Te
     if fault := _fault(head, program, specs, len(stacked)):
         raise BodyError(fault)
     return _programs.keep(key, program)
+
+
+def _apart(results: Sequence[Tensor], given: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Results of which none shares memory with what was given, nor with another: who gets them may write to them."""
+    seen = {StorageWeakRef(tensor.untyped_storage()) for tensor in given}
+    made = []
+    for result in results:
+        memory = StorageWeakRef(result.untyped_storage())
+        made.append(result.clone() if memory in seen else result)
+        seen.add(memory)
+    return tuple(made)
 
 
 def _fault(head: Head, program: OutputProgram, specs: Sequence[TensorSpec], stacked: int) -> str:
