@@ -119,7 +119,7 @@ class _Description:
 
     def _items(self, value: dict[Any, Any]) -> list[Any]:
         self.views += [value.keys(), value.values()]
-        self.copies.append((value, value.copy()))
+        self.copies.append((value, dict(dict.items(value))))  # past methods of its own, which may make things
         return [(self.of(key), self.of(item)) for key, item in list(value.items())]
 
     def _inner(self, value: Any) -> Any:

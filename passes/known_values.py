@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils import _pytree as pytree
 
 from pcr_fx.graphs.effects import hides_ops, is_barrier, is_random, writes
 from pcr_fx.graphs.nodes import is_pytorchs, op_name
+from pcr_fx.passes.shapes import FakeValues
 
 # Methods that hand out numbers.
 TELLING = frozenset("item tolist numpy".split())
@@ -55,6 +57,19 @@ class KnownValues:
             for origin in self._origins[node]:
                 self._note(origin)
             return self._values[node]
+
+    def form_of(self, node: fx.Node, values: FakeValues) -> Any:
+        """What a node would be; where that hangs on numbers, such as how many are not zero, they must be those of constants.
+
+        Raises:
+            DataDependentOutputException, DynamicOutputShapeException: they are others'.
+        """
+        try:
+            return values.evaluate(node)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            with contextlib.suppress(NotKnown):
+                return values.fakes_of(self.of(node))
+            raise
 
     def origins(self, node: fx.Node) -> frozenset[fx.Node] | None:
         """What the value of a node hangs on, of which it is not taken note; `None` where it is not known."""

@@ -47,9 +47,9 @@ class FakeValues:
     def evaluate(self, node: fx.Node) -> Any:
         """The value of a node whose arguments have theirs."""
         if node.op == "placeholder":
-            return self._fakes(self.arguments[str(node.target)])
+            return self.fakes_of(self.arguments[str(node.target)])
         if node.op == "get_attr":
-            return self._fakes(self.attribute(str(node.target)))
+            return self.fakes_of(self.attribute(str(node.target)))
         return self._result(node)
 
     def of(self, node: fx.Node) -> Any:
@@ -79,14 +79,15 @@ class FakeValues:
                 value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 value = node.target(*args, **kwargs)  # type: ignore[operator]
-        value = self._fakes(value)
+        value = self.fakes_of(value)
         if reshapes:
             node.args[0].meta["example_value"] = value  # type: ignore[union-attr]
         elif key is not None:
             self.values[key] = value
         return value
 
-    def _fakes(self, value: Any) -> Any:
+    def fakes_of(self, value: Any) -> Any:
+        """A value with fake tensors in place of tensors."""
         return pytree.tree_map_only(Tensor, self._fake, value)
 
     def _fake(self, value: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ class ModelTracer(fx.Tracer):
             proxy.node.meta["may_be_number"] = may_be_number(proxy.node)
             return proxy
         with self.read.listening(False):
-            value = proxy.node.meta["example_value"] = self.values.evaluate(proxy.node)
+            value = proxy.node.meta["example_value"] = self.known.form_of(proxy.node, self.values)
         return proxy if target is getattr or isinstance(target, HookOp) else self._handed_out(proxy, value)
 
     def _follow_settings(self, line: str) -> None:

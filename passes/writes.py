@@ -33,6 +33,7 @@ from pcr_fx.graphs.effects import (
 )
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.cuts import Path, Step, cut_by, cut_of, is_view, known_sizes, shape_behind, value_of
+from pcr_fx.passes.memories import Emit, EmitNodes, Memory
 
 # Copies of a whole memory, or of several of its parts, that may stand in for what was none.
 _MOST_COPIES = 4
@@ -144,6 +145,8 @@ def _written_path(node: fx.Node, touched: _Touched) -> Path | None:
         # More than one number, and it is one for each place that the mask chooses.
         rest = value_of(target).dim() - value_of(node.args[1]).dim()
         return path if not isinstance(value, fx.Node) or value_of(value).dim() <= rest else None
+    if _chosen(node) is not None:
+        return path if not isinstance(value, fx.Node) or value_of(value).dim() <= value_of(target).dim() else None
     return path if cut_by(node.args[1], value_of(target)) is not None else None
 
 
@@ -182,165 +185,29 @@ def _is_mask(index: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype is torch.bool
 
 
-# --- what a memory holds --------------------------------------------------------------------------------------------
+def _chosen(writer: fx.Node) -> tuple[int, fx.Node] | None:
+    """The dimension of which `x[:, index, ...] = y` writes some entries, and the whole numbers that say which."""
+    if not _is_setitem(writer) or not isinstance(whole := value_of(writer.args[0]), torch.Tensor):
+        return None
+    index = writer.args[1]
+    items: list[Any] = list(index) if isinstance(index, tuple) else [index]
+    if items.count(...) > 1 or len(items) > whole.dim() + (... in items):
+        return None
+    numbers = [item for item in items if isinstance(item, fx.Node)]
+    if len(numbers) != 1 or not all(item is ... or item == slice(None) for item in items if item is not numbers[0]):
+        return None
+    value, at = value_of(numbers[0]), items.index(numbers[0])
+    if not isinstance(value, torch.Tensor) or value.dim() != 1 or value.dtype is not torch.int64:
+        return None
+    return at - len(items) + whole.dim() if ... in items[:at] else at, numbers[0]
 
 
-class _Memory:
-    """What a piece of memory holds, as values: one for all of it, and later ones of parts along one dimension.
-
-    Args:
-        value: what it holds at first.
-        shape: the sizes of that.
-        emit: makes values of values.
-    """
-
-    def __init__(self, value: Any, shape: Sequence[int], emit: _Emit) -> None:
-        self.value, self.shape, self.emit = value, list(shape), emit
-        self.dim = 0
-        # By where they start; and whether each is one of the entries along the dimension.
-        self.parts: dict[int, _Part] = {}
-        self.rows_only = True
-
-    def read(self, path: Path = ()) -> Any:
-        """The value of a part."""
-        if not path:
-            return self._whole()
-        first, rest = path[0], path[1:]
-        if first.dim != self.dim:
-            self._whole()
-        part = self._known(first)
-        if part is not None:
-            return part.held.read(rest)
-        return functools.reduce(self.emit.cut, rest, self._cut(first))
-
-    def write(self, path: Path, value: Any) -> None:
-        """Have a part hold another value, of the same shape."""
-        if not path:
-            self.value, self.parts = value, {}
-            return
-        first, rest = path[0], path[1:]
-        if first.dim != self.dim:
-            self._whole()
-        part = self._known(first)
-        if part is None:
-            held = _Memory(self._cut(first) if rest else value, shape_behind(self.shape, first), self.emit)
-            part = _Part(first, held)
-            self._make_room(first)
-            self.parts[first.start] = part
-            self.rows_only &= first.selects
-        self.dim = first.dim
-        part.held.write(rest, value)
-
-    def _known(self, step: Step) -> _Part | None:
-        part = self.parts.get(step.start)
-        return part if part is not None and part.step == step else None
-
-    def _touched(self, step: Step) -> list[_Part]:
-        """The parts that `step` has something of, in order."""
-        if self.rows_only and step.stop - step.start <= len(self.parts):
-            return [self.parts[start] for start in range(step.start, step.stop) if start in self.parts]
-        touched = (part for part in self.parts.values() if part.step.start < step.stop and step.start < part.step.stop)
-        return sorted(touched, key=lambda part: part.step.start)
-
-    def _make_room(self, step: Step) -> None:
-        touched = self._touched(step)
-        if all(step.start <= part.step.start and part.step.stop <= step.stop for part in touched):
-            for part in touched:
-                del self.parts[part.step.start]
-        else:
-            self._whole()
-
-    def _cut(self, step: Step) -> Any:
-        """What `step` cuts, along the dimension of the parts if there are any."""
-        touched = self._touched(step)
-        if not touched:
-            return self.emit.cut(self.value, step)
-        if len(touched) == step.stop - step.start and all(part.step.selects for part in touched):
-            rows = self.emit.stack([part.held.read() for part in touched], self.dim)
-            return self.emit.cut(rows, Step(step.dim, 0, 1, True)) if step.selects else rows
-        only = touched[0].step
-        if len(touched) == 1 and not only.selects and only.start <= step.start and step.stop <= only.stop:
-            first = step.start - only.start
-            return touched[0].held.read((Step(step.dim, first, first + step.stop - step.start, step.selects),))
-        return self.emit.cut(self._whole(), step)
-
-    def _whole(self) -> Any:
-        if self.parts:
-            self.value = self.emit.join(
-                self.value, self.shape, self._touched(Step(self.dim, 0, self.shape[self.dim], False))
-            )
-            self.parts = {}
-        return self.value
+def _writes_some(writer: fx.Node) -> bool:
+    """Whether what is written to is not all written, but in places that numbers of a tensor choose."""
+    return _is_setitem(writer) and (_is_mask(writer.args[1]) or _chosen(writer) is not None)
 
 
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """What was written to a part of a memory."""
-
-    step: Step
-    held: _Memory
-
-
-class _Emit:
-    """Makes no values, and counts what would be copied."""
-
-    def __init__(self) -> None:
-        self.copies = 0
-
-    def cut(self, whole: Any, step: Step) -> Any:
-        return whole
-
-    def stack(self, values: Sequence[Any], dim: int) -> Any:
-        self.copies += len(values) > 1
-
-    def join(self, whole: Any, shape: Sequence[int], parts: Sequence[_Part]) -> Any:
-        """All of a memory, of parts that lie along one dimension, in order."""
-        self.copies += 1
-
-
-class _EmitNodes(_Emit):
-    """Makes nodes, in front of one of the graph."""
-
-    def __init__(self, before: fx.Node) -> None:
-        super().__init__()
-        self.before = before
-
-    def call(self, target: str | Callable[..., Any], *args: Any) -> fx.Node:
-        """A call of a method by its name, or of a function."""
-        graph, op = self.before.graph, "call_method" if isinstance(target, str) else "call_function"
-        with graph.inserting_before(self.before):
-            node = graph.create_node(op, target, args)
-        run = getattr(torch.Tensor, target) if isinstance(target, str) else target
-        with torch.no_grad():
-            node.meta = {**self.before.meta, "example_value": run(*fx.node.map_arg(args, value_of))}
-        return node
-
-    def cut(self, whole: Any, step: Step) -> Any:
-        if step.selects:
-            return self.call(torch.select, whole, step.dim, step.start)
-        return self.call(torch.narrow, whole, step.dim, step.start, step.stop - step.start)
-
-    def stack(self, values: Sequence[Any], dim: int) -> Any:
-        return self.call(torch.stack, list(values), dim)
-
-    def join(self, whole: Any, shape: Sequence[int], parts: Sequence[_Part]) -> Any:
-        """Rows next to each other are stacked, and what no part covers is cut from `whole`."""
-        dim, at, pieces = parts[0].step.dim, 0, list[Any]()
-        rows: list[Any] = []
-        for part in [*parts, None]:
-            start = part.step.start if part is not None else shape[dim]
-            if rows and (part is None or at < start or not part.step.selects):
-                pieces.append(self.stack(rows, dim))
-                rows = []
-            if at < start:
-                pieces.append(self.cut(whole, Step(dim, at, start, False)))
-            if part is not None:
-                (rows if part.step.selects else pieces).append(part.held.read())
-                at = part.step.stop
-        return pieces[0] if len(pieces) == 1 else self.call(torch.cat, pieces, dim)
-
-
-# --- what becomes of it ---------------------------------------------------------------------------------------------
+# --- the values in place of what is written ---------------------------------------------------------------------------
 
 
 def _copies(touched: _Touched, position: dict[fx.Node, int]) -> int:
@@ -349,8 +216,8 @@ def _copies(touched: _Touched, position: dict[fx.Node, int]) -> int:
     shape = known_sizes(root) if isinstance(root, torch.Tensor) else ()
     if shape is None:
         return _MOST_COPIES + 1
-    emit = _Emit()
-    memory = _Memory(None, shape, emit)
+    emit = Emit()
+    memory = Memory(None, shape, emit)
     readers = {user for node in touched.paths for user in node.users if user not in touched.paths}
     for node in sorted({*readers, *touched.writers}, key=position.__getitem__):
         for source in _read_by(node, touched.paths):
@@ -362,7 +229,7 @@ def _copies(touched: _Touched, position: dict[fx.Node, int]) -> int:
 
 def _read_by(node: fx.Node, paths: Container[fx.Node]) -> list[fx.Node]:
     """The views that an op reads: a writer that sets what it is given does not read what it writes to."""
-    overwrites = _sets(node) and not (_is_setitem(node) and _is_mask(node.args[1]))
+    overwrites = _sets(node) and not _writes_some(node)
     return [
         source for source in node.all_input_nodes if source in paths and not (overwrites and source is node.args[0])
     ]
@@ -370,7 +237,7 @@ def _read_by(node: fx.Node, paths: Container[fx.Node]) -> list[fx.Node]:
 
 def _steps_written(writer: fx.Node) -> Path:
     """What a writer writes of its first argument."""
-    if not _is_setitem(writer) or _is_mask(writer.args[1]):
+    if not _is_setitem(writer) or _writes_some(writer):
         return ()
     return cut_by(writer.args[1], value_of(writer.args[0])) or ()
 
@@ -382,8 +249,8 @@ class _Rewriting:
         self.of_root = {each.root: each for each in touched}
         self.of = {node: each for each in touched for node in each.paths}
         self.writers = {writer for each in touched for writer in each.writers}
-        self.memories: dict[_Touched, _Memory] = {}
-        self.emit: dict[_Touched, _EmitNodes] = {}
+        self.memories: dict[_Touched, Memory] = {}
+        self.emit: dict[_Touched, EmitNodes] = {}
         # Views as they were when they were last read: how many writes there had been, and the value.
         self.seen: dict[tuple[_Touched, Path], tuple[int, fx.Node]] = {}
         self.count: Counter[_Touched] = Counter()
@@ -394,8 +261,8 @@ class _Rewriting:
                 self._read_inputs(node)  # of other memory
                 value = value_of(node)
                 shape = value.shape if isinstance(value, torch.Tensor) else ()
-                emit = self.emit[self.of_root[node]] = _EmitNodes(node)
-                self.memories[self.of_root[node]] = _Memory(node, shape, emit)
+                emit = self.emit[self.of_root[node]] = EmitNodes(node)
+                self.memories[self.of_root[node]] = Memory(node, shape, emit)
             if node in self.writers:
                 self._write(node)
             elif node not in self.of:
@@ -426,6 +293,8 @@ class _Rewriting:
             value = _make_functional(writer)
         elif _is_setitem(writer) and _is_mask(writer.args[1]):
             value = _masked(emit, *writer.args)
+        elif (chosen := _chosen(writer)) is not None:
+            value = _replaced(emit, writer.args[0], *chosen, writer.args[2])
         else:
             value = self._fitted(writer.args[-1] if len(writer.args) > 1 else 0, touched, path, emit)
         # Behind what was written, and not where it is read: that may be within the first block of many.
@@ -433,7 +302,7 @@ class _Rewriting:
         self.memories[touched].write(path, value)
         self.count[touched] += 1
 
-    def _fitted(self, value: Any, touched: _Touched, path: Path, emit: _EmitNodes) -> fx.Node:
+    def _fitted(self, value: Any, touched: _Touched, path: Path, emit: EmitNodes) -> fx.Node:
         """A value as the part of a memory that it is written to."""
         memory = self.memories[touched]
         if not isinstance(value, fx.Node):
@@ -450,7 +319,7 @@ class _Rewriting:
         return value if path or is_fresh(value) else emit.call("clone", value)
 
 
-def _masked(emit: _EmitNodes, current: Any, mask: Any, value: Any) -> fx.Node:
+def _masked(emit: EmitNodes, current: Any, mask: Any, value: Any) -> fx.Node:
     """What a tensor holds after `current[mask] = value`."""
     for _ in range(value_of(current).dim() - value_of(mask).dim()):
         mask = emit.call("unsqueeze", mask, -1)
@@ -459,6 +328,15 @@ def _masked(emit: _EmitNodes, current: Any, mask: Any, value: Any) -> fx.Node:
     if value_of(value).dtype != value_of(current).dtype:
         value = emit.call("to", value, value_of(current).dtype)
     return emit.call(torch.where, mask, value, current)
+
+
+def _replaced(emit: EmitNodes, current: Any, dim: int, index: fx.Node, value: Any) -> fx.Node:
+    """What a tensor holds after some entries of a dimension were replaced."""
+    if not isinstance(value, fx.Node):
+        value = emit.call("new_full", current, (), value)
+    elif value_of(value).dtype != value_of(current).dtype:
+        value = emit.call("to", value, value_of(current).dtype)
+    return emit.call(torch.ops.aten.index_put.default, current, [*(None for _ in range(dim)), index], value)
 
 
 # --- ops that compute what they write --------------------------------------------------------------------------------

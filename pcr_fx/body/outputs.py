@@ -79,15 +79,18 @@ def build_outputs(head: Head, stacked: Sequence[TensorSpec], shared: Sequence[Te
         for index, (spec, is_read) in enumerate(zip(specs, read, strict=True))
     )
 
+    def batched(*tensors: Any) -> tuple[Any, ...]:
+        return tuple(torch.vmap(lambda *one: tuple(body(*one)), in_dims=in_dims)(*tensors))
+
     def evaluate(*tensors: Any) -> tuple[Any, ...]:
-        return _apart(torch.vmap(lambda *one: tuple(body(*one)), in_dims=in_dims)(*tensors), tensors)
+        return _apart(batched(*tensors), tensors)
 
     def pullback(*tensors: Any) -> tuple[Any, ...]:
         inputs, cotangents = tensors[: len(specs)], tensors[len(specs) :]
 
         def moving(*some: Any) -> tuple[Any, ...]:
             waiting = iter(some)
-            results = evaluate(
+            results = batched(
                 *(next(waiting) if is_active else given for is_active, given in zip(active, inputs, strict=True))
             )
             return tuple(one for one in results if one.is_floating_point() or one.is_complex())
