@@ -208,7 +208,7 @@ class Loop:
             count = min(every, length - first)
             given = carry, [part[first // every] for part in parts], shared, count
             if first + count < length:
-                carry, outputs = checkpoint(self._run, *given, use_reentrant=False, preserve_rng_state=False)
+                carry, outputs = checkpoint(self._run, *given, use_reentrant=False)
             else:  # where the backward begins
                 carry, outputs = self._run(*given)
             pieces.append(outputs)
