@@ -160,7 +160,7 @@ class TransformedModule(nn.Module):
             self._pack(variant, moving)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and (torch.compiler.is_exporting() or _may_not_break()):
+        if torch.compiler.is_compiling() and _may_not_break():
             # The model as it was written: who compiles it sees to it that what is read of it holds.
             if not isinstance(self, self._pcr_class):
                 raise UnsupportedError(
@@ -390,8 +390,10 @@ def _parametrized(kind: type, model: nn.Module) -> type:
 
 
 def _may_not_break() -> bool:
-    """Whether Dynamo is tracing, and may not break its graph here."""
-    return torch.compiler.is_dynamo_compiling() and _is_one_graph()
+    """Whether Dynamo is tracing, and may not break its graph here, or the model is exported without it."""
+    if torch.compiler.is_dynamo_compiling():  # which in PyTorch 2.11 takes all that it traces for an export
+        return _is_one_graph()
+    return torch.compiler.is_exporting()
 
 
 @torch._dynamo.assume_constant_result

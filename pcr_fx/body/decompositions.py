@@ -509,6 +509,8 @@ _KEPT = """addmm mm bmm baddbmm var var_mean mean sum select_scatter slice_scatt
 
 _OWN: dict[Any, Callable[..., Any]] = {
     aten.smooth_l1_loss_backward.default: _smooth_l1_loss_backward,
+    # As PyTorch computes it; what it is decomposed to before 2.13 has another sign of zero.
+    aten.frac.default: lambda x: x - torch.trunc(x),
     aten.roll.default: _roll,
     aten.diag_embed.default: _diag_embed,
     aten.linalg_cross.default: _cross,
