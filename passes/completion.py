@@ -210,12 +210,10 @@ def _next_entry(last: fx.Node, before: fx.Node, guarded: bool) -> int | None:
     else:
         return None
     following = 2 * index - previous
-    is_there = type(size) is int and 0 <= following < size
-    return (
-        following
-        if is_there and (guarded or isinstance(value, (tuple, list)) or _is_taken(last.args[0], dim, following))
-        else None
-    )
+    if type(size) is not int or not 0 <= following < size:
+        return None
+    stays = guarded or isinstance(value, (tuple, list)) or _is_taken(last.args[0], dim, following)
+    return following if stays else None
 
 
 def note_entry(node: fx.Node) -> None:

@@ -166,6 +166,3 @@ class EmitNodes(Emit):
                 (rows if part.step.selects else pieces).append(part.held.read())
                 at = part.step.stop
         return pieces[0] if len(pieces) == 1 else self.call(torch.cat, pieces, dim)
-
-
-# --- what becomes of it ---------------------------------------------------------------------------------------------

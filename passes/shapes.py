@@ -20,7 +20,7 @@ from pcr_fx.passes.open_sizes import OpenSize
 
 # What only a real tensor would know.
 UNKNOWN = frozenset("requires_grad is_leaf grad grad_fn _version".split())
-# What gives results of one shape whatever numbers it is given.
+# What gives results of one shape whatever numbers a tensor meets.
 _ARITHMETIC = frozenset((operator.add, operator.sub, operator.mul, operator.truediv, operator.pow))
 # Sizes of inputs of which a graph remembers whether it holds for them.
 _VERDICTS = 256
@@ -300,7 +300,7 @@ def _form_of(target: Any, args: tuple[Any, ...]) -> Any:
 
     Steps of a loop take one entry after another, and multiply by one number after another: which does not matter.
     """
-    if target in _ARITHMETIC:
+    if target in _ARITHMETIC and any(isinstance(value, Tensor) for value in args):
         return tuple([type(value) if type(value) in (int, float) else _frozen(value) for value in args])
     if target is operator.getitem and isinstance(args[0], Tensor):
         form = _form_of_index(args[1] if isinstance(args[1], tuple) else (args[1],), args[0].shape)

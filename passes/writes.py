@@ -191,15 +191,15 @@ def _chosen(writer: fx.Node) -> tuple[int, fx.Node] | None:
         return None
     index = writer.args[1]
     items: list[Any] = list(index) if isinstance(index, tuple) else [index]
-    if items.count(...) > 1 or len(items) > whole.dim() + (... in items):
+    places = [at for at, item in enumerate(items) if isinstance(item, fx.Node)]
+    gaps = [at for at, item in enumerate(items) if item is ...]
+    others = [item for item in items if not isinstance(item, fx.Node) and item is not ...]
+    if len(places) != 1 or len(gaps) > 1 or not all(isinstance(item, slice) and item == slice(None) for item in others):
         return None
-    numbers = [item for item in items if isinstance(item, fx.Node)]
-    if len(numbers) != 1 or not all(item is ... or item == slice(None) for item in items if item is not numbers[0]):
-        return None
-    value, at = value_of(numbers[0]), items.index(numbers[0])
+    at, value = places[0], value_of(items[places[0]])
     if not isinstance(value, torch.Tensor) or value.dim() != 1 or value.dtype is not torch.int64:
         return None
-    return at - len(items) + whole.dim() if ... in items[:at] else at, numbers[0]
+    return at - len(items) + whole.dim() if gaps and gaps[0] < at else at, items[at]
 
 
 def _writes_some(writer: fx.Node) -> bool:

@@ -1,5 +1,6 @@
 """`transform` reads forwards that branch on what depends on constants alone, and traces anew where a constant has changed."""
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -138,3 +139,62 @@ def _written(x: Tensor) -> Tensor:
 def test_what_changes_from_call_to_call_is_refused(kind: str) -> None:
     with pytest.raises(CaptureError, match="branches on the value of a tensor"):
         pcr_fx.transform(Branches(kind), example_inputs=torch.randn(3))
+
+
+class Masked(nn.Module):
+    """It keeps to the features that a mask names, whose places it looks up at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([True, False, True, True]))
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = x[:, self.mask.nonzero().squeeze(-1)]
+        for _ in range(kept.shape[1] * 4):
+            kept = kept + 0.1 * torch.tanh(self.linear(kept) if kept.shape[1] == 3 else kept)
+        return kept
+
+
+def test_what_a_mask_names_is_counted() -> None:
+    model, x = Masked(), torch.randn(2, 4)
+    fast = pcr_fx.transform(model, example_inputs=x, options=OPTIONS)
+    torch.testing.assert_close(fast(x), model(x))
+    assert lengths(fast) == [12]
+    model.mask[0] = False
+    torch.testing.assert_close(fast(x), model(x))
+    assert lengths(fast) == [8]
+    with pytest.raises(CaptureError, match="nonzero"):
+        pcr_fx.transform(Counting(), x, OPTIONS)
+
+
+class Counting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[(x > 0).any(-1).nonzero().squeeze(-1)]
+
+
+class Made(OrderedDict[str, Any]):
+    """A table of activations, each made when it is looked up, as in transformers."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)(3, 3)
+
+
+MADE = Made({"linear": nn.Linear})
+
+
+def test_a_table_whose_look_up_makes_modules_is_left_in_peace() -> None:
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = MADE["linear"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(10 if "linear" in MADE else 0):
+                x = torch.tanh(self.linear(x))
+            return x
+
+    model, x = Looking(), torch.randn(2, 3)
+    fast = pcr_fx.transform(model, x, OPTIONS)
+    torch.testing.assert_close(fast(x), model(x))
+    assert lengths(fast) == [10]

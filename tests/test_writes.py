@@ -194,6 +194,15 @@ def by_whole_numbers(x: Tensor) -> Tensor:
     return out * 2
 
 
+def by_whole_numbers_of_other_types(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values are converted to what they are written into; a number twice is written once."""
+    counts, out = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3, 3, dtype=torch.float32)
+    counts[torch.tensor([0])] = 2.7
+    counts[:, torch.tensor([1, 1])] = 5
+    out[torch.tensor([2, 0])] = x * 2
+    return counts, out
+
+
 def two_names(x: Tensor) -> list[Tensor]:
     out = torch.zeros(2, 3, dtype=x.dtype)
     view, early = out[0], out.sum(0)
@@ -360,3 +369,43 @@ def test_a_state_that_is_written_before_the_blocks(make: Callable[[Tensor], Tens
     assert_same(fast, model, x, 1e-11)
     report = pcr_fx.report(fast) if way == "transform" else pcr_fx.report()
     assert [chain["length"] for chain in report.to_dict()["chains"]] == [12], str(report)
+
+
+class Coupling(nn.Module):
+    """A block of a flow: half of the features scale and shift the others."""
+
+    def __init__(self, first: list[int], rest: list[int]) -> None:
+        super().__init__()
+        self.register_buffer("first", torch.tensor(first))
+        self.register_buffer("rest", torch.tensor(rest))
+        self.net = nn.Linear(2, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, moved = x[..., self.first], x[:, self.rest]
+        scale, shift = self.net(kept).chunk(2, -1)
+        out = torch.empty_like(x)
+        out[:, self.first] = kept
+        out[..., self.rest] = moved * torch.exp(torch.tanh(scale)) + shift
+        return out
+
+
+@pytest.mark.parametrize("options", [{"solver": "sequential"}, {"solver": "newton", "kernels": False}])
+@pytest.mark.parametrize("way", ["transform", "compile"])
+def test_couplings_are_chains(way: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    halves = [0, 2], [1, 3]
+    model = nn.Sequential(*(Coupling(halves[block % 2], halves[1 - block % 2]) for block in range(10)))
+    x = torch.randn(5, 4, dtype=torch.float64)
+    if way == "transform":
+        fast: Any = pcr_fx.transform(model, x, options)
+    else:
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="deeppcr", options={**options, "inner_backend": "eager"})
+    results = []
+    for run in (fast, model):
+        leaf = x.clone().requires_grad_()
+        out = run(leaf)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [leaf, *model.parameters()])])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-10)
+    report = fast.report if way == "transform" else pcr_fx.report()
+    assert [entry.chain.length for entry in report.chains] == [10]
