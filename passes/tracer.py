@@ -191,6 +191,8 @@ class ModelTracer(fx.Tracer):
             return a.node
         if isinstance(a, nn.Parameter):
             return self.constant(a).node
+        if isinstance(a, torch.Generator):
+            raise CaptureError(f"the model draws from a torch.Generator{at(user_line(sys._getframe(1)))}; {ADVICE}")
         if isinstance(a, dict):
             a = {_key(key): value for key, value in a.items()}
         return super().create_arg(_literal(a))

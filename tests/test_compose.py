@@ -142,6 +142,19 @@ def test_random_numbers_of_others_are_refused(draw: Any) -> None:
         pcr_fx.transform(Draws(DEPTH).double(), some(), QUICK)
 
 
+def test_a_generator_is_refused_in_words() -> None:
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn(x.shape, generator=self.generator)
+
+    with pytest.raises(pcr_fx.CaptureError, match=r"draws from a torch\.Generator at .*test_compose\.py"):
+        pcr_fx.transform(Drawing(), torch.randn(3))
+
+
 def test_random_numbers_that_another_thread_draws_are_no_hindrance() -> None:
     ended = threading.Event()
 
