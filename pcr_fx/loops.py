@@ -22,6 +22,7 @@ from pcr_fx.chain import Chain, Head, Leaving, Origin, Place
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.graphs.effects import hides_ops, is_barrier, is_of_transform, writes, written_nodes
 from pcr_fx.graphs.nodes import op_name
+from pcr_fx.looks import signature_of
 from pcr_fx.node import Family, SolveNode
 from pcr_fx.options import Options
 from pcr_fx.passes.inline import inline_regions
@@ -200,7 +201,7 @@ class Loop:
         """
         every = self._steps_between_checkpoints((*init, *xs, *shared), init, length)
         if every >= length:
-            return self._run(init, xs, shared, length)
+            return self.run_at_once(init, xs, shared, length)
         # Split, and not sliced: the gradient of a slice is as large as all of it.
         parts = [x.split(every) for x in xs]
         carry, pieces = list(init), []
@@ -208,9 +209,9 @@ class Loop:
             count = min(every, length - first)
             given = carry, [part[first // every] for part in parts], shared, count
             if first + count < length:
-                carry, outputs = checkpoint(self._run, *given, use_reentrant=False)
+                carry, outputs = checkpoint(self.run_at_once, *given, use_reentrant=False)
             else:  # where the backward begins
-                carry, outputs = self._run(*given)
+                carry, outputs = self.run_at_once(*given)
             pieces.append(outputs)
         return carry, [torch.cat(each) for each in zip(*pieces, strict=True)]
 
@@ -226,10 +227,19 @@ class Loop:
             return length
         return math.isqrt(length - 1) + 1
 
-    def _run(
-        self, init: Sequence[Tensor], xs: Sequence[Tensor], shared: Sequence[Tensor], length: int
+    def run_at_once(
+        self,
+        init: Sequence[Tensor],
+        xs: Sequence[Tensor],
+        shared: Sequence[Tensor],
+        length: int,
+        node: SolveNode | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """`run` without checkpoints."""
+        """`run` without checkpoints.
+
+        Args:
+            node: from `own_node`, in place of the one that all such calls share.
+        """
         common = [*shared, *(init[index] for index in self.fixed)]
         states = [init[index] for index in self.states]
         if not length:
@@ -237,7 +247,7 @@ class Loop:
         whole: dict[int, Tensor] = {}
         final = list(init)
         if self.states:
-            node = self.node = self._node(length)
+            node = self.node = node or self._node(length)
             leaves = node(
                 states,
                 [xs[index] for index in self.xs],
@@ -312,6 +322,21 @@ class Loop:
             if len(self._nodes) > _LENGTHS:
                 self._nodes.pop(next(iter(list(self._nodes))), None)  # other threads may be at it, too
         return node
+
+    def own_node(self, length: int) -> SolveNode:
+        """The solve node for so many steps, with a record that nobody else's calls are in."""
+        return self._node(length).with_own_record()
+
+    def plan(self, init: Sequence[Tensor], xs: Sequence[Tensor], shared: Sequence[Tensor], length: int) -> Plan:
+        """The plan of a loop over such tensors.
+
+        Raises:
+            BodyError: it cannot be solved as a chain.
+        """
+        common = [*shared, *(init[index] for index in self.fixed)]
+        states, operands = [init[index] for index in self.states], [xs[index] for index in self.xs]
+        signature = signature_of(states, operands, [common[index] for index in self.shared])
+        return self._plan(self.chain.of_length(length), signature, self.options)
 
     def _plan(self, chain: Chain, signature: Signature, options: Options) -> Plan:
         """That of the first length, for another."""

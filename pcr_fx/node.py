@@ -157,6 +157,12 @@ class SolveNode(nn.Module):
         memo[id(self)] = node
         return node
 
+    def with_own_record(self) -> SolveNode:
+        """The node with all that it has found out, and a record of what happens from here on."""
+        node = copy.copy(self)
+        node.record = SolveRecord(self.record.name)
+        return node
+
     def forward(
         self,
         states: Sequence[Tensor],

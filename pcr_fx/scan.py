@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.marks import Framed, NotCaptured, scan_op, step_between_marks
-from pcr_fx.operands import is_ordinary
 from pcr_fx.options import Options
-from pcr_fx.steps import captures_of, described
+from pcr_fx.steps import captures_of, described, may_be_captured
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +168,7 @@ def _length(xs: list[Tensor], length: Any) -> int:
 
 def _run(combine_fn: Callable[..., Any], loop: _Loop, options: Options) -> tuple[Any, Any]:
     every = (*loop.init, *loop.xs)
-    if not _may_be_captured(every):
+    if not may_be_captured(every):
         return _step_by_step(combine_fn, loop)
     form = (
         loop.carry_spec,
@@ -226,18 +223,6 @@ class _Call:
             _check_leaves(pytree.tree_leaves(ys))
             self.framed.is_checked = True
         return carry, ys
-
-
-def _may_be_captured(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing looks on that has to see each op of each step."""
-    return not (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch.jit.is_tracing()
-        or forward_ad._current_level >= 0
-        or (torch._C._is_torch_function_mode_enabled() and is_watched_by_a_mode())
-        or not all(map(is_ordinary, tensors))
-    )
 
 
 # --- as it is -----------------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,11 +18,13 @@ from pcr_fx.body.isolation import isolated
 from pcr_fx.chain import Chain, Origin
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.looks import signature_of
+from pcr_fx.marks import Framed, NotCaptured
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
 from pcr_fx.planner import Plan, make_plan
 from pcr_fx.record import SolveRecord
 from pcr_fx.solvers import SolveStats
+from pcr_fx.steps import captures_of, may_be_captured
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class ChainSolution:
         return pytree.tree_map(lambda states: states[-1], self.trajectory)
 
 
+# Dynamo would break the graph, and compile anew, at each place that it cannot look through; so it does so once, around all.
+@torch.compiler.disable(reason="solve_chain runs outside of what is compiled; pcr_fx.scan is part of it")  # type: ignore[untyped-decorator]
 def solve_chain(
     step: Callable[[Any, Any, Any], Any],
     x0: Any,
@@ -60,6 +64,10 @@ def solve_chain(
     start: Any = None,
 ) -> ChainSolution:
     """Evaluate z_l = step(z_{l-1}, operands_l, shared) for l = 1..L from z_0 = x0, as one system.
+
+    The step is captured once for each form of its arguments, whatever L is; what it closes over is read at each call. Where it
+    cannot be captured, or a torch.func transform looks on, it is traced at each call. Within `torch.compile` the graph breaks
+    here: `pcr_fx.scan` is part of it.
 
     Differentiable with respect to `x0`, `operands`, `shared` and every tensor that `step` closes over.
 
@@ -83,37 +91,148 @@ def solve_chain(
     common, shared_spec = pytree.tree_flatten(shared)
     _check(states, every, common)
     length = _length(every, length)
-    structure = (state_spec, operand_spec, shared_spec)
-    body, closed_over = _trace_step(step, states, [operand[0] for operand in every], common, structure)
-    if closed_over and peek_interpreter_stack() is not None:
-        raise UnsupportedError(
-            "under a torch.func transform, which would miss them, step may not close over tensors; pass them in shared"
-        )
-    common = [*common, *closed_over]
-    chain = Chain(body, length, len(states), len(every), len(common), (), Origin(getattr(step, "__name__", "step")))
     settings = Options.of(options)
     if start is not None and settings.solver == "sequential":
         raise UnsupportedError('start is for an iteration to start from, and solver="sequential" does not iterate')
     if start is not None:
         settings = replace(settings, start="previous")
-    plan = make_plan(chain, signature_of(states, every, common), settings)
-    node = SolveNode(chain, settings)
+    problem = _Problem(step, states, every, common, (state_spec, operand_spec, shared_spec), length, settings, start)
+    return _solve(problem)
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """What `solve_chain` was given, as lists of tensors and the structures that they belong into."""
+
+    step: Callable[[Any, Any, Any], Any]
+    states: list[Tensor]
+    operands: list[Tensor]
+    shared: list[Tensor]
+    structure: tuple[Any, Any, Any]
+    length: int
+    settings: Options
+    start: Any
+
+    def check_structure(self, spec: Any) -> None:
+        if spec != self.structure[0]:
+            raise UnsupportedError(f"step must return a state of the structure of x0, {self.structure[0]}, got {spec}")
+
+    def solution(self, states: Sequence[Tensor], record: SolveRecord) -> ChainSolution:
+        return ChainSolution(pytree.tree_unflatten(list(states), self.structure[0]), record)
+
+
+def _solve(problem: _Problem) -> ChainSolution:
+    return _captured(problem) or _traced(problem)
+
+
+# --- a step that was captured, and is not traced again ------------------------------------------------------------------
+
+
+def _captured(problem: _Problem) -> ChainSolution | None:
+    """The solution by a step that Dynamo captured; nothing where it cannot, or where that is no chain."""
+    if not may_be_captured((*problem.states, *problem.operands, *problem.shared)):
+        return None
+    forms = [[(one.shape, one.dtype, one.device) for one in group] for group in (problem.states, problem.shared)]
+    slices = [(one.shape[1:], one.dtype, one.device) for one in problem.operands]
+    form = ("solve_chain", problem.structure, *map(tuple, (*forms, slices)), torch.is_grad_enabled())
+    captures = captures_of(problem.step, form, partial(_stand_ins, problem))
+    if captures.failure:
+        return None
+    call = _Call(problem)
+    try:
+        _, trajectory = captures(_as_scanned(problem), call)
+    except (NotCaptured, BodyError, UnsupportedError):
+        if call.is_solving:
+            raise
+        return None
+    leaves, spec = pytree.tree_flatten(trajectory)
+    problem.check_structure(spec)
+    return problem.solution(leaves, call.record)
+
+
+def _as_scanned(problem: _Problem) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """A step that hands its state on, and gives it away."""
+    step, shared = problem.step, pytree.tree_unflatten(problem.shared, problem.structure[2])
+
+    def combine_fn(state: Any, operands: Any) -> tuple[Any, Any]:
+        new = step(state, operands, shared)
+        return new, new
+
+    return combine_fn
+
+
+def _stand_ins(problem: _Problem) -> tuple[Any, Any]:
+    """What one step is captured with."""
+    with torch.inference_mode(False), torch.no_grad():
+        states = [torch.zeros_like(one) for one in problem.states]
+        operands = [torch.zeros_like(one[0]) for one in problem.operands]
+    return tuple(pytree.tree_unflatten(*each) for each in zip((states, operands), problem.structure[:2], strict=True))  # type: ignore[return-value]
+
+
+class _Call:
+    """A call of a captured step, which runs all steps.
+
+    Attributes:
+        is_solving: whether there was nothing left to refuse.
+        record: of the solve.
+    """
+
+    def __init__(self, problem: _Problem) -> None:
+        self.problem, self.is_solving = problem, False
+        self.record = SolveRecord(getattr(problem.step, "__name__", "step"))
+
+    def __call__(self, framed: Framed, inputs: Sequence[Any]) -> Sequence[Tensor]:
+        problem = self.problem
+        loop = framed.loop(problem.settings)
+        given = problem.states, problem.operands, [inputs[at] for at in framed.shared], problem.length
+        if not loop.states:
+            raise NotCaptured("it hands on what it is given")
+        node = loop.own_node(problem.length)
+        self.record = node.record
+        plan = loop.plan(*given)
+        if problem.start is not None:
+            node.record.remember(_start(problem, plan, loop.states))
+        self.is_solving = True
+        final, outputs = loop.run_at_once(*given, node)
+        every = [*final, *outputs]
+        return [every[index] for index in framed.results]
+
+
+# --- a step that is traced at each call ---------------------------------------------------------------------------------
+
+
+def _traced(problem: _Problem) -> ChainSolution:
+    """The solution by a step that is traced now: what transforms look on at, and what Dynamo cannot capture."""
+    body, closed_over = _trace_step(problem)
+    if closed_over and peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            "under a torch.func transform, which would miss them, step may not close over tensors; pass them in shared"
+        )
+    states, operands, shared = problem.states, problem.operands, [*problem.shared, *closed_over]
+    counts = len(states), len(operands), len(shared)
+    chain = Chain(body, problem.length, *counts, (), Origin(getattr(problem.step, "__name__", "step")))
+    plan = make_plan(chain, signature_of(states, operands, shared), problem.settings)
+    node = SolveNode(chain, problem.settings)
     node.learn(plan)
-    if start is not None:
-        node.record.remember(_start(start, states, state_spec, length, plan))
-    trajectories = list(node(states, every, common))
-    return ChainSolution(pytree.tree_unflatten(trajectories, state_spec), node.record)
+    if problem.start is not None:
+        node.record.remember(_start(problem, plan, range(len(states))))
+    return problem.solution(node(states, operands, shared), node.record)
 
 
-def _start(start: Any, states: list[Tensor], state_spec: Any, length: int, plan: Plan) -> Tensor:
-    """A trajectory given by the user as `[L, *batch, d]`."""
-    parts, spec = pytree.tree_flatten(start)
-    expected = [(length, *state.shape) for state in states]
+def _start(problem: _Problem, plan: Plan, places: Sequence[int]) -> Tensor:
+    """A trajectory given by the user as `[L, *batch, d]`.
+
+    Args:
+        places: those states that the blocks change.
+    """
+    parts, spec = pytree.tree_flatten(problem.start)
+    expected = [(problem.length, *state.shape) for state in problem.states]
     got = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-    if spec != state_spec or got != expected:
+    if spec != problem.structure[0] or got != expected:
         raise UnsupportedError(f"start must be a trajectory with the shapes {expected}, in the form of x0, got {got}")
     layout, dtype = plan.program.layout, plan.program.dtype
-    return torch.stack([layout.flatten([part[index].detach().to(dtype) for part in parts]) for index in range(length)])
+    moved = [parts[place].detach().to(dtype) for place in places]
+    return torch.stack([layout.flatten([part[index] for part in moved]) for index in range(problem.length)])
 
 
 def _check(states: list[Any], every: list[Any], common: list[Any]) -> None:
@@ -146,22 +265,16 @@ def _length(every: list[Tensor], length: int | None) -> int:
 
 
 @isolated
-def _trace_step(
-    step: Callable[[Any, Any, Any], Any],
-    states: list[Tensor],
-    operands: list[Tensor],
-    shared: list[Tensor],
-    structure: tuple[Any, Any, Any],
-) -> tuple[fx.GraphModule, list[Tensor]]:
+def _trace_step(problem: _Problem) -> tuple[fx.GraphModule, list[Tensor]]:
     """`step` as a graph over tensors, and the tensors that it closes over."""
+    states, operands, shared = problem.states, [operand[0] for operand in problem.operands], problem.shared
     counts = len(states), len(states) + len(operands)
 
     def flat(*tensors: Tensor) -> tuple[Any, ...]:
         groups = tensors[: counts[0]], tensors[counts[0] : counts[1]], tensors[counts[1] :]
-        arguments = (pytree.tree_unflatten(list(g), s) for g, s in zip(groups, structure, strict=True))
-        result, spec = pytree.tree_flatten(step(*arguments))
-        if spec != structure[0]:
-            raise UnsupportedError(f"step must return a state of the structure of x0, {structure[0]}, got {spec}")
+        arguments = (pytree.tree_unflatten(list(g), s) for g, s in zip(groups, problem.structure, strict=True))
+        result, spec = pytree.tree_flatten(problem.step(*arguments))
+        problem.check_structure(spec)
         for value in result:
             if not isinstance(value, Tensor):
                 raise UnsupportedError(f"step must return tensors, got {type(value).__name__}")

@@ -17,11 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.locks import fork_safe_lock
 from pcr_fx.marks import ALONE, Framed, NotCaptured, find_step, flat, scan_op, step_between_marks
+from pcr_fx.operands import is_ordinary
 
 # Codes and forms of arguments that captures are kept for.
 _STEPS = 256
@@ -185,6 +188,18 @@ def captures_of(combine_fn: Callable[..., Any], form: Hashable, stand_ins: Calla
             while len(_captures) > _STEPS:
                 _captures.popitem(last=False)
     return found
+
+
+def may_be_captured(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing looks on that has to see each op of each step."""
+    return not (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch.jit.is_tracing()
+        or forward_ad._current_level >= 0
+        or (torch._C._is_torch_function_mode_enabled() and is_watched_by_a_mode())
+        or not all(map(is_ordinary, tensors))
+    )
 
 
 def latest_of(combine_fn: Callable[..., Any]) -> list[Captures]:

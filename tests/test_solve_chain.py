@@ -297,3 +297,107 @@ def test_operators_keep_their_contract() -> None:
     arguments = (x0, trajectory, every, list(shared), torch.ones_like(trajectory), key, -1)
     torch.library.opcheck(torch.ops.pcr_fx.adjoint, arguments, test_utils=tests)
     torch.library.opcheck(torch.ops.pcr_fx.stack, ([x0, x0 + 1],), test_utils=tests)
+
+
+# --- a step is captured once --------------------------------------------------------------------------------------------
+
+
+def test_a_step_runs_in_python_once_for_all_calls_and_lengths() -> None:
+    ran = []
+
+    def step(z: Tensor, weight: Tensor, _: Any) -> Tensor:
+        if not torch.compiler.is_dynamo_compiling():
+            ran.append(None)
+        return torch.tanh(z @ weight)
+
+    x0 = torch.randn(2, 3, dtype=torch.float64)
+    for length in (10, 11, 40):
+        weights = torch.randn(length, 3, 3, dtype=torch.float64)
+        state = x0
+        for weight in weights:
+            state = torch.tanh(state @ weight)
+        torch.testing.assert_close(solve_chain(step, x0, weights).final, state)
+    assert not ran
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor", "flag"])
+def test_what_a_step_closes_over_is_read_at_each_call(kind: str) -> None:
+    x0, weights = torch.randn(2, 3, dtype=torch.float64), torch.randn(20, 3, 3, dtype=torch.float64)
+
+    def final(value: Any) -> tuple[Tensor, Tensor]:
+        def step(z: Tensor, weight: Tensor, _: Any) -> Tensor:
+            return torch.tanh(z @ weight) if value is False else torch.tanh(z @ weight) * value
+
+        state = x0
+        for weight in weights:
+            state = step(state, weight, ())
+        return solve_chain(step, x0, weights).final, state
+
+    values = {"number": (0.5, 0.25), "tensor": (torch.tensor(0.5), torch.tensor(0.25)), "flag": (False, True)}[kind]
+    for value in (*values, values[0]):
+        torch.testing.assert_close(*final(value))
+
+
+def test_solutions_keep_stats_of_their_own() -> None:
+    x0, operands, shared = problem(64)
+    limited = solve_chain(tanh_step, x0, operands, shared=shared, options={**NEWTON, "max_iterations": 3})
+    solved = [solve_chain(tanh_step, start, operands, shared=shared, options=NEWTON) for start in (x0, 0 * x0 + 9)]
+    assert solved[0].stats is not solved[1].stats
+    assert solved[0].stats.residual != solved[1].stats.residual
+    assert limited.stats.iterations == 3
+
+
+def test_a_step_that_dynamo_cannot_capture_is_traced() -> None:
+    weights = torch.randn(12, 3, dtype=torch.float64, requires_grad=True)
+    x0 = torch.randn(3, dtype=torch.float64)
+
+    def descend(z: Tensor, weight: Tensor, _: Any) -> Tensor:
+        return z - 0.1 * torch.func.grad(lambda y: torch.cos(y * weight).sum())(z)
+
+    state = x0
+    for weight in weights:
+        state = state + 0.1 * weight * torch.sin(state * weight)
+    found = solve_chain(descend, x0, weights).final
+    torch.testing.assert_close(found, state)
+    torch.testing.assert_close(*(torch.autograd.grad(one.sum(), weights)[0] for one in (found, state)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_that_is_handed_on_as_it_is(dtype: torch.dtype) -> None:
+    x0 = torch.randn(3).to(dtype), torch.rand(3).to(dtype)
+    shifts = torch.randn(15, 3).to(dtype)
+
+    def step(state: tuple[Tensor, Tensor], shift: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+        return torch.tanh(state[0] * state[1] + shift), state[1]
+
+    solution = solve_chain(step, x0, shifts)
+    expected, state = [], (x0[0].double(), x0[1].double())
+    for shift in shifts.double():
+        state = step(state, shift, ())
+        expected.append(state)
+    for found, parts in zip(solution.trajectory, zip(*expected, strict=True), strict=True):
+        assert found.dtype is dtype
+        assert relative_error(found, torch.stack(parts)) < (1e-2 if dtype is torch.bfloat16 else 1e-6)
+
+
+def test_a_state_of_another_structure_is_refused() -> None:
+    with pytest.raises(pcr_fx.UnsupportedError, match="structure of x0"):
+        solve_chain(lambda z, a, _: [z[0] + a, z[1]], (torch.ones(3), torch.ones(3)), torch.ones(5, 3))  # type: ignore[index]
+
+
+def test_within_torch_compile_it_breaks_the_graph_once() -> None:
+    frames = []
+
+    def backend(graph_module: torch.fx.GraphModule, _: Any) -> Any:
+        frames.append(graph_module)
+        return graph_module.forward
+
+    def whole(x: Tensor, weights: Tensor) -> Tensor:
+        return solve_chain(lambda z, weight, _: torch.tanh(z @ weight), x * 2, weights, options=NEWTON).final + 1
+
+    compiled = torch.compile(whole, backend=backend)
+    x0 = torch.randn(2, 3, dtype=torch.float64)
+    for length in range(20, 34):
+        weights = torch.randn(length, 3, 3, dtype=torch.float64)
+        torch.testing.assert_close(compiled(x0, weights), whole(x0, weights))
+    assert len(frames) <= 4  # before and behind it, for one length and for any
