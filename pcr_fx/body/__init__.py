@@ -5,8 +5,9 @@ from pcr_fx.body.batch import BatchDimensions
 from pcr_fx.body.joined import Joined, join
 from pcr_fx.body.layout import StateLayout
 from pcr_fx.body.outputs import OutputProgram, build_outputs, output_program
-from pcr_fx.body.program import Interface, Program, build_program
+from pcr_fx.body.program import Interface, Program, block_key, build_program
 from pcr_fx.body.signature import Signature
+from pcr_fx.body.tracer import trace_block
 
 __all__ = [
     "BATCHED_EPS",
@@ -17,8 +18,10 @@ __all__ = [
     "Program",
     "Signature",
     "StateLayout",
+    "block_key",
     "build_outputs",
     "build_program",
     "join",
     "output_program",
+    "trace_block",
 ]

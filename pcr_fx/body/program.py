@@ -126,8 +126,9 @@ class Program(Interface):
         runs: dict[str, Any] = {
             name: partial(later.run, name) for name in ("evaluate", "linearise", "pullback", "pull")
         }
-        key = hashlib.sha256(f"{self.key} {chain.length}".encode()).hexdigest()[:32]
-        return replace(self, chain=chain, key=key, _shorter={}, _faults={}, **runs)
+        key = hashlib.sha256(f"{self.key} {chain.length} {chain.literals}".encode()).hexdigest()[:32]
+        literals = _literal_tensors(chain, self.signature)
+        return replace(self, chain=chain, literals=literals, key=key, _shorter={}, _faults={}, **runs)
 
     def fault(self, *names: str) -> str:
         """Why one of these programs of all blocks may not be used, or nothing; found out when it is first asked.
@@ -167,14 +168,29 @@ _of_block: Registry[str, Program] = Registry()
 _of_chain: weakref.WeakKeyDictionary[Chain, weakref.WeakSet[Program]] = weakref.WeakKeyDictionary()
 
 
+def block_key(chain: Chain, signature: Signature, block: fx.GraphModule) -> str | None:
+    """A hash of all that a chain's block is, whatever the number of blocks and their literals.
+
+    Args:
+        block: as `trace_block` makes it.
+    """
+    if holds_derivatives(chain.body.graph):  # the block does not show its pullback
+        return None
+    any_number = replace(chain, length=1, literals=tuple((0.0,) for _ in chain.literals))
+    return _content_key(any_number, signature, {"block": block})
+
+
 @isolated
-def build_program(chain: Chain, signature: Signature) -> Program:
+def build_program(chain: Chain, signature: Signature, block: fx.GraphModule | None = None) -> Program:
     """Trace `chain` for `signature`; chains with the same content share one program.
+
+    Args:
+        block: as `trace_block` makes it, where that was done already.
 
     Raises:
         BodyError: the block is random, mutates, changes the shape or dtype of its state, or cannot be traced.
     """
-    block = trace_block(chain, signature)
+    block = block or trace_block(chain, signature)
     if holds_derivatives(chain.body.graph):  # the block does not show its pullback
         return _program_for(chain, signature, block)
     same_block = _content_key(chain, signature, {"block": block})

@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcr_fx.body import Program, Signature, build_program
+from pcr_fx.body import Program, Signature, block_key, build_program, trace_block
 from pcr_fx.body.isolation import apart, is_undisturbed, isolated
 from pcr_fx.body.sample import trace_sample
 from pcr_fx.call import Call
@@ -102,11 +103,12 @@ class Plan:
 
         What is chosen for so many blocks is chosen for all up to the next power of two.
         """
-        if chain.length == self.program.length:
+        before = self.program.chain
+        if (chain.length, chain.literals) == (before.length, before.literals):
             return self
         if not isinstance(self.kernel, str | CppKernel):  # it is made for its length
             return make_plan(chain, self.program.signature, self.options)
-        key = _digest(self.key, chain.length)
+        key = _digest(self.key, chain.length, chain.literals)
         known = _plans.get(key)
         if known is None:
             learnt = self._learnt_of(chain.length)
@@ -365,6 +367,8 @@ def _joined(before: Choice | None, found: Choice, needs_gradient: bool, drifted:
 
 # By content: a compiled graph names its plan. What the backend returns to a compiler holds its plans.
 _plans: Registry[str, Plan] = Registry()
+# One of them, of some number of the same blocks, by what these are, and the options.
+_of_block: weakref.WeakValueDictionary[tuple[str | None, Options], Plan] = weakref.WeakValueDictionary()
 
 
 def plan_by_key(key: str) -> Plan:
@@ -385,19 +389,33 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
     Raises:
         BodyError: the block cannot be solved as a chain; the message is the reason.
     """
-    program = build_program(chain, signature).called_with(signature)
     # What finds the chain and what compiles the rest does not matter to how it is solved.
     content = replace(options, inner_backend="eager", min_length=2)
+    block = trace_block(chain, signature)
+    of_block = block_key(chain, signature, block), content
+    like = None if of_block[0] is None else _of_block.get(of_block)
+    if like is not None and like.key in _plans and isinstance(like.kernel, str | CppKernel):
+        return like.called_with(signature).for_chain(chain)
+    found = _plan_of(build_program(chain, signature, block).called_with(signature), options, content)
+    if of_block[0] is not None:
+        _of_block[of_block] = found
+    return found.called_with(signature)
+
+
+def _plan_of(program: Program, options: Options, content: Options) -> Plan:
+    """The plan of a program, perhaps for another signature.
+
+    Args:
+        content: the options, as far as they matter to it.
+    """
     key = _digest(program.key, content)
     if (known := _plans.get(key)) is not None:
-        return known.called_with(signature)
+        return known
     kernel = _kernel(program, options)
     bound = _bound_to(program, kernel) if options.kernels else ()
     if bound:  # for other sizes there is another kernel
         key = _digest(program.key, content, bound)
-    if (known := _plans.get(key)) is None:
-        known = _plans.keep(key, Plan(key, program, options, _settings(options, program), kernel, bound))
-    return known.called_with(signature)
+    return _plans.get(key) or _plans.keep(key, Plan(key, program, options, _settings(options, program), kernel, bound))
 
 
 def _settings(options: Options, program: Program) -> Settings:
