@@ -12,6 +12,7 @@ from pcr_fx.errors import (
     PcrFxError,
     PlanError,
     SolveError,
+    TextError,
     UnsupportedError,
 )
 from pcr_fx.explicit import TransformedModule, transform
@@ -35,6 +36,7 @@ __all__ = [
     "RewriteReport",
     "SolveError",
     "SolveStats",
+    "TextError",
     "TransformedModule",
     "UnsupportedError",
     "cached_plans",

@@ -31,6 +31,10 @@ class PlanError(PcrFxError, RuntimeError):
     """A compiled graph names a plan that is gone with the module that it was compiled from."""
 
 
+class TextError(PcrFxError, ValueError):
+    """A chain in an exported program is described by a text that cannot be read."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, for which PyTorch has no exception of its own on a CPU."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

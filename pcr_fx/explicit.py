@@ -30,7 +30,7 @@ from pcr_fx.packing import CONTAINER, Pack, pack_operands
 from pcr_fx.passes.capture import bind_to
 from pcr_fx.passes.report import warn_without_chains
 from pcr_fx.reports import RewriteReport
-from pcr_fx.variants import Variant, rehearse, rewrite_model
+from pcr_fx.variants import Variant, carried, may_be_exported, rehearse, rewrite_model
 from pcr_fx.watched import Changes, converting, watch
 
 # How many graphs a module keeps, of those used last: one for each mode, and for each of what the forward asked of its
@@ -161,6 +161,8 @@ class TransformedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() and _may_not_break():
+            if not torch.compiler.is_dynamo_compiling():
+                return self._pcr_carried(args, kwargs)
             # The model as it was written: who compiles it sees to it that what is read of it holds.
             if not isinstance(self, self._pcr_class):
                 raise UnsupportedError(
@@ -186,6 +188,14 @@ class TransformedModule(nn.Module):
             with kept_settings():
                 return variant.run.forward(*variant.captured.inputs(arguments))
         return variant.run.forward(*variant.captured.inputs(arguments))
+
+    def _pcr_carried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward for an exporter, with its chains as operators that any process can run."""
+        arguments = self._bind(args, kwargs)
+        variant = next((known for known in self._pcr_variants if may_be_exported(known, arguments)), None)
+        if variant is None:
+            return self._as_written()(*args, **kwargs)
+        return carried(variant).forward(*variant.captured.inputs(arguments))
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name; where each is given by its place there is nothing to find out."""

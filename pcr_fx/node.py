@@ -230,9 +230,20 @@ class SolveNode(nn.Module):
             return self._block_by_block(states, whole)  # there is an error to raise, if it is one
         if self._outputs is not None:
             solved = self._with_outputs(self._outputs, states, solved, head_operands, head_shared)
-        return self._placed(solved) if self.has_places else solved
+        return self.placed(solved) if self.has_places else solved
 
-    def _placed(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def as_written(
+        self,
+        states: Sequence[Tensor],
+        operands: Sequence[Operand],
+        shared: Sequence[Tensor],
+        head_operands: Sequence[Operand] = (),
+        head_shared: Sequence[Tensor] = (),
+    ) -> tuple[Any, ...]:
+        """`forward` by the blocks as the model wrote them."""
+        return self._block_by_block(states, [(operands, shared), (head_operands, head_shared)])
+
+    def placed(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What leaves the chain, `[L, ...]` where it is whole, in the places that it is to have."""
         places = [*self.leaving.places, *(None for _ in leaves[len(self.leaving.places) :])]
         return tuple([one if place is None else place.filled(one) for one, place in zip(leaves, places, strict=True)])

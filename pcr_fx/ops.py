@@ -51,7 +51,7 @@ def _solve(call: Call, plan: Plan, record: SolveRecord) -> Tensor:
         solution = _checked(solution, way, call, plan, record)
         plan.learn(samples, solution.stats)
     record.forward(way.solver, solution.stats)
-    return _owned([solution.trajectory], [call.initial, *call.operands, *call.shared])[0]
+    return owned([solution.trajectory], [call.initial, *call.operands, *call.shared])[0]
 
 
 def _start(initial: Tensor, plan: Plan, record: SolveRecord) -> Tensor | None:
@@ -137,10 +137,10 @@ def _adjoint(call: Call, trajectory: Tensor, cotangents: Tensor, plan: Plan, rec
     elif rests:
         record.rest_backward.succeeded()
     record.backward(way.solver, not accurate)
-    return _owned(result, [call.initial, trajectory, *call.operands, *call.shared, cotangents])
+    return owned(result, [call.initial, trajectory, *call.operands, *call.shared, cotangents])
 
 
-def _owned(results: Iterable[Tensor], inputs: Iterable[Tensor]) -> list[Tensor]:
+def owned(results: Iterable[Tensor], inputs: Iterable[Tensor]) -> list[Tensor]:
     """The results, contiguous and each in memory of its own.
 
     An operator's results may share memory neither with its inputs nor with each other, and compilers plan for their
@@ -218,7 +218,7 @@ def _operator(name: str, run: Callable[..., Any], fake: Callable[..., Any], *tag
 def outputs_here(tensors: Sequence[Tensor], program: str) -> list[Tensor]:
     """The outputs of all blocks, by the program of this key."""
     with torch.autocast(tensors[0].device.type, enabled=False), torch.cuda.device_of(tensors[0]):
-        return _owned(output_program(program).evaluate(*tensors), tensors)
+        return owned(output_program(program).evaluate(*tensors), tensors)
 
 
 def _fake_outputs(tensors: Sequence[Tensor], program: str) -> list[Tensor]:
@@ -228,7 +228,7 @@ def _fake_outputs(tensors: Sequence[Tensor], program: str) -> list[Tensor]:
 def pulled_outputs_here(tensors: Sequence[Tensor], cotangents: Sequence[Tensor], program: str) -> list[Tensor]:
     """The cotangents of what outputs are computed from, as far as it has any."""
     with torch.autocast(tensors[0].device.type, enabled=False), torch.cuda.device_of(tensors[0]):
-        return _owned(output_program(program).pullback(*tensors, *cotangents), [*tensors, *cotangents])
+        return owned(output_program(program).pullback(*tensors, *cotangents), [*tensors, *cotangents])
 
 
 def _fake_pulled_outputs(tensors: Sequence[Tensor], cotangents: Sequence[Tensor], program: str) -> list[Tensor]:

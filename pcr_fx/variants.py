@@ -5,10 +5,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
+from pcr_fx.body.isolation import apart
+from pcr_fx.carried import Carrier
 from pcr_fx.graphs.attributes import holder_of
 from pcr_fx.graphs.hooks import HookOp, TensorHook
 from pcr_fx.node import SolveNode
@@ -63,6 +69,35 @@ def rewrite_model(
             f"{kept} ops of checkpoints lie in no chain, and keep their results for the backward"
         )
     return way_in.captured, run, rewritten.report
+
+
+@apart
+def may_be_exported(variant: Variant, arguments: dict[str, Any]) -> bool:
+    """Whether a graph computes the forward for these arguments, of whatever size those dimensions are that have none yet."""
+    captured = variant.captured
+    if variant.rehearsal is not None or variant.switches or captured.model_facts.changed():
+        return False
+    sizes = [size for one in pytree.tree_leaves(arguments) if isinstance(one, Tensor) for size in one.shape]
+    if any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes):
+        return False
+    stand_ins = (pytree.tree_map_only(Tensor, partial(_stand_in, more=more), arguments) for more in (0, 1))
+    return all(map(captured.holds_for, stand_ins))
+
+
+def _stand_in(tensor: Tensor, more: int) -> Tensor:
+    """A tensor with numbers in place of symbols for sizes: the expected ones, or some more."""
+    sizes = [size.node.hint + more if isinstance(size, torch.SymInt) else size for size in tensor.shape]
+    with FakeTensorMode():
+        made = torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
+    return made.requires_grad_(tensor.requires_grad)
+
+
+def carried(variant: Variant) -> fx.GraphModule:
+    """The graph with operators in place of its solve nodes, which exported programs hold."""
+    return fx.GraphModule(
+        {name: Carrier(one) if isinstance(one, SolveNode) else one for name, one in variant.run.named_children()},
+        variant.run.graph,
+    )
 
 
 def rehearse(facts: Facts, graph: fx.Graph, report: RewriteReport) -> Rehearsal | None:

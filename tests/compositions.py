@@ -253,7 +253,7 @@ def exported_elsewhere(run: Any, x: Tensor) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         torch.export.save(torch.export.export(run, (x,)), folder + "/model.pt2")
         torch.save(x, folder + "/x")
-        script = "import torch; torch.save(torch.export.load('model.pt2').module()(torch.load('x')), 'y')"
+        script = "import torch, pcr_fx; torch.save(torch.export.load('model.pt2').module()(torch.load('x')), 'y')"
         subprocess.run([sys.executable, "-c", script], cwd=folder, check=True, capture_output=True)
         return torch.load(folder + "/y")
 
