@@ -142,6 +142,8 @@ def _block_by_block(
 def _differentiable(
     states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor], text: str
 ) -> list[Tensor]:
+    # AOTInductor's code hands over nothing for an empty list.
+    operands, shared = operands or [], shared or []
     if _is_compiled():
         return list(_Carried.apply(text, len(states), len(operands), *states, *operands, *shared))
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -156,6 +158,7 @@ def _is_compiled() -> bool:
 
 
 def _below(states: Sequence[Tensor], operands: Sequence[Tensor], shared: Sequence[Tensor], text: str) -> list[Tensor]:
+    operands, shared = operands or [], shared or []
     with torch.no_grad():
         return owned(_run(states, operands, shared, text), [*states, *operands, *shared])
 

@@ -254,7 +254,8 @@ def exported_elsewhere(run: Any, x: Tensor) -> Any:
         torch.export.save(torch.export.export(run, (x,)), folder + "/model.pt2")
         torch.save(x, folder + "/x")
         script = "import torch, pcr_fx; torch.save(torch.export.load('model.pt2').module()(torch.load('x')), 'y')"
-        subprocess.run([sys.executable, "-c", script], cwd=folder, check=True, capture_output=True)
+        environment = {**os.environ, "PYTHONPATH": str(Path(pcr_fx.__file__).parent.parent)}
+        subprocess.run([sys.executable, "-c", script], cwd=folder, check=True, capture_output=True, env=environment)
         return torch.load(folder + "/y")
 
 
