@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from pcr_fx.body import Signature
 from pcr_fx.body.isolation import apart, isolated
 from pcr_fx.body.purity import check_pure
 from pcr_fx.body.written_out import may_raise, write_out_fused
@@ -27,9 +28,11 @@ from pcr_fx.errors import BodyError, TextError
 from pcr_fx.graphs.effects import hides_ops, is_barrier, is_of_transform
 from pcr_fx.graphs.parts import Part
 from pcr_fx.looks import autocast_dtype, refuse_mixed, refuse_unusual
-from pcr_fx.node import SolveNode
+from pcr_fx.node import Family, SolveNode
 from pcr_fx.operands import Operand, stacked
 from pcr_fx.ops import owned
+from pcr_fx.options import Options
+from pcr_fx.planner import Plan, make_plan
 from pcr_fx.registry import Registry
 from pcr_fx.texts import Described, read_text, write_text
 
@@ -46,6 +49,16 @@ class Told:
     def __init__(self, described: Described) -> None:
         self.described = described
         self.nodes: Registry[int, SolveNode] = Registry()
+        self._family = Family(self._plan)
+        self._plans: Registry[Signature, Plan] = Registry()
+
+    def _plan(self, chain: Chain, signature: Signature, options: Options) -> Plan:
+        """That of the first length, for another."""
+        known = self._plans.get(signature)
+        if known is None:
+            first = self.described.chain.of_length(max(chain.length, 2))
+            known = self._plans.keep(signature, make_plan(first, signature, options))
+        return known.for_chain(chain)
 
     def length(self, operands: Sequence[Tensor]) -> Any:
         """How many blocks there are.
@@ -65,7 +78,9 @@ class Told:
         node = self.nodes.get(length)
         if node is None:
             chain = self.described.chain.of_length(length)
-            made = SolveNode(chain, self.described.options, leaving=self.described.leaving_of(length))
+            leaving = self.described.leaving_of(length)
+            family = self._family if self.described.length is None else None
+            made = SolveNode(chain, self.described.options, leaving=leaving, family=family)
             node = self.nodes.keep(length, made)
         return node
 
@@ -279,48 +294,53 @@ class Carrier(nn.Module):
         head_operands: Sequence[Operand] = (),
         head_shared: Sequence[Tensor] = (),
     ) -> tuple[Any, ...]:
-        every = [stacked(one) for one in (*operands, *head_operands)]
-        split = len(operands)
+        node = self.node
+        given = Given(states, list(map(stacked, operands)), shared, list(map(stacked, head_operands)), head_shared)
         try:
-            text = _text_of(self.node, states, every[:split], shared, every[split:], head_shared)
+            found = carry(node.chain, node.leaving, node.options, given)
         except (BodyError, TextError) as reason:
-            log.info("%s is exported block by block: %s", self.node.record.name, reason)
-            return self.node.as_written(states, operands, shared, head_operands, head_shared)
-        found = torch.ops.pcr_fx.chain(list(states), every, [*shared, *head_shared], text)
-        return self.node.placed(found) if self.node.has_places else tuple(found)
+            log.info("%s is exported block by block: %s", node.record.name, reason)
+            return node.as_written(states, operands, shared, head_operands, head_shared)
+        return node.placed(found) if node.has_places else tuple(found)
 
 
-def _text_of(
-    node: SolveNode,
-    states: Sequence[Tensor],
-    operands: Sequence[Tensor],
-    shared: Sequence[Tensor],
-    head_operands: Sequence[Tensor],
-    head_shared: Sequence[Tensor],
-) -> str:
-    """The chain of a solve node for such tensors, as a text.
+class Given(NamedTuple):
+    """The tensors of a call of a chain, and of its head."""
+
+    states: Sequence[Tensor]
+    operands: Sequence[Tensor]
+    shared: Sequence[Tensor]
+    head_operands: Sequence[Tensor]
+    head_shared: Sequence[Tensor]
+
+
+def carry(chain: Chain, leaving: Leaving, options: Options, given: Given, is_open: bool = False) -> list[Tensor]:
+    """What leaves a chain, by the operator.
+
+    Args:
+        is_open: whether there are as many blocks as the operands have parts; taps then count from the last one, -1.
 
     Raises:
-        BodyError, TextError: there is no saying that in a text.
+        BodyError, TextError: there is no saying in a text what the blocks do.
     """
-    chain = node.chain
-    every = [*states, *operands, *shared, *head_operands, *head_shared]
-    refusal = refuse_unusual(every) or refuse_mixed([one.dtype for one in every], states[0].device.type)
+    every = [tensor for group in given for tensor in group]
+    device = given.states[0].device
+    refusal = refuse_unusual(every) or refuse_mixed([one.dtype for one in every], device.type)
     if refusal is not None:
         raise refusal
-    if autocast_dtype(states[0].device.type) is not None:
+    if autocast_dtype(device.type) is not None:
         raise BodyError("autocast decides the dtypes of its ops")
     _check_says_all(chain)
-    mode = detect_fake_mode(every) or FakeTensorMode()
     specs = [
         [(tuple(one.shape[first:]), one.dtype, one.device) for one in group]
-        for first, group in ((0, states), (1, operands), (0, shared), (1, head_operands), (0, head_shared))
+        for first, group in zip((0, 1, 0, 1, 0), given, strict=True)
     ]
-    graphs = _traced(chain, specs, mode)
-    leaving = Leaving(node.leaving.taps, node.leaving.whole)
-    text = write_text(chain, graphs, leaving, node.options, states[0].device, is_open=False)
-    told(text, states[0].device)  # what cannot be read is not written
-    return text
+    graphs = _traced(chain, specs, detect_fake_mode(every) or FakeTensorMode())
+    text = write_text(chain, graphs, Leaving(leaving.taps, leaving.whole), options, device, is_open)
+    told(text, device)  # what cannot be read is not written
+    operands, shared = [*given.operands, *given.head_operands], [*given.shared, *given.head_shared]
+    found: list[Tensor] = torch.ops.pcr_fx.chain(list(given.states), operands, shared, text)
+    return found
 
 
 def _check_says_all(chain: Chain) -> None:

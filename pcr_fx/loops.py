@@ -7,6 +7,7 @@ was measured of it, and the solve node around that is small.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pcr_fx.body import Signature
 from pcr_fx.body.isolation import is_traced_or_transformed
+from pcr_fx.carried import Given, carry
 from pcr_fx.chain import Chain, Head, Leaving, Origin, Place
-from pcr_fx.errors import BodyError, UnsupportedError
+from pcr_fx.errors import BodyError, TextError, UnsupportedError
 from pcr_fx.graphs.effects import hides_ops, is_barrier, is_of_transform, writes, written_nodes
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.looks import signature_of
@@ -29,6 +31,8 @@ from pcr_fx.passes.inline import inline_regions
 from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.planner import Plan, make_plan
 from pcr_fx.ways.memory import memory_limit
+
+log = logging.getLogger(__name__)
 
 # Lengths that a solve node is kept for.
 _LENGTHS = 256
@@ -247,14 +251,17 @@ class Loop:
         whole: dict[int, Tensor] = {}
         final = list(init)
         if self.states:
-            node = self.node = node or self._node(length)
-            leaves = node(
+            given = Given(
                 states,
                 [xs[index] for index in self.xs],
                 [common[index] for index in self.shared],
                 [xs[index] for index in self.head_xs],
                 [common[index] for index in self.head_shared],
             )
+            leaves: Sequence[Any] | None = self._carried(given) if torch.compiler.is_exporting() else None
+            if leaves is None:
+                node = self.node = node or self._node(int(length))
+                leaves = node(*given)
             for index, parts in zip(self.whole, leaves, strict=False):
                 whole[index] = torch.stack(parts) if isinstance(parts, list) else parts
             for index, state in zip(self.states, leaves[len(self.whole) :], strict=True):
@@ -262,6 +269,19 @@ class Loop:
         elif any(one.kind == "output" for one in self.taken):
             whole = self._each(xs, common, length)
         return final, self._outputs(states, xs, common, whole, length)
+
+    def _carried(self, given: Given) -> Sequence[Any] | None:
+        """What leaves the chain for an exporter, with a length that is the size of its operands; nothing where there are none."""
+        if not given.operands and not given.head_operands:
+            return None
+        taps = tuple((index, -1) for index in range(len(self.states)))
+        chain = self.chain if self.chain.length == 1 else self.chain.of_length(1)
+        try:
+            _check_open(self.step.graph.graph)
+            return carry(chain, Leaving(taps, self.whole), self.options, given, is_open=True)
+        except (BodyError, TextError) as reason:
+            log.info("%s is exported step by step: %s", self.step.name, reason)
+            return None
 
     def _outputs(
         self,

@@ -191,7 +191,7 @@ class Framed:
             [tensors[at] for at in self.carry],  # type: ignore[index]
             xs,
             [tensors[at] for at in self.shared],
-            int(length),
+            length if torch.compiler.is_exporting() else int(length),
         )
         every = [*final, *ys]
         return tuple(every[index] for index in self.results)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pcr_fx.errors import UnsupportedError
+from pcr_fx.errors import BodyError, UnsupportedError
+from pcr_fx.exports import exported_step
+from pcr_fx.loops import Loop
 from pcr_fx.marks import Framed, NotCaptured, scan_op, step_between_marks
 from pcr_fx.options import Options
 from pcr_fx.steps import captures_of, described, may_be_captured
@@ -169,7 +171,8 @@ def _length(xs: list[Tensor], length: Any) -> int:
 def _run(combine_fn: Callable[..., Any], loop: _Loop, options: Options) -> tuple[Any, Any]:
     every = (*loop.init, *loop.xs)
     if not may_be_captured(every):
-        return _step_by_step(combine_fn, loop)
+        found = _exported(combine_fn, loop, options) if torch.compiler.is_exporting() else None
+        return found or _step_by_step(combine_fn, loop)
     form = (
         loop.carry_spec,
         loop.xs_spec,
@@ -225,6 +228,41 @@ class _Call:
         return carry, ys
 
 
+# --- exported ------------------------------------------------------------------------------------------------------------
+
+
+def _exported(combine_fn: Callable[..., Any], loop: _Loop, options: Options) -> tuple[Any, Any] | None:
+    """What an exporter is to note down that runs the model's own Python; nothing where the step has to run as it is."""
+    form: list[Any] = []
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        carry, y = _pair(combine_fn(loop.carry(tensors[: len(loop.init)]), loop.x(tensors[len(loop.init) :])))
+        new, spec, places = _flat(carry, "the carry that combine_fn returns")
+        _check_structure(loop, spec, places)
+        _check_carry(loop, [(tuple(one.shape), one.dtype) for one in new])
+        leaves, spec = pytree.tree_flatten(y)
+        _check_leaves(leaves)
+        form[:] = spec, [leaf is not None for leaf in leaves]
+        return *new, *(leaf for leaf in leaves if leaf is not None)
+
+    name, _ = described(combine_fn)
+    try:
+        step, closed_over = exported_step(flat, loop.init, loop.xs, name)
+    except BodyError as reason:
+        log.info("%s is exported step by step: %s", name, reason)
+        return None
+    final, outputs = Loop(step, options).run_at_once(loop.init, loop.xs, closed_over, loop.length)
+    waiting = iter(outputs)
+    ys = [next(waiting) if is_tensor else None for is_tensor in form[1]]
+    return loop.carry(final), pytree.tree_unflatten(ys, form[0])
+
+
+def _pair(result: Any) -> tuple[Any, Any]:
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise UnsupportedError(f"combine_fn must return a pair, the new carry and ys, got {type(result).__name__}")
+    return result
+
+
 # --- as it is -----------------------------------------------------------------------------------------------------------
 
 
@@ -236,10 +274,7 @@ def _step_by_step(combine_fn: Callable[..., Any], loop: _Loop) -> tuple[Any, Any
         name, _ = described(combine_fn)
         raise UnsupportedError(f"{name} cannot be traced, and without a step it is not known what ys it returns")
     for index in range(loop.length):
-        result = combine_fn(carry, loop.x([x[index] for x in loop.xs]))
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise UnsupportedError(f"combine_fn must return a pair, the new carry and ys, got {type(result).__name__}")
-        carry, y = result
+        carry, y = _pair(combine_fn(carry, loop.x([x[index] for x in loop.xs])))
         tensors, spec, places = _flat(carry, "the carry that combine_fn returns")
         _check_structure(loop, spec, places)
         _check_carry(loop, [(tuple(one.shape), one.dtype) for one in tensors])

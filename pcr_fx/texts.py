@@ -196,7 +196,6 @@ def _described(said: dict[str, Any], device: torch.device) -> Described:
     blocks = 1 if length is None else length
     states, operands, shared = (_count(said[name], name) for name in ("states", "operands", "shared"))
     _check(states > 0, "a chain has a state")
-    _check(length is not None or operands > 0, "a chain without operands has a length")
     literals = _literals(said["literals"], blocks, length)
     graphs = said["graphs"]
     given = states + operands + len(literals) + shared
@@ -204,6 +203,8 @@ def _described(said: dict[str, Any], device: torch.device) -> Described:
     head = None
     if "head" in said:
         head = _head(said["head"], graphs, (states, operands, len(literals), shared), blocks, length, device)
+    given = operands if head is None else operands + head.num_operands
+    _check(length is not None or given > 0, "a chain without operands has a length")
     names = said["name"]
     _check(
         isinstance(names, list) and len(names) == 2 and all(type(one) is str for one in names), "a name is two texts"

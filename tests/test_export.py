@@ -196,6 +196,61 @@ def test_what_a_text_cannot_say_is_exported_as_it_is_written(model: Callable[[],
     torch.testing.assert_close(program.module()(x), plain(x))
 
 
+class Loop(nn.Module):
+    """A loop over all of its input, whose steps close over modules, a tensor and a number."""
+
+    def __init__(self, kernels: bool = False, **how: Any) -> None:
+        super().__init__()
+        self.cell, self.out, self.how = nn.Linear(7, 4), nn.Linear(4, 2), how
+        self.options = {**QUICK, "kernels": kernels}
+
+    def forward(self, x: Tensor) -> Any:
+        scale, shift = x.mean(), 0.5
+
+        def step(carry: tuple[Tensor, Tensor], x: Tensor) -> Any:
+            h, total = carry
+            h = torch.tanh(self.cell(torch.cat([h, x], -1)) + shift) * scale
+            return (h, total + h.sum(-1)), {"seen": self.out(h).sigmoid(), "state": h, "nothing": None}
+
+        batch = x.shape[1 - self.how.get("dim", 0)]
+        first = x.new_zeros(batch, 4), x.new_ones(batch)
+        (h, total), ys = pcr_fx.scan(step, first, x, options=self.options, **self.how)
+        return h, total, ys["seen"], ys["state"]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize(
+    "how", [{}, {"reverse": True, "dim": 1}, {"kernels": True}], ids=["forwards", "backwards", "kernels"]
+)
+def test_loops_of_any_length_and_batch(how: dict[str, Any], strict: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Loop(**how).double(), some(6, 5, 3)
+    sizes = ({0: torch.export.Dim("a", min=2, max=64), 1: torch.export.Dim("b", min=2, max=64)},)
+    program = torch.export.export(model, (x,), dynamic_shapes=sizes, strict=strict)
+    assert len(chains_of(program)) == 1
+    for shape in ((6, 5, 3), (2, 9, 3), (40, 3, 3)):
+        expected = values_and_gradients(model, some(*shape))
+        torch.testing.assert_close(values_and_gradients(program.module(), some(*shape)), expected)
+
+
+class Branching(Loop):
+    def forward(self, x: Tensor) -> Any:
+        def step(h: Tensor, x: Tensor) -> Any:
+            with torch.no_grad():
+                seen = h.sin()
+            return torch.tanh(self.cell(torch.cat([h, x], -1))) + seen, None
+
+        return pcr_fx.scan(step, x.new_zeros(x.shape[1], 4), x, options=self.options)[0]
+
+
+def test_a_step_that_a_text_cannot_say_is_exported_step_by_step() -> None:
+    torch.manual_seed(0)
+    model, x = Branching().double(), some(6, 5, 3)
+    program = exported(model, x)
+    assert not chains_of(program)
+    torch.testing.assert_close(values_and_gradients(program.module(), x), values_and_gradients(model, x))
+
+
 # --- what else is done with a program -----------------------------------------------------------------------------------
 
 USES: dict[str, Callable[[Any, Tensor], Any]] = {

@@ -38,7 +38,7 @@ FLOORS = (
     {"passes"},
     {"packing", "copies", "optimizers", "rehearsal", "compilations"},
     {"variants", "loops"},
-    {"marks"},
+    {"marks", "exports"},
     {"steps"},
     {"scans"},
     {"explicit", "backend", "solve", "scan"},
