@@ -9,7 +9,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-from pcr_fx.chain import Chain, Head, Leaving, Origin
+from pcr_fx.body.reals import carry_reals
+from pcr_fx.chain import Chain, Complex, Head, Leaving, Origin, TensorSpec
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.bindings import Binding, Broken, Carried, Inside, Literal, NotCarried
 from pcr_fx.passes.describe import describe_node
@@ -123,8 +124,10 @@ class _Assembly:
         head = self._head(heads, outputs) if outputs else None
         self._check_unwritten()
         counts = len(self.components), len(self.inputs.operands), len(self.inputs.shared)
+        which = self._complex(outputs)
         is_checkpoint = any("recompute" in self.blocks.op(0, index).meta for index in self.body)
         chain = Chain(body, self.length, *counts, tuple(self.inputs.literals), self._origin(), head, is_checkpoint)
+        chain = carry_reals(chain, which) if which else chain
         numbered = [(number, index) for number, (index, lag) in enumerate(self.components) if lag == 1]
         numbered += enumerate(outputs, len(self.components))
         values = {number: tuple(self.blocks.column(index, self.length)) for number, index in numbered}
@@ -138,6 +141,22 @@ class _Assembly:
             tuple(self.head_inputs.shared),
             values,
             nodes,
+        )
+
+    def _complex(self, outputs: Sequence[int]) -> Complex:
+        """Which of the chain's tensors are complex."""
+
+        def are(nodes: Iterable[fx.Node]) -> tuple[bool, ...]:
+            return tuple(_is_complex(self.sequence.value(node)) for node in nodes)
+
+        ours, heads = self.inputs, self.head_inputs
+        return Complex(
+            are(self.initial[component] for component in self.components),
+            are(operand[0] for operand in ours.operands),
+            are(ours.shared),
+            are(operand[0] for operand in heads.operands),
+            are(heads.shared),
+            are(self.blocks.op(0, index) for index in outputs),
         )
 
     def _origin(self) -> Origin:
@@ -184,17 +203,15 @@ class _Assembly:
             raise Broken(block + 1, words, op)
 
     def _check_state(self, component: tuple[int, int]) -> None:
-        """A state is a floating tensor of the same shape before and after each block."""
+        """A state is a floating or complex tensor of the same shape before and after each block."""
         nodes = self.initial[component], self.blocks.op(0, component[0])
         for value in map(self.sequence.value, nodes):
-            if value is not None and not (isinstance(value, torch.Tensor) and value.is_floating_point()):
+            if value is not None and not (isinstance(value, torch.Tensor) and TensorSpec.of(value).is_differentiable):
                 got = say_spec(self.sequence.kinds.spec(nodes[0]))
-                is_complex = isinstance(value, torch.Tensor) and value.is_complex()
-                advice = (
-                    "; carry its real and imaginary parts instead, as torch.view_as_real has them" if is_complex else ""
-                )
-                raise Broken(1, f"the value carried from block to block is no floating tensor but {got}{advice}")
+                raise Broken(1, f"the value carried from block to block is no floating tensor but {got}")
         before, after = map(self.sequence.kinds.spec, nodes)
+        if before is not None and after is not None and before[1].is_complex != after[1].is_complex:
+            raise Broken(0, f"the first block changes its state from {before[1]} to {after[1]}")
         if before is not None and after is not None and before[0] != after[0]:
             words = f"the first block changes the shape of its state from {say_spec(before)} to {say_spec(after)}"
             raise Broken(0, words)
@@ -450,6 +467,10 @@ class _Assembly:
 def _is_known(value: Any, kind: type[torch.SymInt] | type[torch.SymFloat]) -> bool:
     """Whether a number that the compiler leaves open has a value before data are computed."""
     return isinstance(value, kind) and value.node.hint is not None
+
+
+def _is_complex(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_complex()
 
 
 def _state(index: int, lag: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -16,7 +16,7 @@ from torch import fx
 from pcr_fx.chain import Leaving, Place
 from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
 from pcr_fx.node import SolveNode
-from pcr_fx.operands import collect, complete, stack_operands
+from pcr_fx.operands import collect, complete, complex_of_parts, stack_operands
 
 # States in a row from which on they are not taken one by one.
 _FEWEST = 4
@@ -26,11 +26,15 @@ _JOINS = {"stack": False, "cat": True, "concat": True, "concatenate": True}
 
 @dataclass(frozen=True)
 class _Tap:
-    """A state that a solve node returns: the call, which of the chain's states, and after which block."""
+    """A state that a solve node returns: the call, which of the chain's states, and after which block.
+
+    Of a complex one the node returns the real and imaginary parts.
+    """
 
     call: fx.Node
     index: int
     block: int
+    is_complex: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,11 @@ def collect_states(graph: fx.Graph, nodes: Mapping[str, SolveNode]) -> None:
         nodes: its solve nodes by name.
     """
     calls = [node for node in graph.nodes if node.op == "call_module" and node.target in nodes]
-    taps = {
-        user: _Tap(call, *nodes[str(call.target)].leaving.taps[user.args[1]])  # type: ignore[index]
-        for call in calls
-        for user in call.users
-    }
+    taps: dict[fx.Node, _Tap] = {}
+    for call in calls:
+        for user in call.users:
+            tap = taps[user] = _Tap(call, *nodes[str(call.target)].leaving.taps[user.args[1]])  # type: ignore[index]
+            taps |= {one: replace(tap, is_complex=True) for one in user.users if one.target is complex_of_parts}
     wholes: dict[tuple[fx.Node, int], fx.Node] = {}
     for node in list(graph.nodes):
         _collect(node, taps, wholes)
@@ -113,7 +117,7 @@ def _row(items: Sequence[Any], at: int, taps: Mapping[fx.Node, _Tap]) -> _Row | 
         return None
     step, row = second.block - first.block, [first]
     while at + len(row) < len(items) and step:
-        if taps.get(items[at + len(row)]) != _Tap(first.call, first.index, row[-1].block + step):
+        if taps.get(items[at + len(row)]) != replace(first, block=row[-1].block + step):
             break
         row.append(taps[items[at + len(row)]])
     return _Row(tuple(row), step)
@@ -126,7 +130,16 @@ def _cut(row: _Row, wholes: dict[tuple[fx.Node, int], fx.Node]) -> tuple[fx.Node
     if key not in wholes:
         with first.call.graph.inserting_after(first.call):
             wholes[key] = first.call.graph.call_function(operator.getitem, (first.call, len(wholes)))
-    return wholes[key], first.block, len(row.taps), row.step
+    whole = _complex_of(wholes[key]) if first.is_complex else wholes[key]
+    return whole, first.block, len(row.taps), row.step
+
+
+def _complex_of(whole: fx.Node) -> fx.Node:
+    """A trajectory of real and imaginary parts as one of complex numbers."""
+    for user in whole.users:
+        return user
+    with whole.graph.inserting_after(whole):
+        return whole.graph.call_function(complex_of_parts, (whole,))
 
 
 def _place(whole: fx.Node, length: int) -> Place | None:
@@ -135,6 +148,8 @@ def _place(whole: fx.Node, length: int) -> Place | None:
     The result is then what the solve node returns.
     """
     collected, *others = whole.users
+    if collected.target is complex_of_parts:
+        return None
     parts, dim, joins = collected.args
     at = [index for index, part in enumerate(parts) if isinstance(part, tuple) and part[0] is whole]  # type: ignore[union-attr,arg-type]
     rows = [part for part in parts if isinstance(part, tuple)]  # type: ignore[union-attr]
@@ -149,6 +164,9 @@ def _renumber(
     call: fx.Node, taps: Mapping[fx.Node, _Tap], index_of: Mapping[fx.Node, int], places: Sequence[Place | None]
 ) -> Leaving:
     """Have the users of a solve node read what it is to return, which is what it is told."""
+    for user in list(taps):
+        if user.target is complex_of_parts and user.args[0] in call.users and not user.users:
+            call.graph.erase_node(user)
     singles = [user for user in call.users if user in taps and user.users]
     for user in [user for user in call.users if user in taps and not user.users]:
         call.graph.erase_node(user)

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from pcr_fx.body import Signature
 from pcr_fx.body.isolation import wants_every_op
+from pcr_fx.body.reals import to_real
 from pcr_fx.chain import NearMiss, TensorSpec
 from pcr_fx.errors import BodyError
 from pcr_fx.looks import refuse_unusual, solved_dtype
@@ -119,7 +120,8 @@ def _measured(item: PlannedChain, plan: Plan, values: dict[fx.Node, torch.Tensor
 def _stand_in(node: fx.Node, spec: TensorSpec, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
     """The node's value where it is an input, else random numbers, or zeros, of its shape."""
     if node in values:
-        return values[node].detach().to(spec.dtype)
+        value = values[node].detach()
+        return to_real(value) if value.is_complex() else value.to(spec.dtype)
     if not spec.dtype.is_floating_point:
         return torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device)
     generator = torch.Generator(spec.device).manual_seed(0)
@@ -140,6 +142,8 @@ def _spec(value: torch.Tensor) -> TensorSpec:
         if hint is None:
             raise BodyError(f"the size {size} of an operand depends on data")
         sizes.append(int(hint))
+    if spec.dtype.is_complex:  # its real and imaginary parts
+        return replace(spec, shape=(*sizes, 2), dtype=spec.dtype.to_real())
     return replace(spec, shape=tuple(sizes), dtype=solved_dtype(spec.dtype))
 
 

@@ -13,7 +13,7 @@ from torch import fx
 
 from pcr_fx.graphs.effects import hides_ops, is_barrier, is_random, written_memory
 from pcr_fx.graphs.nodes import argument, is_pytorchs, lookup, op_name
-from pcr_fx.operands import stack_operands, stack_parts
+from pcr_fx.operands import complex_of_parts, parts_of_complex, stack_operands, stack_parts
 from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.detect import FoundChain
 from pcr_fx.passes.inline import copy_node
@@ -125,15 +125,34 @@ def _emit(
             # States of another chain; `collect.py` may find them to be its trajectory.
             whole = new.call_function(stack_operands, ([copies[node] for node in operand],))
         emitted[operand] = whole or stack(new, operand, copies)
-    groups = [(found.operands, found.shared)]
+    given = [
+        initial,
+        [emitted[operand] for operand in found.operands],
+        [given_as[node] for node in found.shared],
+    ]
     if found.chain.head is not None:
-        groups.append((found.head_operands, found.head_shared))
-    given = [[[emitted[operand] for operand in every], [given_as[node] for node in common]] for every, common in groups]
-    taken = new.call_module(name, (initial, *itertools.chain.from_iterable(given)))
+        given.append([emitted[operand] for operand in found.head_operands])
+        given.append([given_as[node] for node in found.head_shared])
+    which = None if found.chain.as_written is None else found.chain.as_written[1]
+    if which is not None:
+        marks = which.states, which.operands, which.shared, which.head_operands, which.head_shared
+        given = [_as_reals(new, nodes, each) for nodes, each in zip(given, marks, strict=False)]
+    taken = new.call_module(name, tuple(given))
     for position, (index, block) in enumerate(found.leaving.taps):
         value = found.values[index][block]
-        copies[value] = new.call_function(operator.getitem, (taken, position))
+        part = new.call_function(operator.getitem, (taken, position))
+        if which is not None and (*which.states, *which.outputs)[index]:
+            part = new.call_function(complex_of_parts, (part,))
+        copies[value] = part
         copies[value].meta = dict(value.meta)
+
+
+def _as_reals(new: fx.Graph, nodes: Sequence[fx.Node], are_complex: Sequence[bool]) -> list[fx.Node]:
+    """What stands for the real and imaginary parts of those nodes that are complex."""
+    made = []
+    for node, is_complex in zip(nodes, are_complex, strict=True):
+        made.append(new.call_function(parts_of_complex, (node,)) if is_complex else node)
+    return made
 
 
 def _is_tap(node: fx.Node) -> bool:

@@ -18,7 +18,15 @@ from pcr_fx.errors import OptionError
 from pcr_fx.frameworks import introduce
 from pcr_fx.graphs.effects import is_barrier
 from pcr_fx.node import SolveNode
-from pcr_fx.operands import InputOperand, collect, complete, stack_operands, stack_parts
+from pcr_fx.operands import (
+    InputOperand,
+    collect,
+    complete,
+    complex_of_parts,
+    parts_of_complex,
+    stack_operands,
+    stack_parts,
+)
 from pcr_fx.options import Options
 from pcr_fx.passes.inline import holds_regions, inline_regions
 from pcr_fx.passes.pipeline import run_passes
@@ -197,6 +205,7 @@ def _real_inputs(placeholders: Iterable[fx.Node], example_inputs: Sequence[Any])
 
 # Modules that are called as they are, and not compiled.
 _CALLED = (SolveNode, InputOperand, Recurrent, LoopModule)
+_CALLED_FUNCTIONS = (stack_parts, collect, complete, parts_of_complex, complex_of_parts)
 
 
 def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,7 +216,7 @@ def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any
     modules = {name for name, module in graph_module.named_children() if isinstance(module, _CALLED)}
 
     def is_called(node: fx.Node) -> bool:
-        return node.target in (stack_parts, collect, complete) or (node.op == "call_module" and node.target in modules)
+        return node.target in _CALLED_FUNCTIONS or (node.op == "call_module" and node.target in modules)
 
     part, was_called, parts = 0, None, dict[fx.Node, int]()
     for node in graph_module.graph.nodes:

@@ -62,6 +62,28 @@ class Head:
         return any(node.users for node in self.body.graph.find_nodes(op="placeholder")[:num_states])
 
 
+@dataclass(frozen=True)
+class Complex:
+    """Which tensors of a chain are complex.
+
+    Attributes:
+        states, operands, shared, head_operands, head_shared, outputs: of each whether it is.
+    """
+
+    states: tuple[bool, ...]
+    operands: tuple[bool, ...]
+    shared: tuple[bool, ...]
+    head_operands: tuple[bool, ...] = ()
+    head_shared: tuple[bool, ...] = ()
+    outputs: tuple[bool, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether any is."""
+        return any(
+            map(any, (self.states, self.operands, self.shared, self.head_operands, self.head_shared, self.outputs))
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Chain:
     """L blocks z_l = f_l(z_{l-1}) that run the same body.
@@ -80,6 +102,8 @@ class Chain:
         num_outputs: outputs that the body itself returns, behind the new states.
         own_op: the op that the model has in place of the blocks, such as `torch.gru`, if it has one: `(states, operands, shared)
             ->` what leaves the chain.
+        as_written: the chain of complex tensors that this one has real and imaginary parts in place of, `[..., 2]`, and which
+            tensors these are; `None` where there are none.
     """
 
     body: fx.GraphModule
@@ -93,6 +117,7 @@ class Chain:
     is_checkpoint: bool = False
     num_outputs: int = 0
     own_op: Callable[..., Any] | None = None
+    as_written: tuple[Chain, Complex] | None = None
 
     def of_length(self, length: int) -> Chain:
         """A chain of the same blocks, another number of them; they have no numbers of their own."""

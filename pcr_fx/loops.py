@@ -19,13 +19,15 @@ from torch.utils.checkpoint import checkpoint
 
 from pcr_fx.body import Signature
 from pcr_fx.body.isolation import is_traced_or_transformed
+from pcr_fx.body.reals import carry_reals
 from pcr_fx.carried import Given, carry
-from pcr_fx.chain import Chain, Head, Leaving, Origin, Place
+from pcr_fx.chain import Chain, Complex, Head, Leaving, Origin, Place
 from pcr_fx.errors import BodyError, TextError, UnsupportedError
 from pcr_fx.graphs.effects import hides_ops, is_barrier, is_of_transform, writes, written_nodes
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.looks import signature_of
 from pcr_fx.node import Family, SolveNode
+from pcr_fx.operands import complex_of_parts, parts_of_complex
 from pcr_fx.options import Options
 from pcr_fx.passes.inline import inline_regions
 from pcr_fx.passes.normalise import normalise_graph
@@ -188,6 +190,9 @@ class Loop:
             origin=Origin(f"{step.name} (a loop)", step.source, ops),
             head=head,
         )
+        which = Complex(*(tuple(map(_is_complex, nodes)) for nodes in (new, operands, shared, *more, outputs)))
+        if which:
+            self.chain = carry_reals(self.chain, which)
         wanted = {one.number for one in self.taken if one.kind in ("state", "before")}
         self.whole = (*sorted(wanted), *(len(new) + index for index in range(len(outputs))))
 
@@ -258,10 +263,7 @@ class Loop:
                 [xs[index] for index in self.head_xs],
                 [common[index] for index in self.head_shared],
             )
-            leaves: Sequence[Any] | None = self._carried(given) if torch.compiler.is_exporting() else None
-            if leaves is None:
-                node = self.node = node or self._node(int(length))
-                leaves = node(*given)
+            leaves = self._solved(given, length, node)
             for index, parts in zip(self.whole, leaves, strict=False):
                 whole[index] = torch.stack(parts) if isinstance(parts, list) else parts
             for index, state in zip(self.states, leaves[len(self.whole) :], strict=True):
@@ -269,6 +271,29 @@ class Loop:
         elif any(one.kind == "output" for one in self.taken):
             whole = self._each(xs, common, length)
         return final, self._outputs(states, xs, common, whole, length)
+
+    def _solved(self, given: Given, length: int, node: SolveNode | None) -> Sequence[Any]:
+        """What leaves the chain, which takes and returns complex tensors by their real and imaginary parts."""
+        if self.chain.as_written is None:
+            return self._by_node(given, length, node)
+        which = self.chain.as_written[1]
+        marks = which.states, which.operands, which.shared, which.head_operands, which.head_shared
+        parted = [
+            [parts_of_complex(one) if is_complex else one for one, is_complex in zip(tensors, each, strict=True)]
+            for tensors, each in zip(given, marks, strict=True)
+        ]
+        returned = (*which.states, *which.outputs)
+        leaving = [*self.whole, *range(len(self.states))]
+        pairs = zip(self._by_node(Given(*parted), length, node), leaving, strict=True)
+        return [complex_of_parts(one) if returned[index] else one for one, index in pairs]
+
+    def _by_node(self, given: Given, length: int, node: SolveNode | None) -> Sequence[Any]:
+        """What leaves the chain as it is solved."""
+        leaves = self._carried(given) if torch.compiler.is_exporting() else None
+        if leaves is None:
+            self.node = node or self._node(int(length))
+            return self.node(*given)  # type: ignore[no-any-return]
+        return leaves
 
     def _carried(self, given: Given) -> Sequence[Any] | None:
         """What leaves the chain for an exporter, with a length that is the size of its operands; nothing where there are none."""
@@ -387,6 +412,11 @@ def _check_carry(before: Any, after: Any) -> None:
             "the carry that combine_fn returns must have the shapes and dtypes of init: "
             f"{list(before.shape)} {before.dtype} became {list(after.shape)} {after.dtype}"
         )
+
+
+def _is_complex(node: fx.Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, Tensor) and value.is_complex()
 
 
 def _value(result: fx.Node) -> Tensor:

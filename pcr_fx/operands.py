@@ -14,6 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from pcr_fx import ops
 from pcr_fx.body.isolation import is_plain_call, wants_every_op
+from pcr_fx.body.reals import to_real
 from pcr_fx.targets import PointerTable
 from pcr_fx.watched import Changes
 
@@ -203,6 +204,26 @@ def stacked(operand: Operand) -> Tensor:
     if isinstance(operand, Tensor):
         return operand
     return operand.stacked() if isinstance(operand, StackedAttributes) else torch.stack(list(parts_of(operand)))
+
+
+def parts_of_complex(operand: Operand) -> Tensor | list[Tensor]:
+    """The real and imaginary parts of complex numbers, `[..., 2]`."""
+    if isinstance(operand, list):
+        return [to_real(part) for part in operand]
+    return to_real(stacked(operand))
+
+
+def complex_of_parts(parts: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """The reverse, of what a solve node returned: of a list where it returned one."""
+    if isinstance(parts, list):
+        return [complex_of_parts(part) for part in parts]  # type: ignore[misc]
+    # A state may lie among others in memory, as complex numbers cannot.
+    return torch.view_as_complex(parts.clone(memory_format=torch.contiguous_format) if _lies_apart(parts) else parts)
+
+
+def _lies_apart(parts: Tensor) -> bool:
+    *others, last = parts.stride()
+    return last != 1 or any(stride % 2 for stride in others) or parts.storage_offset() % 2 != 0
 
 
 @dataclass

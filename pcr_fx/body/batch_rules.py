@@ -109,6 +109,15 @@ def _permuted(call: OpCall) -> list[Layout]:
     return [tuple(layout[dim] for dim in order)]
 
 
+def _with_parts(call: OpCall) -> list[Layout]:
+    """A further dimension, of real and imaginary parts."""
+    return [(*layout, ()) for layout in call.operands]
+
+
+def _of_parts(call: OpCall) -> list[Layout]:
+    return [layout[:-1] for layout in call.operands]
+
+
 def _mixing_last(count: int) -> Place:
     """The last `count` dimensions are coupled, the others kept: pooling, resampling."""
     return lambda call: [blank(layout, range(call.rank)[-count:]) for layout in call.operands]
@@ -224,6 +233,7 @@ RULES: dict[str, Rule] = {
     name: rule
     for names, rule in (
         (
+            "_conj _neg_view complex polar resolve_conj resolve_neg real imag angle abs sgn "
             "_prelu_kernel _to_copy alias celu_ clone copy copy_ detach elu_ expand fill fill_ floor_divide "
             "floor_divide_ gelu_ hardsigmoid_ hardswish hardswish_ hardtanh_ leaky_relu leaky_relu_ "
             "log_sigmoid_forward masked_fill masked_fill_ mish_ selu_ threshold_ tril tril_ triu triu_",
@@ -238,6 +248,9 @@ RULES: dict[str, Rule] = {
         ("squeeze", Rule(_viewed, "drops it")),
         ("unsqueeze stack", Rule(_unsqueezed, "drops it")),
         ("permute transpose t", Rule(_permuted, "drops it")),
+        ("view_as_real", Rule(_with_parts, "drops it")),
+        ("view_as_complex", Rule(_of_parts, "drops it")),
+        ("_fft_c2c _fft_r2c _fft_c2r", Rule(_along, "transforms it")),
         ("repeat", Rule(_elementwise, "repeats it")),
         (
             "sum mean prod amax amin aminmax argmax argmin max min median all any var std var_mean std_mean "

@@ -32,6 +32,20 @@ def _smooth_l1_loss_backward(cotangent: Tensor, input: Tensor, target: Tensor, r
     return torch.where(difference <= -beta, -weight, inner) * cotangent
 
 
+def _hypot(x: Tensor, y: Tensor) -> Tensor:
+    """By the larger of both, so that nothing overflows on the way; infinite where either is, even beside NaN."""
+    x, y = x.abs(), y.abs()
+    large, small = torch.maximum(x, y), torch.minimum(x, y)
+    ratio = small / torch.where(large == 0, 1.0, large)
+    length = large * torch.sqrt(1 + ratio * ratio)
+    return torch.where((x == torch.inf) | (y == torch.inf), torch.inf, length)
+
+
+def _signbit(x: Tensor) -> Tensor:
+    """Of a zero by its reciprocal; of NaN it is false."""
+    return (x < 0) | ((x == 0) & (1 / x < 0))
+
+
 # --- moves --------------------------------------------------------------------------------------------------------------
 
 
@@ -511,6 +525,8 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.smooth_l1_loss_backward.default: _smooth_l1_loss_backward,
     # As PyTorch computes it; what it is decomposed to before 2.13 has another sign of zero.
     aten.frac.default: lambda x: x - torch.trunc(x),
+    aten.hypot.default: _hypot,
+    aten.signbit.default: _signbit,
     aten.roll.default: _roll,
     aten.diag_embed.default: _diag_embed,
     aten.linalg_cross.default: _cross,

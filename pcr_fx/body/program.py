@@ -232,7 +232,10 @@ def _check_states(block: fx.GraphModule, signature: Signature) -> None:
     if len(dtypes) > 1:
         raise BodyError(f"the states differ in dtype: {', '.join(sorted(map(str, dtypes)))}")
     if not signature.states[0].dtype.is_floating_point:
-        raise BodyError(f"the state has dtype {signature.states[0].dtype}, which is not a floating dtype")
+        dtype = signature.states[0].dtype
+        advice = "; that it is complex was not known when the chain was found, without example inputs"
+        why = advice if dtype.is_complex else ""
+        raise BodyError(f"the state has dtype {dtype}, which is not a floating dtype{why}")
     outputs = block.graph.output_node().args[0]
     for spec, node in zip(signature.states, outputs, strict=True):  # type: ignore[arg-type]
         value = node.meta["val"] if isinstance(node, fx.Node) else node

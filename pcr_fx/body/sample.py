@@ -16,6 +16,7 @@ from pcr_fx.body.decompositions import DECOMPOSITIONS
 from pcr_fx.body.isolation import isolated
 from pcr_fx.body.layout import StateLayout
 from pcr_fx.body.program import Interface, Program
+from pcr_fx.body.reals import by_parts, holds_complex
 from pcr_fx.body.signature import Generality, Signature
 from pcr_fx.body.tracer import Run, Tracer, trace, trace_block
 from pcr_fx.chain import TensorSpec
@@ -224,8 +225,11 @@ def _as_ops(function: Run, arguments: Sequence[Tensor]) -> Run:
     return lambda *inputs: graph(*inputs)
 
 
-def _trace_functional(function: Run, arguments: Sequence[Tensor]) -> fx.GraphModule:
-    graph = trace(torch.func.functionalize(function), arguments, DECOMPOSITIONS)
+def _trace_functional(run: Run, arguments: Sequence[Tensor]) -> fx.GraphModule:
+    graph = trace(torch.func.functionalize(run), arguments, DECOMPOSITIONS)
+    if holds_complex(graph.graph):
+        run = by_parts(trace(torch.func.functionalize(run), arguments))
+        graph = trace(torch.func.functionalize(run), arguments, DECOMPOSITIONS)
     if any(map(is_mutable, graph.graph.nodes)):
         # A decomposition is written in PyTorch too, and may write in place itself.
         graph = trace(torch.func.functionalize(lambda *inputs: graph(*inputs)), arguments, DECOMPOSITIONS)

@@ -51,6 +51,8 @@ def trace(function: Run, arguments: Sequence[Any], decompositions: Any = None) -
             _quiet(_FAKE_TENSOR_LOG),
         ):
             graph = make_fx(function, decompositions)(*arguments)
+    except BodyError:
+        raise
     except Exception as error:
         raise BodyError(f"the block cannot be traced: {_first_line(error)}") from error
     if decompositions is None:  # else it is not run, but printed

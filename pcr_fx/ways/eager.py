@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pcr_fx.body.isolation import wants_every_op
+from pcr_fx.body.reals import to_complex, to_real
 from pcr_fx.chain import Chain
 from pcr_fx.solvers import blocks
 
@@ -28,6 +30,8 @@ def evaluate_whole(
     Args:
         given: per-block and shared operands of the chain, then of its head.
     """
+    if chain.as_written is not None:
+        return _as_written(chain, states, given, wanted)
     head = chain.head
     if head is None:
         return evaluate(chain, states, *given[0], wanted)
@@ -51,6 +55,36 @@ def evaluate_whole(
     return found
 
 
+def _as_written(
+    chain: Chain,
+    states: Sequence[Tensor],
+    given: Sequence[tuple[Sequence[Tensor | Sequence[Tensor]], Sequence[Tensor]]],
+    wanted: Collection[int] | None,
+) -> dict[int, tuple[Tensor, ...]]:
+    """`evaluate_whole` by the complex blocks that the chain has real and imaginary parts in place of."""
+    assert chain.as_written is not None
+    written, which = chain.as_written
+    written = replace(written, length=chain.length, literals=chain.literals)
+    marks = ((which.operands, which.shared), (which.head_operands, which.head_shared))
+    every = [
+        (_complexes(operands, each), _complexes(shared, common))
+        for (operands, shared), (each, common) in zip(given, marks, strict=False)
+    ]
+    found = evaluate_whole(written, _complexes(states, which.states), every, wanted)
+    returned = (*which.states, *which.outputs)
+    return {
+        block: tuple(to_real(one) if is_complex else one for one, is_complex in zip(values, returned, strict=True))
+        for block, values in found.items()
+    }
+
+
+def _complexes(tensors: Sequence[Any], which: Sequence[bool]) -> list[Any]:
+    def whole(tensor: Any) -> Any:
+        return to_complex(tensor) if isinstance(tensor, Tensor) else [to_complex(one) for one in tensor]
+
+    return [whole(tensor) if is_complex else tensor for tensor, is_complex in zip(tensors, which, strict=True)]
+
+
 def evaluate(
     chain: Chain,
     states: Sequence[Tensor],
@@ -67,6 +101,8 @@ def evaluate(
         operands: per-block operands, stacked `[L, ...]` or a tensor a block; without the literals.
         wanted: numbers of blocks; `None` for all.
     """
+    if chain.as_written is not None:
+        return _as_written(chain, states, [(operands, shared)], wanted)
     literals = list(zip(*chain.literals, strict=True)) or [()] * chain.length
     found = {}
     for index, (block, numbers) in enumerate(zip(blocks(operands, chain.length), literals, strict=True)):

@@ -1,0 +1,505 @@
+"""Ops of complex numbers by those of their real and imaginary parts: what kernels of complex bodies are made of.
+
+Each rule takes the arguments of the op, complex ones as `Pair` and real ones as they are. In products a real number is no
+complex one with an imaginary part of zero: it costs half as much, and gives the same for all finite numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+# Numbers along a dimension that is Fourier transformed by a matrix, or multiplied one after another.
+_MAX_TRANSFORMED, _MAX_IN_TURN = 64, 64
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A complex tensor, or a complex number, by its real and its imaginary part."""
+
+    real: Any
+    imag: Any
+
+
+Number: TypeAlias = "Pair | Tensor | float"
+
+
+def parted(value: Any) -> Any:
+    """A complex number of Python's as a `Pair`; anything else as it is."""
+    return Pair(value.real, value.imag) if isinstance(value, complex) else value
+
+
+def as_pair(value: Number) -> Pair:
+    if isinstance(value, Pair):
+        return value
+    return Pair(value, torch.zeros_like(value) if isinstance(value, Tensor) else 0.0)
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------------------
+
+
+def scaled(value: Number, factor: Any) -> Any:
+    return value if isinstance(factor, (int, float)) and factor == 1 else mul(value, factor)
+
+
+def add(a: Number, b: Number, *, alpha: Any = 1) -> Any:
+    b = scaled(b, parted(alpha))
+    if isinstance(a, Pair) and isinstance(b, Pair):
+        return Pair(a.real + b.real, a.imag + b.imag)
+    pair, other = (a, b) if isinstance(a, Pair) else (b, a)
+    if not isinstance(pair, Pair):
+        return a + b
+    real = pair.real + other
+    return Pair(real, _spread(pair.imag, real))
+
+
+def _spread(part: Any, like: Any) -> Any:
+    """A part in the shape of the other one, which was broadcast."""
+    if not isinstance(like, Tensor):
+        return part
+    if not isinstance(part, Tensor):
+        return torch.full_like(like, part)
+    return part if part.shape == like.shape else part.expand(like.shape)
+
+
+def neg(a: Number) -> Any:
+    return Pair(-a.real, -a.imag) if isinstance(a, Pair) else -a
+
+
+def sub(a: Number, b: Number, *, alpha: Any = 1) -> Any:
+    return add(a, neg(b), alpha=alpha)
+
+
+def mul(a: Number, b: Number) -> Any:
+    if isinstance(a, Pair) and isinstance(b, Pair):
+        real = _difference(_times(a.real, b.real), _times(a.imag, b.imag))
+        return _whole(real, _total(_times(a.real, b.imag), _times(a.imag, b.real)))
+    if isinstance(a, Pair):
+        return _whole(_times(a.real, b), _times(a.imag, b))
+    return _whole(_times(a, b.real), _times(a, b.imag)) if isinstance(b, Pair) else a * b
+
+
+def _times(a: Any, b: Any) -> Any:
+    """The product of two parts; `None` for zero, where a number of the model's source is."""
+    if any(isinstance(one, (int, float)) and one == 0 for one in (a, b)):
+        return None
+    if any(isinstance(one, (int, float)) and one == 1 for one in (a, b)):
+        return b if isinstance(a, (int, float)) and a == 1 else a
+    return a * b
+
+
+def _total(a: Any, b: Any) -> Any:
+    return b if a is None else a if b is None else a + b
+
+
+def _difference(a: Any, b: Any) -> Any:
+    return (None if b is None else -b) if a is None else a if b is None else a - b
+
+
+def _whole(real: Any, imag: Any) -> Pair:
+    """A pair of parts of which one may be nothing."""
+    if real is None:
+        real = torch.zeros_like(imag) if isinstance(imag, Tensor) else 0.0
+    if imag is None:
+        imag = torch.zeros_like(real) if isinstance(real, Tensor) else 0.0
+    return Pair(real, imag)
+
+
+def conj(a: Number) -> Any:
+    return Pair(a.real, -a.imag) if isinstance(a, Pair) else a
+
+
+def reciprocal(a: Number) -> Any:
+    return div(1.0, a)
+
+
+def div(a: Number, b: Number) -> Any:
+    """As PyTorch divides: by the larger of both parts first, so that nothing overflows on the way."""
+    if not isinstance(b, Pair):
+        return Pair(a.real / b, a.imag / b) if isinstance(a, Pair) else a / b
+    if not isinstance(b.real, Tensor):
+        inverse = 1 / complex(b.real, b.imag)
+        return mul(a, Pair(inverse.real, inverse.imag))
+    above = a if isinstance(a, Pair) else Pair(a, 0.0)
+    is_real = b.real.abs() >= b.imag.abs()
+    large, small = torch.where(is_real, b.real, b.imag), torch.where(is_real, b.imag, b.real)
+    rest = torch.where(large == 0, large, small / large)
+    scale = 1 / (large + small * rest)
+    # (x + iy) (1 - i rest), or with both exchanged; a real one has no y.
+    x, y = above.real, above.imag
+    if not isinstance(a, Pair):
+        return Pair(x * torch.where(is_real, 1.0, rest) * scale, -x * torch.where(is_real, rest, 1.0) * scale)
+    real = torch.where(is_real, x + y * rest, x * rest + y)
+    imag = torch.where(is_real, y - x * rest, y * rest - x)
+    return Pair(real * scale, imag * scale)
+
+
+# --- functions of one number --------------------------------------------------------------------------------------------
+
+
+def absolute(a: Pair) -> Tensor:
+    return torch.hypot(a.real, a.imag)
+
+
+def angle(a: Pair) -> Tensor:
+    return torch.atan2(a.imag, a.real)
+
+
+def sgn(a: Pair) -> Pair:
+    size = absolute(a)
+    divisor = torch.where(size == 0, 1.0, size)
+    return Pair(a.real / divisor, a.imag / divisor)
+
+
+def exp(a: Pair) -> Pair:
+    """Of a real number it is one, also where it is infinite."""
+    result = polar(torch.exp(a.real), a.imag)
+    return Pair(result.real, torch.where(a.imag == 0, a.imag, result.imag))
+
+
+def log(a: Pair) -> Pair:
+    return Pair(torch.log(absolute(a)), angle(a))
+
+
+def sqrt(a: Pair) -> Pair:
+    """By the half of the plane that the number is in: no cancellation."""
+    root = torch.sqrt((absolute(a) + a.real.abs()) / 2)
+    other = torch.where(root == 0, root, a.imag.abs() / (2 * torch.where(root == 0, 1.0, root)))
+    sign = torch.where(torch.signbit(a.imag), -torch.ones_like(root), 1.0)
+    right = a.real >= 0
+    return Pair(torch.where(right, root, other), torch.where(right, other, root) * sign)
+
+
+def power(a: Number, b: Number) -> Any:
+    """Small whole exponents by products, as PyTorch has them; any other by the logarithm, and zero is zero."""
+    if isinstance(b, (int, float)) and b == int(b) and 0 < abs(b) <= 3:
+        result = a
+        for _ in range(int(abs(b)) - 1):
+            result = mul(result, a)
+        return result if b > 0 else reciprocal(result)
+    if isinstance(b, (int, float)) and b == 0.5:
+        return sqrt(as_pair(a))
+    if isinstance(a, (int, float)):
+        return exp(mul(b, math.log(a))) if a > 0 else NotImplemented
+    base = as_pair(a)
+    result = exp(mul(log(base), b))
+    is_zero = (base.real == 0) & (base.imag == 0)
+    return Pair(torch.where(is_zero, 0.0, result.real), torch.where(is_zero, 0.0, result.imag))
+
+
+def polar(size: Any, angle: Any) -> Pair:
+    return Pair(size * torch.cos(angle), size * torch.sin(angle))
+
+
+def sin(a: Pair) -> Pair:
+    return Pair(torch.sin(a.real) * torch.cosh(a.imag), torch.cos(a.real) * torch.sinh(a.imag))
+
+
+def cos(a: Pair) -> Pair:
+    return Pair(torch.cos(a.real) * torch.cosh(a.imag), -torch.sin(a.real) * torch.sinh(a.imag))
+
+
+def _times_i(a: Pair) -> Pair:
+    return Pair(-a.imag, a.real)
+
+
+def _over_i(a: Pair) -> Pair:
+    return Pair(a.imag, -a.real)
+
+
+def sinh(a: Pair) -> Pair:
+    return _over_i(sin(_times_i(a)))
+
+
+def cosh(a: Pair) -> Pair:
+    return cos(_times_i(a))
+
+
+def tanh(a: Pair) -> Any:
+    real, imag = torch.tanh(a.real), torch.tan(a.imag)
+    return div(Pair(real, imag), Pair(torch.ones_like(real), real * imag))
+
+
+def sigmoid(a: Pair) -> Any:
+    return reciprocal(add(exp(neg(a)), 1.0))
+
+
+def _tanh_backward(cotangent: Number, result: Number) -> Any:
+    return mul(cotangent, conj(sub(1.0, mul(result, result))))
+
+
+def _sigmoid_backward(cotangent: Number, result: Number) -> Any:
+    return mul(cotangent, conj(mul(sub(1.0, result), result)))
+
+
+# --- products of matrices -----------------------------------------------------------------------------------------------
+
+
+def bilinear(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    def of(a: Number, b: Number) -> Any:
+        if isinstance(a, Pair) and isinstance(b, Pair):
+            real = product(a.real, b.real) - product(a.imag, b.imag)
+            return Pair(real, product(a.real, b.imag) + product(a.imag, b.real))
+        if isinstance(a, Pair):
+            return Pair(product(a.real, b), product(a.imag, b))
+        assert isinstance(b, Pair)
+        return Pair(product(a, b.real), product(a, b.imag))
+
+    return of
+
+
+def _added(product: Callable[..., Any]) -> Callable[..., Any]:
+    """addmm and the like."""
+
+    def of(added: Number, a: Number, b: Number, *, beta: Any = 1, alpha: Any = 1) -> Any:
+        result = scaled(bilinear(product)(a, b), parted(alpha))
+        return result if beta == 0 else add(scaled(added, parted(beta)), result)
+
+    return of
+
+
+def _addcmul(a: Number, b: Number, c: Number, *, value: Any = 1) -> Any:
+    return add(a, scaled(mul(b, c), parted(value)))
+
+
+def _addcdiv(a: Number, b: Number, c: Number, *, value: Any = 1) -> Any:
+    return add(a, scaled(div(b, c), parted(value)))
+
+
+# --- along a dimension --------------------------------------------------------------------------------------------------
+
+
+def _product(a: Pair, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if dim is None:
+        a, dim = Pair(a.real.reshape(-1), a.imag.reshape(-1)), 0
+    if not 0 < a.real.shape[dim] <= _MAX_IN_TURN:
+        return NotImplemented
+    parts = [Pair(*both) for both in zip(a.real.unbind(dim), a.imag.unbind(dim), strict=True)]
+    result = functools.reduce(mul, parts)
+    return Pair(result.real.unsqueeze(dim), result.imag.unsqueeze(dim)) if keepdim else result
+
+
+def _running_product(a: Pair, dim: int, *, dtype: Any = None) -> Any:
+    if not 0 < a.real.shape[dim] <= _MAX_IN_TURN:
+        return NotImplemented
+    first, *others = (Pair(*both) for both in zip(a.real.unbind(dim), a.imag.unbind(dim), strict=True))
+    results = [first]
+    for other in others:
+        results.append(mul(results[-1], other))
+    return Pair(*(torch.stack([getattr(one, part) for one in results], dim) for part in ("real", "imag")))
+
+
+def _norm(a: Pair, *rest: Any, **options: Any) -> Any:
+    return aten.linalg_vector_norm.default(absolute(a), *rest, **{**options, "dtype": None})
+
+
+# --- Fourier transforms -------------------------------------------------------------------------------------------------
+
+
+def _waves(rows: int, columns: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of 2 pi j k / size, `[rows, columns]`."""
+    j, k = (torch.arange(count, dtype=torch.int64, device=like.device) for count in (rows, columns))
+    turns = torch.remainder(j[:, None] * k, size).to(torch.float64) * (2 * math.pi / size)
+    return torch.cos(turns).to(like.dtype), torch.sin(turns).to(like.dtype)
+
+
+def _norm_factor(sizes: Sequence[int], normalization: int) -> float:
+    return (1.0, math.prod(sizes) ** -0.5, 1 / math.prod(sizes))[normalization]
+
+
+def _along(dim: int, x: Tensor, matrix: Tensor) -> Tensor:
+    return (x.movedim(dim, -1) @ matrix).movedim(-1, dim)
+
+
+def _transformed(a: Number, dim: int, forward: bool) -> Any:
+    size = (a.real if isinstance(a, Pair) else a).shape[dim]  # type: ignore[union-attr]
+    cosine, sine = _waves(size, size, size, a.real if isinstance(a, Pair) else a)
+    waves = Pair(cosine, -sine if forward else sine)
+    return bilinear(functools.partial(_along, dim))(a, waves)
+
+
+def _are_few(sizes: Sequence[int]) -> bool:
+    return all(0 < size <= _MAX_TRANSFORMED for size in sizes)
+
+
+def _fft(a: Number, dims: Sequence[int], normalization: int, forward: bool) -> Any:
+    sizes = [as_real_part(a).shape[dim] for dim in dims]
+    if not _are_few(sizes):
+        return NotImplemented
+    for dim in dims:
+        a = _transformed(a, dim, forward)
+    return scaled(a, _norm_factor(sizes, normalization))
+
+
+def as_real_part(a: Any) -> Tensor:
+    return a.real if isinstance(a, Pair) else a
+
+
+def _real_fft(a: Tensor, dims: Sequence[int], normalization: int, onesided: bool) -> Any:
+    sizes = [a.shape[dim] for dim in dims]
+    if not _are_few(sizes):
+        return NotImplemented
+    *others, last = dims
+    size = a.shape[last]
+    cosine, sine = _waves(size, size // 2 + 1 if onesided else size, size, a)
+    result: Any = Pair(_along(last, a, cosine), -_along(last, a, sine))
+    return scaled(_fft(result, others, 0, True), _norm_factor(sizes, normalization))
+
+
+def _inverse_real_fft(a: Pair, dims: Sequence[int], normalization: int, last_size: int) -> Any:
+    *others, last = dims
+    sizes = [*(a.real.shape[dim] for dim in others), last_size]
+    if not _are_few(sizes):
+        return NotImplemented
+    a = _fft(a, others, 0, False)
+    count = last_size // 2 + 1
+    cosine, sine = _waves(count, last_size, last_size, a.real)
+    # All but the mean, and the fastest of an even number, stand for two.
+    twice = [1.0 if k == 0 or 2 * k == last_size else 2.0 for k in range(count)]
+    weights = torch.stack([torch.full_like(cosine[0], weight) for weight in twice])
+    real, imag = a.real.narrow(last, 0, count), a.imag.narrow(last, 0, count)
+    result = _along(last, real, weights * cosine) - _along(last, imag, weights * sine)
+    return scaled(result, _norm_factor(sizes, normalization))
+
+
+# --- choices and comparisons --------------------------------------------------------------------------------------------
+
+
+def _where(condition: Tensor, a: Number, b: Number) -> Pair:
+    a, b = as_pair(a), as_pair(b)
+    return Pair(torch.where(condition, a.real, b.real), torch.where(condition, a.imag, b.imag))
+
+
+def _masked_fill(a: Pair, mask: Tensor, value: Number) -> Pair:
+    return _where(mask, value, a)
+
+
+def _eq(a: Number, b: Number) -> Tensor:
+    a, b = as_pair(a), as_pair(b)
+    return (a.real == b.real) & (a.imag == b.imag)
+
+
+def _of_both(test: Callable[[Tensor], Tensor], combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Pair], Tensor]:
+    return lambda a: combine(test(a.real), test(a.imag))
+
+
+# By name, for all overloads.
+RULES: dict[str, Callable[..., Any]] = {
+    "add": add,
+    "sub": sub,
+    "rsub": lambda a, b, alpha=1: sub(b, a, alpha=alpha),
+    "neg": neg,
+    "_neg_view": neg,
+    "mul": mul,
+    "div": div,
+    "reciprocal": reciprocal,
+    "square": lambda a: mul(a, a),
+    "pow": power,
+    "_conj": conj,
+    "_conj_physical": conj,
+    "conj_physical": conj,
+    "resolve_conj": lambda a: a,
+    "resolve_neg": lambda a: a,
+    "view_as_real": lambda a: torch.stack([a.real, a.imag], -1),
+    "view_as_complex": lambda a: Pair(a.select(-1, 0), a.select(-1, 1)),
+    "real": as_real_part,
+    "imag": lambda a: a.imag,
+    "complex": Pair,
+    "polar": polar,
+    "abs": absolute,
+    "angle": angle,
+    "sgn": sgn,
+    "exp": exp,
+    "log": log,
+    "sqrt": sqrt,
+    "rsqrt": lambda a: reciprocal(sqrt(a)),
+    "sin": sin,
+    "cos": cos,
+    "tan": lambda a: _over_i(tanh(_times_i(a))),
+    "sinh": sinh,
+    "cosh": cosh,
+    "tanh": tanh,
+    "sigmoid": sigmoid,
+    "tanh_backward": _tanh_backward,
+    "sigmoid_backward": _sigmoid_backward,
+    "mm": bilinear(torch.mm),
+    "bmm": bilinear(torch.bmm),
+    "mv": bilinear(torch.mv),
+    "dot": bilinear(lambda a, b: (a * b).sum()),
+    "vdot": lambda a, b: bilinear(lambda x, y: (x * y).sum())(conj(a), b),
+    "addmm": _added(torch.mm),
+    "baddbmm": _added(torch.bmm),
+    "addmv": _added(torch.mv),
+    "addcmul": _addcmul,
+    "addcdiv": _addcdiv,
+    "prod": _product,
+    "cumprod": _running_product,
+    "linalg_vector_norm": _norm,
+    "_fft_c2c": _fft,
+    "_fft_r2c": _real_fft,
+    "_fft_c2r": _inverse_real_fft,
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "eq": _eq,
+    "ne": lambda a, b: ~_eq(a, b),
+    "isnan": _of_both(torch.isnan, torch.logical_or),
+    "isinf": _of_both(torch.isinf, torch.logical_or),
+    "isfinite": _of_both(torch.isfinite, torch.logical_and),
+}
+
+# Ops that do the same to both parts; integers and truth values among their arguments are places, the same for both.
+OF_EACH_PART = frozenset(
+    """alias detach view _unsafe_view reshape _reshape_alias t transpose permute unsqueeze squeeze select slice expand unbind
+    split split_with_sizes unsafe_split unsafe_split_with_sizes chunk clone contiguous copy index gather index_select
+    index_put scatter scatter_add index_add roll flip diagonal diag_embed repeat unfold unfold_backward select_backward
+    slice_backward diagonal_backward index_select_backward cat stack sum mean cumsum tril triu trace constant_pad_nd
+    select_scatter slice_scatter diagonal_scatter lift_fresh lift_fresh_copy movedim embedding masked_scatter""".split()
+)
+# Ops that make a tensor of one number, by what that is; nothing for what they are told.
+FILLED: dict[str, Any] = {
+    **dict.fromkeys(
+        "zeros zeros_like new_zeros empty empty_like new_empty new_empty_strided empty_strided".split(), 0.0
+    ),
+    **dict.fromkeys("ones ones_like new_ones".split(), 1.0),
+    **dict.fromkeys("full full_like new_full scalar_tensor fill".split()),
+}
+
+
+def of_each_part(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The op on the real parts, then on the imaginary parts."""
+
+    def part(leaf: Any, name: str) -> Any:
+        if isinstance(leaf, (list, tuple)):
+            return type(leaf)(part(one, name) for one in leaf)
+        if isinstance(leaf, Pair):
+            return getattr(leaf, name)
+        is_value = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return torch.zeros_like(leaf) if is_value and name == "imag" else leaf
+
+    kwargs = {name: value for name, value in kwargs.items() if name != "dtype"}
+    real, imag = (
+        target(*(part(one, name) for one in args), **{key: part(one, name) for key, one in kwargs.items()})
+        for name in ("real", "imag")
+    )
+    if isinstance(real, (list, tuple)):
+        return [Pair(*both) for both in zip(real, imag, strict=True)]
+    return Pair(real, imag)
+
+
+def filled(node: fx.Node, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Pair:
+    """A tensor of one number, as the op `name` makes it."""
+    number = FILLED[name]
+    if number is None:
+        number = kwargs.get("fill_value", args[0] if name == "scalar_tensor" else args[-1])
+    value, pair = node.meta["val"], as_pair(parted(number))
+    options = {"dtype": value.real.dtype, "device": value.device}
+    parts = (one if isinstance(one, Tensor) else torch.full((), one, **options) for one in (pair.real, pair.imag))
+    return Pair(*(one.expand(value.shape).clone() for one in parts))
