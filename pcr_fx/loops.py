@@ -277,14 +277,9 @@ class Loop:
         if self.chain.as_written is None:
             return self._by_node(given, length, node)
         which = self.chain.as_written[1]
-        marks = which.states, which.operands, which.shared, which.head_operands, which.head_shared
-        parted = [
-            [parts_of_complex(one) if is_complex else one for one, is_complex in zip(tensors, each, strict=True)]
-            for tensors, each in zip(given, marks, strict=True)
-        ]
         returned = (*which.states, *which.outputs)
         leaving = [*self.whole, *range(len(self.states))]
-        pairs = zip(self._by_node(Given(*parted), length, node), leaving, strict=True)
+        pairs = zip(self._by_node(Given(*self._by_parts(*given)), length, node), leaving, strict=True)
         return [complex_of_parts(one) if returned[index] else one for one, index in pairs]
 
     def _by_node(self, given: Given, length: int, node: SolveNode | None) -> Sequence[Any]:
@@ -307,6 +302,17 @@ class Loop:
         except (BodyError, TextError) as reason:
             log.info("%s is exported step by step: %s", self.step.name, reason)
             return None
+
+    def _by_parts(self, *given: Sequence[Tensor]) -> list[list[Any]]:
+        """States, operands, shared operands and those of the head with parts in place of complex tensors."""
+        if self.chain.as_written is None:
+            return [list(tensors) for tensors in given]
+        which = self.chain.as_written[1]
+        marks = which.states, which.operands, which.shared, which.head_operands, which.head_shared
+        return [
+            [parts_of_complex(one) if is_complex else one for one, is_complex in zip(tensors, each, strict=True)]
+            for tensors, each in zip(given, marks, strict=False)
+        ]
 
     def _outputs(
         self,
@@ -380,7 +386,8 @@ class Loop:
         """
         common = [*shared, *(init[index] for index in self.fixed)]
         states, operands = [init[index] for index in self.states], [xs[index] for index in self.xs]
-        signature = signature_of(states, operands, [common[index] for index in self.shared])
+        given = self._by_parts(states, operands, [common[index] for index in self.shared])
+        signature = signature_of(*given)
         return self._plan(self.chain.of_length(length), signature, self.options)
 
     def _plan(self, chain: Chain, signature: Signature, options: Options) -> Plan:
