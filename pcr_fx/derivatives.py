@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
-from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,14 +14,11 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pcr_fx import ops
-from pcr_fx.body import OutputProgram, Program, StateLayout
-from pcr_fx.body.isolation import is_plain_call, is_watched_by_a_mode
-from pcr_fx.call import Call
-from pcr_fx.chain import Leaving
-from pcr_fx.planner import Plan, Watch, plan_by_key
-from pcr_fx.record import SolveRecord, record_of
-from pcr_fx.targets import PointerTable
-from pcr_fx.ways import Native, evaluate
+from pcr_fx.body import OutputProgram, Program
+from pcr_fx.body.isolation import is_watched_by_a_mode
+from pcr_fx.planner import Plan, plan_by_key
+from pcr_fx.record import record_of
+from pcr_fx.ways import evaluate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -56,104 +52,11 @@ class Solve(torch.autograd.Function):
         initial, trajectory, *tensors = ctx.saved_tensors
         program = ctx.plan.program
         needs = [*program.differentiable_operands, *program.differentiable_shared]
-        d_initial, *rest = _gradients(ctx.plan, ctx.record, ctx.num_operands, initial, trajectory, cotangents, tensors)
+        d_initial, *rest = gradients_of(
+            ctx.plan, ctx.record, ctx.num_operands, initial, trajectory, cotangents, tensors
+        )
         waiting = iter(rest)
         return d_initial, None, None, None, *(next(waiting) if need else None for need in needs)
-
-
-class Back(NamedTuple):
-    """The way back of a call, what times some of them, and what is to be done where they take another time than they should."""
-
-    way: Native
-    watch: Watch | None
-    doubt: Callable[[], None]
-
-    def pull(self, record: SolveRecord, call: Call, *given: Any) -> tuple[Tensor, Sequence[Tensor]]:
-        """The gradients of the initial state, and of what else is differentiable, by native code.
-
-        Args:
-            given: the trajectory, then cotangents, as the kernel takes them.
-        """
-        trajectory, cotangents, *results = given
-        began = perf_counter() if self.watch is not None and self.watch.begins() else None
-        d_initial, *rest = self.way.kernel.solve_adjoint(call, trajectory, cotangents, self.way.threads, *results)
-        if began is not None and self.watch.ended(perf_counter() - began):  # type: ignore[union-attr]
-            self.doubt()
-        record.backward(self.way.solver, False)
-        return d_initial, rest
-
-
-def is_plain_backward(given: Iterable[Tensor | None]) -> bool:
-    """Whether native code may pull these back: not where a gradient is differentiated in turn, or many are taken at once."""
-    single = all(one is None or (type(one) is Tensor and not is_legacy_batchedtensor(one)) for one in given)
-    return single and not torch.is_grad_enabled() and is_plain_call()
-
-
-def tensors_of(operands: Sequence[Tensor | PointerTable]) -> list[Tensor]:
-    """The tensors of operands, which autograd is to know; of those read in place the blocks' own."""
-    return [one for each in operands for one in (each.tensors if isinstance(each, PointerTable) else (each,))]
-
-
-class KernelSolve(torch.autograd.Function):
-    """`Solve` by native code, for plain calls: less than half of what `Solve` and its operators cost.
-
-    Returns what leaves the chain: the trajectory if any state is taken whole, then the taps. Of operands read in place the
-    blocks' own tensors are inputs, and get their gradients as views of one: to stack thousands, and take the gradient
-    apart again, in autograd would double the cost.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        plan: Plan,
-        way: Native,
-        back: Back,
-        record: SolveRecord,
-        leaving: Leaving,
-        operands: Sequence[Tensor | PointerTable],
-        shared: Sequence[Tensor],
-        initial: Tensor,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """`tensors`: the operands, tables as their tensors, then the shared operands."""
-        ctx.plan, ctx.back, ctx.record, ctx.leaving = plan, back, record, leaving
-        ctx.set_materialize_grads(False)
-        trajectory = way.kernel.solve(plan.program.call_with(initial, operands, shared), way.threads)
-        if any(ctx.needs_input_grad):
-            ctx.inputs = SavedInputs(operands, len(shared))
-            ctx.save_for_backward(initial, trajectory, *(t for t in operands if isinstance(t, Tensor)), *shared)
-        taken = tapped(plan.program.layout, trajectory, leaving.taps)
-        return (trajectory, *taken) if leaving.whole else taken
-
-    @staticmethod
-    @unseen_by_dynamo
-    def backward(ctx: Any, *given: Tensor | None) -> tuple[Any, ...]:
-        if all(part is None for part in given):
-            return (None,) * len(ctx.needs_input_grad)
-        initial, trajectory, *saved = ctx.saved_tensors
-        plan, back = ctx.plan, ctx.back
-        program = plan.program
-        among = cotangents_of(program.layout, initial, ctx.leaving, given)
-        rest: Sequence[Tensor | None]
-        plain = is_plain_backward(among.values() if isinstance(among, dict) else (among,))
-        if plain and back.way.is_ready("backward", initial):
-            operands, shared = ctx.inputs.in_place(saved)
-            d_initial, rest = back.pull(ctx.record, program.call_with(initial, operands, shared), trajectory, among)
-        else:
-            # Second derivatives have no kernel: later calls are left to the model's own ops.
-            ctx.record.is_differentiated_twice |= torch.is_grad_enabled()
-            stacked = ctx.inputs.stacked(saved)
-            if isinstance(among, dict):
-                zero = torch.zeros_like(initial)
-                dense = torch.stack([among.get(block, zero) for block in range(program.length)])
-            else:
-                dense = among
-            count = program.chain.num_operands
-            d_initial, *rest = _gradients(plan, ctx.record.id, count, initial, trajectory, dense, stacked)
-        waiting = iter(rest)
-        needs = [*program.differentiable_operands, *program.differentiable_shared]
-        gradients = [next(waiting) if need else None for need in needs]
-        return None, None, None, None, None, None, None, d_initial, *ctx.inputs.spread(gradients)
 
 
 class Outputs(torch.autograd.Function):
@@ -199,102 +102,7 @@ def _is_looked_on() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-class SavedInputs:
-    """The operands of a call for its backward: as autograd saves them, but for those read in place.
-
-    Those are thousands; that none was written to in between is seen by their versions.
-    """
-
-    def __init__(self, operands: Sequence[Tensor | PointerTable], num_shared: int) -> None:
-        self.tables = [operand if isinstance(operand, PointerTable) else None for operand in operands]
-        self.num_shared = num_shared
-        self.versions = self._versions()
-
-    def _versions(self) -> list[int]:
-        return [tensor._version for table in self.tables if table is not None for tensor in table.tensors]
-
-    def _check(self) -> None:
-        if self._versions() != self.versions:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                "a parameter of a chain, between its forward and its backward"
-            )
-
-    def _merged(self, saved: Sequence[Tensor]) -> list[Tensor | PointerTable]:
-        self._check()
-        waiting = iter(saved)
-        return [next(waiting) if table is None else table for table in self.tables]
-
-    def in_place(self, saved: Sequence[Tensor]) -> tuple[list[Tensor | PointerTable], list[Tensor]]:
-        """Operands for a kernel, and the shared operands."""
-        operands = [
-            torch.stack(operand.tensors) if isinstance(operand, PointerTable) and not operand.holds() else operand
-            for operand in self._merged(saved)
-        ]
-        return operands, list(saved[len(saved) - self.num_shared :])
-
-    def stacked(self, saved: Sequence[Tensor]) -> list[Tensor]:
-        """Every operand as one tensor, then the shared operands."""
-        operands = [
-            torch.stack(operand.tensors) if isinstance(operand, PointerTable) else operand
-            for operand in self._merged(saved)
-        ]
-        return [*operands, *saved[len(saved) - self.num_shared :]]
-
-    def spread(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of all inputs, from those of operands and shared operands."""
-        spread: list[Tensor | None] = []
-        for index, gradient in enumerate(gradients):
-            table = self.tables[index] if index < len(self.tables) else None
-            if table is None:
-                spread.append(gradient)
-            else:
-                spread += [None] * len(table.tensors) if gradient is None else gradient.unbind(0)
-        return spread
-
-
-def tapped(layout: StateLayout, trajectory: Tensor, taps: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
-    """The states at `taps`, copied: a view would keep the trajectory alive, and pass writes to it on to the backward."""
-    return tuple([layout.unflatten(trajectory[block])[index].clone() for index, block in taps])
-
-
-def cotangents_of(
-    layout: StateLayout, initial: Tensor, leaving: Leaving, given: Sequence[Tensor | None]
-) -> Tensor | dict[int, Tensor]:
-    """Those of all states, `[L, *batch, d]`, or by block where only few have any.
-
-    Args:
-        given: those of what `KernelSolve` returned.
-    """
-    among = _by_block(layout, initial, leaving.taps, given[1:] if leaving.whole else given)
-    dense = given[0] if leaving.whole else None
-    if dense is None:
-        return among
-    if among:
-        # Out of place, since gradients may be differentiated in turn.
-        blocks = torch.tensor(list(among), device=dense.device)
-        dense = dense.index_add(0, blocks, torch.stack(list(among.values())))
-    return dense
-
-
-def _by_block(
-    layout: StateLayout, initial: Tensor, taps: Sequence[tuple[int, int]], given: Sequence[Tensor | None]
-) -> dict[int, Tensor]:
-    """The cotangents of the states at `taps`, of those blocks that have any, each `[*batch, d]`."""
-    if layout.is_flat:
-        return {block: part for (_, block), part in zip(taps, given, strict=True) if part is not None}
-    blocks: dict[int, dict[int, Tensor]] = {}
-    for (index, block), part in zip(taps, given, strict=True):
-        if part is not None:
-            blocks.setdefault(block, {})[index] = part
-    zeros = layout.unflatten(torch.zeros_like(initial))
-    return {
-        block: layout.flatten([parts.get(index, zero) for index, zero in enumerate(zeros)])
-        for block, parts in blocks.items()
-    }
-
-
-def _gradients(
+def gradients_of(
     plan: Plan,
     record: int,
     num_operands: int,

@@ -16,20 +16,20 @@ from torch.utils._python_dispatch import _disable_current_modes
 from pcr_fx.body import Interface, Joined, Signature, join
 from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.chain import Chain, Leaving, Place, TensorSpec
-from pcr_fx.derivatives import (
+from pcr_fx.derivatives import unseen_by_dynamo
+from pcr_fx.errors import BodyError, UnsupportedError
+from pcr_fx.looks import plain_look, signature_of
+from pcr_fx.operands import Operand, in_place, look
+from pcr_fx.planner import Plan
+from pcr_fx.record import SolveRecord
+from pcr_fx.straight import (
     Back,
     SavedInputs,
     cotangents_of,
     is_plain_backward,
     tapped,
     tensors_of,
-    unseen_by_dynamo,
 )
-from pcr_fx.errors import BodyError, UnsupportedError
-from pcr_fx.looks import plain_look, signature_of
-from pcr_fx.operands import Operand, in_place, look
-from pcr_fx.planner import Plan
-from pcr_fx.record import SolveRecord
 from pcr_fx.targets import CppKernel, PointerTable
 from pcr_fx.targets.cpp.memory import empty
 from pcr_fx.targets.cpp.results import NOWHERE, Strides, in_order, result_strides

@@ -58,7 +58,7 @@ def test_plans_are_shared_where_one_is_right_for_all_sizes() -> None:
         for batch, shape in shapes:
             fast(torch.randn(*batch, D), torch.randn(*shape))
         (node,) = (node for node in fast._pcr_variants[0].run.children() if hasattr(node, "_routes"))
-        assert len({route.plan.key for route in node._routes.values()}) == plans
+        assert len({route.plan.key for route in node.routes.known.values()}) == plans
 
 
 def test_what_is_too_large_for_a_kernel_is_so_for_its_size_only() -> None:

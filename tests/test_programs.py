@@ -18,7 +18,7 @@ from pcr_fx.registry import Registry
 
 
 def programs(node: SolveNode) -> set[str]:
-    return {route.plan.program.key for route in node._routes.values()}  # type: ignore[union-attr]
+    return {route.plan.program.key for route in node.routes.known.values()}  # type: ignore[union-attr]
 
 
 PER_SAMPLE = Case(lambda z, m: (torch.tanh(z * m),), states=(("B", D),), operands=((5, D),))

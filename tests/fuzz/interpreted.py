@@ -17,6 +17,7 @@ from pcr_fx.call import Call
 from pcr_fx.codegen.interpreter import interpret
 from pcr_fx.sweep import Sweeps
 from pcr_fx.targets import CppKernel
+from pcr_fx.targets.cpp.launches import gradient_shapes
 from pcr_fx.targets.kernel import as_real
 
 
@@ -63,9 +64,8 @@ def _solve_adjoint(
 ) -> list[Tensor]:
     previous = torch.cat([call.initial.unsqueeze(0), trajectory[:-1]]).reshape(call.length, -1, self.body.dimension)
     adjoint = torch.zeros_like(previous[0])
-    gradients = [
-        None if gone is None else torch.zeros_like(gone) for gone in self._empty_gradients(call.initial, call.length)
-    ]
+    shapes = gradient_shapes(self.lowered, call.length, call.initial.shape[: len(self.body.batch_dims)])
+    gradients = [None if shape is None else call.initial.new_zeros(shape) for shape in shapes]
     for block in reversed(range(call.length)):
         given = cotangents[block] if isinstance(cotangents, Tensor) else cotangents.get(block)
         adjoint = adjoint if given is None else adjoint + given.reshape(adjoint.shape)

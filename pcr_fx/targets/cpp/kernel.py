@@ -5,13 +5,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import struct
+import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,12 +22,12 @@ from pcr_fx.codegen import Unprintable
 from pcr_fx.locks import fork_safe_lock
 from pcr_fx.stopping import Outcome
 from pcr_fx.targets.cpp.build import CompilerError, check_compiler, load
+from pcr_fx.targets.cpp.launches import Launch, Run, gradient_shapes
 from pcr_fx.targets.cpp.memory import empty
-from pcr_fx.targets.cpp.pointers import address_in
-from pcr_fx.targets.cpp.results import NOWHERE, Words, cotangent_words
+from pcr_fx.targets.cpp.results import Words, cotangent_words
 from pcr_fx.targets.cpp.source import REALS, WHOLE, chain_source, summed_numbers
 from pcr_fx.targets.cpp.threads import Team, available_threads
-from pcr_fx.targets.kernel import LoweredBody, as_real, check_tensors
+from pcr_fx.targets.kernel import LoweredBody, check_tensors
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +46,8 @@ _VECTOR_GRADIENTS = 512
 # has them copied at every block: with 8 samples that is slower from 1,000 numbers on, three times so at 4,000.
 _VECTOR_SHARED = 2**15
 
-# Directions and sizes that a kernel knows how to launch without working it out again.
+# Launches that a kernel keeps, of directions and sizes.
 _LAUNCHES = 256
-# The words of an adjoint or of Newton's method that a forward leaves out.
-_NOTHING = (0, 0, 0, 0, 0)
-
-Run = Callable[[bytes], None]
 
 
 class Scattered(Protocol):
@@ -85,9 +79,8 @@ class CppKernel:
     held: int
     summed: tuple[int, int, int]
     failure: str | None = None
-    _shapes: dict[tuple[int, torch.Size], list[tuple[int, ...] | None]] = field(default_factory=dict)
     _runs: dict[tuple[str, bool, bool], Run | None] = field(default_factory=dict)
-    _launches: dict[tuple[str, int, int], tuple[Run, int]] = field(default_factory=dict)
+    _launches: dict[tuple[str, int, torch.Size], Launch] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=fork_safe_lock)
     _team: Team = field(default_factory=Team)
 
@@ -147,7 +140,7 @@ class CppKernel:
             return False  # its d is that of several samples, which do not depend on each other
         if direction == "newton" and not self._vectors_fit:
             return False  # it puts a row of a Jacobian in each lane
-        return self._run(direction, self._samples(initial)) is not None
+        return self._run(direction, self._samples(initial.shape)) is not None
 
     def feeds(self, direction: str, samples: int, length: int | None = None) -> int:
         """How many threads the work of all blocks feeds, and PyTorch may use; where lanes are samples, each has a vector.
@@ -168,7 +161,7 @@ class CppKernel:
         """
         initial = call.initial.contiguous()
         trajectory = empty(initial, (call.length, *initial.shape))
-        self._call("forward", call, initial, trajectory, _NOTHING, threads=threads)
+        self._launch("forward", call.length, initial.shape).forward(call, initial, trajectory, threads=threads)
         return trajectory
 
     def solve_states(self, call: Call, blocks: tuple[int, ...], threads: int | None = None) -> Sequence[Tensor]:
@@ -181,7 +174,8 @@ class CppKernel:
         initial = call.initial.contiguous()
         # One state alone is not to be a view, which remembers that it was made without gradients.
         made = empty(initial, initial.shape if len(blocks) == 1 else (len(blocks), *initial.shape))
-        self._call("forward", call, initial, made, _NOTHING, threads=threads, rows=_rows(blocks, call.length))
+        rows = _rows(blocks, call.length)
+        self._launch("forward", call.length, initial.shape).forward(call, initial, made, rows, threads=threads)
         return (made,) if len(blocks) == 1 else made.unbind(0)
 
     def sweep(
@@ -204,7 +198,7 @@ class CppKernel:
         count = call.length if keeps else len(blocks)
         made = empty(initial, (count, *initial.shape)) if count else None
         rows = None if keeps or made is None else _rows(blocks, call.length)
-        self._call("forward", call, initial, made, _NOTHING, threads=threads, rows=rows, results=results)
+        self._launch("forward", call.length, initial.shape).forward(call, initial, made, rows, results, threads)
         return made
 
     def batch_dims_of(self, result: int) -> tuple[int, ...]:
@@ -226,7 +220,7 @@ class CppKernel:
         initial = call.initial.contiguous()
         trajectory = empty(initial, (call.length, *initial.shape))
         iteration = (ctypes.c_double * 5)(tolerance, max_iterations)
-        self._call("newton", call, initial, trajectory, (0, 0, 0, 0, ctypes.addressof(iteration)))
+        self._launch("newton", call.length, initial.shape).newton(call, initial, trajectory, iteration)
         _, _, iterations, residual, outcome = iteration
         return trajectory, list(Outcome)[int(outcome)].name, int(iterations), residual
 
@@ -248,141 +242,40 @@ class CppKernel:
             results: cotangents of each state and output that `sweep` wrote, `[L, ...]`; or of some blocks' parts.
         """
         initial, trajectory = call.initial.contiguous(), trajectory.contiguous()
-        given = self._cotangents(cotangents, call.length)
-        d_initial = torch.empty_like(initial)
         told = [
             cotangent_words(one, self.batch_dims_of(index), self.lowered.results[index].size, call.length)
             for index, one in enumerate(results)
         ]
-        gradients = self._empty_gradients(initial, call.length)
-        addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
-        places = (*given.words, d_initial.data_ptr(), 0)
-        self._call(
-            "adjoint", call, initial, trajectory, places, addresses, threads, results=[words for words, _ in told]
-        )
-        return [d_initial, *(gradient for gradient in gradients if gradient is not None)]
-
-    def _cotangents(self, cotangents: Tensor | Mapping[int, Tensor], length: int) -> _Given:
-        if isinstance(cotangents, Tensor):
-            dense = cotangents.contiguous()
-            return _Given(_words_of(dense), [dense])
-        table = (ctypes.c_void_p * length)()
-        kept: list[Any] = [table]
-        for block, cotangent in cotangents.items():
-            cotangent = cotangent.contiguous()
-            table[block] = cotangent.data_ptr()
-            kept.append(cotangent)
-        return _Given((0, 0, ctypes.addressof(table)), kept)
-
-    def _places(self, samples: int, call: Call) -> tuple[list[int], list[Any]]:
-        """Where every operand and shared operand lies, and what is to be kept until the call is over.
-
-        Native code reads what it was compiled for: that much has to be there.
-        """
-        words: list[int] = []
-        kept: list[Any] = []
-        dtype, sizes = self.program.dtype, iter(self._sizes)
-        for operand in call.operands:
-            size, own = next(sizes)
-            if hasattr(operand, "words"):
-                words += operand.words
-            else:
-                operand = as_real(operand, dtype).contiguous()
-                numbers = size * samples if own else size
-                assert operand.numel() == call.length * numbers, "another kernel is for these sizes"
-                words += operand.data_ptr(), numbers * dtype.itemsize, 0
-            kept.append(operand)
-        for tensor in call.shared:
-            size, own = next(sizes)
-            tensor = as_real(tensor, dtype).contiguous()
-            assert tensor.numel() == (size * samples if own else size), "another kernel is for these sizes"
-            memory = tensor.untyped_storage()  # the tensor may get another from another thread
-            words += (address_in(memory, tensor), 0, 0)
-            kept += (tensor, memory)
-        return words, kept
-
-    def _empty_gradients(self, initial: Tensor, length: int) -> list[Tensor | None]:
-        """Memory for the gradient of every operand, literal (which has none) and shared operand."""
-        shapes = self._gradient_shapes(length, initial.shape[: len(self.body.batch_dims)])
-        return [None if shape is None else empty(initial, shape) for shape in shapes]
-
-    def _gradient_shapes(self, length: int, batch: torch.Size) -> list[tuple[int, ...] | None]:
-        key = length, batch
-        if key in self._shapes:
-            return self._shapes[key]
-        program, rank = self.program, len(self.body.batch_dims)
-        shapes: list[tuple[int, ...] | None] = []
-        blocks = [*((length,) for _ in program.signature.operands), *(() for _ in program.signature.shared)]
-        specs = [*program.signature.operands, *program.signature.shared]
-        needs = [*program.differentiable_operands, *program.differentiable_shared]
-        operands = len(program.signature.operands)
-        owns = [*self.body.own[:operands], *self.body.own[operands + len(program.literals) :]]
-        for leading, spec, need, own in zip(blocks, specs, needs, owns, strict=True):
-            shape = (*batch, *spec.shape[rank:]) if own else spec.shape
-            shapes.append((*leading, *shape) if need else None)
-        shapes[operands:operands] = [None for _ in program.literals]
-        self._shapes[key] = shapes
-        if len(self._shapes) > _LAUNCHES:
-            self._shapes.pop(next(iter(list(self._shapes))), None)  # other threads may be at it, too
-        return shapes
-
-    @functools.cached_property
-    def _nowhere(self) -> tuple[int, ...]:
-        """The words of results that nobody wants."""
-        return NOWHERE * len(self.lowered.results)
-
-    @functools.cached_property
-    def _sizes(self) -> list[tuple[int, bool]]:
-        """The numbers of each input, of a block or of a block and sample, and which of these it is."""
-        return [(one.size, one.own) for one in self.lowered.inputs]
+        launch, words = self._launch("adjoint", call.length, initial.shape), [words for words, _ in told]
+        return launch.adjoint(call, initial, trajectory, cotangents, words, threads)
 
     @property
     def _vectors_fit(self) -> bool:
         """Whether the stack has room for a vector in place of each number."""
         return self.held * _VECTOR_BYTES <= _STACK_BYTES
 
-    def _samples(self, state: Tensor) -> int:
-        assert state.numel() % self.body.dimension == 0, "another kernel is for this state"
-        return state.numel() // self.body.dimension
+    def _samples(self, shape: Sequence[int]) -> int:
+        numbers = math.prod(shape)
+        assert numbers % self.body.dimension == 0, "another kernel is for this state"
+        return numbers // self.body.dimension
 
-    def _call(
-        self,
-        direction: str,
-        call: Call,
-        initial: Tensor,
-        trajectory: Tensor | None,
-        words: tuple[int, ...],
-        gradients: Sequence[int] = (),
-        threads: int | None = None,
-        rows: Tensor | None = None,
-        results: Sequence[Words] = (),
-    ) -> None:
-        """Call native code, in the order of the fields of `Call` in call.h."""
-        samples = self._samples(initial)
-        kind = direction, call.length, samples
-        run, fed = self._launches.get(kind) or self._launch(*kind)
-        places, _kept = self._places(samples, call)
-        fed = 1 if fed == 1 else min(threads or fed, available_threads(), fed)
-        is_shared = fed > 1 and self._team.may_share(kind)
-        where = 0 if rows is None else rows.data_ptr()
-        addresses = initial.data_ptr(), 0 if trajectory is None else trajectory.data_ptr(), where
-        told = chain.from_iterable(results) if results else self._nowhere
-        every = (call.length, samples, fed if is_shared else 1, *addresses, *words, *places, *told, *gradients)
-        packed = struct.pack(f"{len(every)}q", *every)
-        if fed == 1:
-            run(packed)
-        else:
-            self._team.call(partial(run, packed), kind, is_shared)
+    def _launch(self, direction: str, length: int, shape: torch.Size) -> Launch:
+        """What calls of so many blocks, with an initial state of this shape, have in common."""
+        key = direction, length, shape
+        return self._launches.get(key) or self._prepared(*key)
 
-    def _launch(self, direction: str, length: int, samples: int) -> tuple[Run, int]:
-        """The compiled function for such calls, and how many threads their work feeds, of however many there are."""
+    def _prepared(self, direction: str, length: int, shape: torch.Size) -> Launch:
+        samples = self._samples(shape)
         run = self._run(direction, samples)
         assert run is not None, "a kernel that is not ready is not called"
         operations = self.operations[direction != "forward"]
         if direction == "newton":
             operations *= self.program.dimension
-        made = run, max(1, operations * length * samples // _OPERATIONS_A_THREAD)
-        self._launches[direction, length, samples] = made
+        feeds = max(1, operations * length * samples // _OPERATIONS_A_THREAD)
+        batch = shape[: len(self.body.batch_dims)]
+        gradients = gradient_shapes(self.lowered, length, batch) if direction == "adjoint" else ()
+        made = Launch(run, self.lowered, (direction, length, samples), feeds, self._team, gradients)
+        self._launches[direction, length, shape] = made
         if len(self._launches) > _LAUNCHES:
             self._launches.pop(next(iter(list(self._launches))), None)  # other threads may be at it, too
         return made
@@ -432,14 +325,6 @@ class CppKernel:
             return None
 
 
-@dataclass(frozen=True)
-class _Given:
-    """How native code is told of an operand, and what is to be kept until the call is over."""
-
-    words: tuple[int, int, int]
-    kept: list[Any]
-
-
 @functools.lru_cache(maxsize=16)
 def _rows(wanted: tuple[int, ...], length: int) -> Tensor:
     """For native code: the place of each block's state among those that are wanted, or -1."""
@@ -447,8 +332,3 @@ def _rows(wanted: tuple[int, ...], length: int) -> Tensor:
     for row, block in enumerate(wanted):
         rows[block] = row
     return rows
-
-
-def _words_of(tensor: Tensor) -> tuple[int, int, int]:
-    """Where the blocks' parts of a contiguous `[L, ...]` lie: the first, and the bytes from one to the next."""
-    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size(), 0

@@ -30,6 +30,14 @@ def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) 
     return made
 
 
+def copied_block(trajectory: Tensor, block: int) -> Tensor:
+    """One block's state of a contiguous `[L, ...]` on a CPU, as a tensor of its own: a tenth of what two ops cost."""
+    made = trajectory.new_empty(trajectory.shape[1:])
+    size = made.nbytes
+    ctypes.memmove(made.data_ptr(), trajectory.data_ptr() + block * size, size)
+    return made
+
+
 @functools.cache
 def _advice() -> Callable[[int, int], None] | None:
     """`madvise(..., MADV_HUGEPAGE)`, if this system has it; whether it is followed is its own business."""
