@@ -66,7 +66,9 @@ def solver_costs(model: nn.Sequential, x: Tensor, solver: str) -> tuple[float, f
         cotangents = torch.zeros_like(trajectory)
         cotangents[-1] = 1.0
         forward = median_ms(lambda: ops.solve(x, operands, [], plan.key, number), REPEATS)
-        backward = median_ms(lambda: ops.adjoint(x, trajectory, operands, [], cotangents, plan.key, number), REPEATS)
+        backward = median_ms(
+            lambda: ops.adjoint(x, trajectory, operands, [], cotangents, plan.key, number, []), REPEATS
+        )
     fell_back = node.record.fallbacks + node.record.fallbacks_backward
     assert not fell_back, f"{solver} fell back {fell_back} times: its times are not its own"
     return forward, backward, plan

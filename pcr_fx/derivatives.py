@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pcr_fx import ops
-from pcr_fx.body import OutputProgram, Program
+from pcr_fx.body import OutputProgram, Program, wanted_among
 from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.planner import Plan, plan_by_key
 from pcr_fx.record import record_of
@@ -51,10 +51,9 @@ class Solve(torch.autograd.Function):
     def backward(ctx: Any, cotangents: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         initial, trajectory, *tensors = ctx.saved_tensors
         program = ctx.plan.program
-        needs = [*program.differentiable_operands, *program.differentiable_shared]
-        d_initial, *rest = gradients_of(
-            ctx.plan, ctx.record, ctx.num_operands, initial, trajectory, cotangents, tensors
-        )
+        wanted = wanted_among(program.differentiable, ctx.needs_input_grad[4:])
+        needs, saved = program.wanting(wanted).differentiable, (initial, trajectory, cotangents, tensors)
+        d_initial, *rest = gradients_of(ctx.plan, ctx.record, ctx.num_operands, *saved, wanted)
         waiting = iter(rest)
         return d_initial, None, None, None, *(next(waiting) if need else None for need in needs)
 
@@ -110,19 +109,20 @@ def gradients_of(
     trajectory: Tensor,
     cotangents: Tensor,
     tensors: Sequence[Tensor],
+    wanted: tuple[bool, ...] | None = None,
 ) -> Sequence[Tensor | None]:
-    """Those of the initial state, then of the operands and shared operands that have any."""
+    """Those of the initial state, then of the operands and shared operands that have any and are wanted."""
     watched = is_watched_by_a_mode()
     if not (watched or is_legacy_batchedtensor(cotangents) or _has_tangent(cotangents)):
         found: Sequence[Tensor] = _Adjoint.apply(
-            initial, trajectory, cotangents, plan.key, record, num_operands, *tensors
+            initial, trajectory, cotangents, plan.key, record, num_operands, wanted or (), *tensors
         )
         return found
     # `is_grads_batched` pulls many cotangents back at once, through ops that have a rule for that; so have they for tangents.
     # A mode sees the ops of this backward, and none of the forward that was.
     twice = torch.is_grad_enabled()
     with torch.enable_grad():
-        active, evaluate = _unrolling(plan.program, num_operands, [initial, *tensors])
+        active, evaluate = _unrolling(plan.program.wanting(wanted), num_operands, [initial, *tensors])
         leaves = [tensor if twice and tensor.requires_grad else tensor.detach().requires_grad_() for tensor in active]
         if watched and not initial.requires_grad:
             leaves[0] = initial.detach()
@@ -141,7 +141,7 @@ def _unrolling(
     program: Program, num_operands: int, primals: Sequence[Tensor]
 ) -> tuple[list[Tensor], Callable[..., Tensor]]:
     """Those of a chain's inputs that have gradients, and the trajectory as a function of them, in the model's own ops."""
-    needs = [True, *program.differentiable_operands, *program.differentiable_shared]
+    needs = [True, *program.differentiable]
 
     def trajectory(*active: Tensor) -> Tensor:
         waiting = iter(active)
@@ -167,16 +167,17 @@ class _Adjoint(torch.autograd.Function):
         plan: str,
         record: int,
         num_operands: int,
+        wanted: tuple[bool, ...],
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         operands, shared = list(tensors[:num_operands]), list(tensors[num_operands:])
         _, adjoint = ops.operators_for(plan_by_key(plan))
-        return tuple(adjoint(initial, trajectory, operands, shared, cotangents, plan, record))
+        return tuple(adjoint(initial, trajectory, operands, shared, cotangents, plan, record, list(wanted)))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        initial, _, cotangents, key, ctx.record, ctx.num_operands, *tensors = inputs
-        ctx.program = plan_by_key(key).program
+        initial, _, cotangents, key, ctx.record, ctx.num_operands, wanted, *tensors = inputs
+        ctx.program = plan_by_key(key).program.wanting(wanted or None)
         ctx.save_for_backward(initial, cotangents, *tensors)
 
     @staticmethod
@@ -185,7 +186,7 @@ class _Adjoint(torch.autograd.Function):
         initial, cotangents, *tensors = ctx.saved_tensors
         record_of(ctx.record).is_differentiated_twice = True
         program = ctx.program
-        needs = [True, *program.differentiable_operands, *program.differentiable_shared]
+        needs = [True, *program.differentiable]
         active, trajectory = _unrolling(program, ctx.num_operands, [initial, *tensors])
 
         def gradients(cotangents: Tensor, *active: Tensor) -> tuple[Tensor, ...]:
@@ -195,7 +196,7 @@ class _Adjoint(torch.autograd.Function):
         waiting = iter(d_active)
         d_initial, *d_tensors = (next(waiting) if need else None for need in needs)
         # The trajectory is a function of the other inputs, which `unrolled` computes again.
-        return d_initial, None, d_cotangents, None, None, None, *d_tensors
+        return d_initial, None, d_cotangents, None, None, None, None, *d_tensors
 
 
 def unrolled(program: Program, initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:

@@ -59,7 +59,9 @@ def transform(
         pack_parameters: give the result parameters of its own, copied from the model's, in which one `[L, ...]` stands
             for those of all L blocks of a chain: `parameters()` then has few entries, and a gradient costs what the
             kernel costs. `state_dict` and `load_state_dict` keep the model's names. Train the result's `parameters()`;
-            optimisers that work on each parameter as a whole (LAMB, say, or norms per tensor) see whole chains.
+            optimisers that work on each parameter as a whole (LAMB, say, or norms per tensor) see whole chains. Blocks that a
+            call leaves out get a gradient of zeros, where parameters of their own would get none: one parameter has one
+            gradient.
         optimizer: one of the model's, which from now on trains the result: its groups keep their options, what it keeps of
             parameters (moments, steps) moves to the packed ones, with gradients, and its `state_dict` and
             `load_state_dict` keep the form that they have for the model. Parameters of blocks in different groups, or with

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcr_fx.body import output_program
+from pcr_fx.body import Program, output_program
 from pcr_fx.call import Call
 from pcr_fx.errors import SolveError, UnsupportedError
 from pcr_fx.planner import Plan, plan_by_key
@@ -110,15 +110,23 @@ def adjoint_here(
     cotangents: Tensor,
     plan: str,
     record: int,
+    wanted: Sequence[bool],
 ) -> list[Tensor]:
-    """Cotangents `[d_initial, *d_operands, *d_shared]`, of floating and complex operands only, in this order."""
+    """Cotangents `[d_initial, *d_operands, *d_shared]`, of floating and complex operands only, in this order.
+
+    Args:
+        wanted: whose, of operands and shared operands; empty for all.
+    """
     with torch.autocast(initial.device.type, enabled=False), torch.cuda.device_of(initial):
         named = plan_by_key(plan)
         call = named.program.call_with(initial, operands, shared)
-        return _adjoint(call, trajectory, cotangents, named, record_of(record))
+        program = named.program.wanting(tuple(wanted) or None)
+        return _adjoint(program, call, trajectory, cotangents, named, record_of(record))
 
 
-def _adjoint(call: Call, trajectory: Tensor, cotangents: Tensor, plan: Plan, record: SolveRecord) -> list[Tensor]:
+def _adjoint(
+    program: Program, call: Call, trajectory: Tensor, cotangents: Tensor, plan: Plan, record: SolveRecord
+) -> list[Tensor]:
     samples, may_fall_back = plan.samples(call.initial), plan.options.on_failure == "fallback"
     way: Backward = plan.choice(samples).backward
     rests = way.iterates and not way.queues
@@ -126,14 +134,14 @@ def _adjoint(call: Call, trajectory: Tensor, cotangents: Tensor, plan: Plan, rec
         way, rests = plan.fallback(samples), False
     watch = plan.watch_of(samples, "backward", way)
     began = perf_counter() if watch is not None and watch.begins() else None
-    result, accurate = way.solve_adjoint(plan.program, call, trajectory, cotangents, plan.settings)
+    result, accurate = way.solve_adjoint(program, call, trajectory, cotangents, plan.settings)
     if began is not None and watch.ended(perf_counter() - began):  # type: ignore[union-attr]
         plan.doubt(samples)
     if not accurate:
         _failed_adjoint(plan, record)
         record.rest_backward.failed()
         in_sequence = plan.fallback(samples)
-        result, _ = in_sequence.solve_adjoint(plan.program, call, trajectory, cotangents, plan.settings)
+        result, _ = in_sequence.solve_adjoint(program, call, trajectory, cotangents, plan.settings)
     elif rests:
         record.rest_backward.succeeded()
     record.backward(way.solver, not accurate)
@@ -173,9 +181,10 @@ def _fake_adjoint(
     cotangents: Tensor,
     plan: str,
     record: int,
+    wanted: Sequence[bool],
 ) -> list[Tensor]:
-    program = plan_by_key(plan).program
-    wanted = [
+    program = plan_by_key(plan).program.wanting(tuple(wanted) or None)
+    have = [
         tensor
         for tensors, needs in (
             (operands, program.differentiable_operands),
@@ -184,7 +193,7 @@ def _fake_adjoint(
         for tensor, need in zip(tensors, needs, strict=True)
         if need
     ]
-    return [tensor.new_empty(tensor.shape) for tensor in (initial, *wanted)]
+    return [tensor.new_empty(tensor.shape) for tensor in (initial, *have)]
 
 
 def _register_vmap(op: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 
-from pcr_fx.body import StateLayout
+from pcr_fx.body import StateLayout, wanted_among
 from pcr_fx.body.isolation import is_plain_call
 from pcr_fx.call import Call
 from pcr_fx.chain import Leaving
@@ -33,15 +33,21 @@ class Back(NamedTuple):
     watch: Watch | None
     doubt: Callable[[], None]
 
-    def pull(self, record: SolveRecord, call: Call, *given: Any) -> tuple[Tensor, Sequence[Tensor]]:
-        """The gradients of the initial state, and of what else is differentiable, by native code.
+    def pull(
+        self, record: SolveRecord, call: Call, wanted: tuple[bool, ...] | None, *given: Any
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """The gradients of the initial state, and of what else is differentiable and wanted, by native code.
 
         Args:
+            wanted: whose, of operands and shared operands; `None` for all.
             given: the trajectory, then cotangents, as the kernel takes them.
         """
-        trajectory, cotangents, *results = given
+        trajectory, cotangents, *more = given
+        results = more[0] if more else ()
         began = perf_counter() if self.watch is not None and self.watch.begins() else None
-        d_initial, *rest = self.way.kernel.solve_adjoint(call, trajectory, cotangents, self.way.threads, *results)
+        d_initial, *rest = self.way.kernel.solve_adjoint(
+            call, trajectory, cotangents, self.way.threads, results, wanted
+        )
         if began is not None and self.watch.ended(perf_counter() - began):  # type: ignore[union-attr]
             self.doubt()
         record.backward(self.way.solver, False)
@@ -64,7 +70,7 @@ class Straight:
         self.program = plan.program
         self.layout, self.literals, self.length = self.program.layout, self.program.literals, self.program.length
         self.is_flat = self.layout.is_flat
-        self.needs = *self.program.differentiable_operands, *self.program.differentiable_shared
+        self.needs = self.program.differentiable
         self._is_ready_back = False
 
     def run(
@@ -162,17 +168,18 @@ class KernelSolve(torch.autograd.Function):
         if all(part is None for part in given):
             return (None,) * len(ctx.needs_input_grad)
         initial, trajectory, *saved = ctx.saved_tensors
+        wanted = wanted_among(straight.needs, ctx.inputs.asked(ctx.needs_input_grad[4:]))
         rest: Sequence[Tensor | None]
         if straight.takes(given, initial):
             among = cotangents_of(straight.layout, initial, straight.leaving, given)
             operands, shared = ctx.inputs.in_place(saved)
             call = Call(initial, [*operands, *straight.literals], shared, straight.length)
-            d_initial, rest = straight.back.pull(straight.record, call, trajectory, among)
+            d_initial, rest = straight.back.pull(straight.record, call, wanted, trajectory, among)
         else:
             tensors = ctx.inputs.stacked(saved)
-            d_initial, *rest = _by_ops(straight, initial, trajectory, tensors, given)  # type: ignore[assignment]
+            d_initial, *rest = _by_ops(straight, initial, trajectory, tensors, given, wanted)  # type: ignore[assignment]
         waiting = iter(rest)
-        gradients = [next(waiting) if need else None for need in straight.needs]
+        gradients = [next(waiting) if need else None for need in wanted or straight.needs]
         return None, None, None, d_initial, *ctx.inputs.spread(gradients)
 
 
@@ -184,7 +191,12 @@ _version = attrgetter("_version")
 
 
 def _by_ops(
-    straight: Straight, initial: Tensor, trajectory: Tensor, tensors: Sequence[Tensor], given: Sequence[Tensor | None]
+    straight: Straight,
+    initial: Tensor,
+    trajectory: Tensor,
+    tensors: Sequence[Tensor],
+    given: Sequence[Tensor | None],
+    wanted: tuple[bool, ...] | None,
 ) -> Sequence[Tensor | None]:
     """The gradients where a backward is looked on at, or differentiated in turn."""
     program, record = straight.program, straight.record
@@ -194,7 +206,8 @@ def _by_ops(
     if isinstance(among, dict):
         zero = torch.zeros_like(initial)
         among = torch.stack([among.get(block, zero) for block in range(program.length)])
-    return gradients_of(straight.plan, record.id, program.chain.num_operands, initial, trajectory, among, tensors)
+    saved = initial, trajectory, among, tensors
+    return gradients_of(straight.plan, record.id, program.chain.num_operands, *saved, wanted)
 
 
 class SavedInputs:
@@ -208,6 +221,17 @@ class SavedInputs:
         self.num_shared = num_shared
         self.has_tables = any(self.tables)
         self.versions = self._versions() if self.has_tables else []
+
+    def asked(self, needed: Sequence[bool]) -> Sequence[bool]:
+        """For each operand and shared operand whether its gradient is, from whether that of each input is."""
+        if not self.has_tables:
+            return needed
+        asked, at = [], 0
+        for table in (*self.tables, *(None for _ in range(self.num_shared))):
+            end = at + (1 if table is None else len(table.tensors))
+            asked.append(any(needed[at:end]))
+            at = end
+        return asked
 
     def to_save(self, operands: Sequence[Tensor | PointerTable]) -> Sequence[Any]:
         """Those that autograd saves."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pcr_fx.body import Interface, Joined, Signature, join
+from pcr_fx.body import Interface, Joined, Signature, join, wanted_among
 from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.chain import Chain, Leaving, Place, TensorSpec
 from pcr_fx.derivatives import unseen_by_dynamo
@@ -378,6 +378,7 @@ class KernelSweep(torch.autograd.Function):
         initial, trajectory, *saved = ctx.saved_tensors
         sweep, back = ctx.sweep, ctx.back
         interface = sweep.interface
+        wanted = wanted_among(interface.differentiable, ctx.inputs.asked(ctx.needs_input_grad[6:]))
         rest: Sequence[Tensor | None]
         if is_plain_backward(given) and back.way.is_ready("backward", initial):
             dense, _, states, _ = sweep.parted(given)
@@ -388,25 +389,29 @@ class KernelSweep(torch.autograd.Function):
                 results[one.number] = cotangents
             operands, shared = ctx.inputs.in_place(saved)
             call = interface.call_with(initial, operands, shared)
-            d_initial, rest = back.pull(ctx.record, call, trajectory, among, results)
+            d_initial, rest = back.pull(ctx.record, call, wanted, trajectory, among, results)
         else:
             # Second derivatives have no kernel: later calls are left to the model's own ops.
             ctx.record.is_differentiated_twice |= torch.is_grad_enabled()
-            d_initial, *rest = _unrolled(sweep, initial, ctx.inputs.stacked(saved), given)
+            d_initial, *rest = _unrolled(sweep, initial, ctx.inputs.stacked(saved), given, wanted)
         waiting = iter(rest)
-        needs = [*interface.differentiable_operands, *interface.differentiable_shared]
+        needs = interface.wanting(wanted).differentiable
         gradients = [next(waiting) if need else None for need in needs]
         return None, None, None, None, None, d_initial, *ctx.inputs.spread(gradients)
 
 
 def _unrolled(
-    sweep: Sweep, initial: Tensor, tensors: Sequence[Tensor], given: Sequence[Tensor | None]
+    sweep: Sweep,
+    initial: Tensor,
+    tensors: Sequence[Tensor],
+    given: Sequence[Tensor | None],
+    wanted: tuple[bool, ...] | None,
 ) -> Sequence[Tensor | None]:
-    """The gradients of the initial state and of what is differentiable among operands and shared operands, in the model's own
-    ops: many at a time, or differentiable in turn.
+    """The gradients of the initial state and of what is differentiable and wanted, in the model's own ops: many at a time, or
+    differentiable in turn.
     """
     interface, count = sweep.interface, sweep.interface.chain.num_operands
-    needs = [True, *interface.differentiable_operands, *interface.differentiable_shared]
+    needs = [True, *interface.wanting(wanted).differentiable]
     twice, watched = torch.is_grad_enabled(), is_watched_by_a_mode()
     with torch.enable_grad():
         every = [

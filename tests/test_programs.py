@@ -56,7 +56,7 @@ def test_an_operand_of_size_one_broadcasts(order: tuple[int, ...]) -> None:
         plan = node.plan_for([state], [masks], [])
         flat = state.detach().unsqueeze(-1)
         trajectory = ops.solve(flat, [masks.detach()], [], plan.key, -1)  # type: ignore[union-attr]
-        arguments = flat, trajectory, [masks.detach()], [], torch.ones_like(trajectory), plan.key, -1  # type: ignore[union-attr]
+        arguments = flat, trajectory, [masks.detach()], [], torch.ones_like(trajectory), plan.key, -1, []  # type: ignore[union-attr]
         assert [part.shape for part in ops.adjoint(*arguments)] == [flat.shape, masks.shape]
 
 

@@ -108,7 +108,7 @@ class Solved:
         trajectory = solve(self.initial, self.problem.operands, [], *name)
         cotangents = torch.zeros_like(trajectory)
         cotangents[-1] = 1
-        return lambda: adjoint(self.initial, trajectory, self.problem.operands, [], cotangents, *name)
+        return lambda: adjoint(self.initial, trajectory, self.problem.operands, [], cotangents, *name, [])
 
     def iterations(self) -> int | None:
         """Newton's iterations in the latest forwards."""

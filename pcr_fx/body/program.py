@@ -7,6 +7,7 @@ hooks of activation checkpointing; graphs traced beforehand do not care where th
 from __future__ import annotations
 
 import hashlib
+import operator
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -37,12 +38,14 @@ class Interface:
 
     Attributes:
         literals: the chain's literals as tensors `[L]`; they follow the operands in every call.
+        wanted: whose cotangents are wanted, of operands and shared operands; `None` for all that have any.
     """
 
     chain: Chain
     signature: Signature
     layout: StateLayout
     literals: tuple[Tensor, ...]
+    wanted: tuple[bool, ...] | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, chain: Chain, signature: Signature, layout: StateLayout) -> Interface:
@@ -67,12 +70,29 @@ class Interface:
 
     @property
     def differentiable_operands(self) -> tuple[bool, ...]:
-        """Which per-block operands have a cotangent."""
-        return tuple(spec.is_differentiable for spec in self.signature.operands)
+        """Which per-block operands have a cotangent that is wanted."""
+        return self.differentiable[: len(self.signature.operands)]
 
     @property
     def differentiable_shared(self) -> tuple[bool, ...]:
-        return tuple(spec.is_differentiable for spec in self.signature.shared)
+        return self.differentiable[len(self.signature.operands) :]
+
+    @property
+    def differentiable(self) -> tuple[bool, ...]:
+        """Those of operands, then those of shared operands."""
+        have = [spec.is_differentiable for spec in (*self.signature.operands, *self.signature.shared)]
+        return tuple(have) if self.wanted is None else tuple(map(operator.and_, have, self.wanted))
+
+    @property
+    def wanted_results(self) -> list[int]:
+        """Which results of a pullback of all that have cotangents are wanted; the first, of the state, always is."""
+        have = [spec.is_differentiable for spec in (*self.signature.operands, *self.signature.shared)]
+        wanted = [one for one, has in zip(self.differentiable, have, strict=True) if has]
+        return [0, *(position for position, one in enumerate(wanted, 1) if one)]
+
+    def wanting(self, wanted: tuple[bool, ...] | None) -> Interface:
+        """The same where only these cotangents are wanted, of operands and shared operands."""
+        return self if wanted == self.wanted else replace(self, wanted=wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +124,26 @@ class Program(Interface):
     pull: Run
     _shorter: dict[int, Program] = field(default_factory=dict, repr=False)
     _faults: dict[str, str] = field(default_factory=dict, repr=False)
+    _wanting: dict[tuple[bool, ...], Program] = field(default_factory=dict, repr=False)
+
+    def wanting(self, wanted: tuple[bool, ...] | None) -> Program:
+        """The same where only these cotangents are wanted: its pullbacks compute no others."""
+        if wanted == self.wanted:
+            return self
+        assert wanted is not None and self.wanted is None, "what is left out is left out of all"
+        if wanted not in self._wanting:
+            kept = replace(self, wanted=wanted, _shorter={}, _faults={}, _wanting={})
+            results = kept.wanted_results
+            runs: dict[str, Any] = {
+                name: SomeResults(getattr(self, name), results) for name in ("step_pullback", "pullback")
+            }
+            self._wanting[wanted] = replace(kept, **runs)
+        return self._wanting[wanted]
 
     def called_with(self, signature: Signature) -> Program:
         """The same for tensors of another signature that it is right for."""
         shapes = tuple(spec.shape for spec in signature.states)
-        return replace(self, signature=signature, layout=replace(self.layout, shapes=shapes), _shorter={})
+        return replace(self, signature=signature, layout=replace(self.layout, shapes=shapes), _shorter={}, _wanting={})
 
     def of_length(self, length: int) -> Program:
         """The program of so many of the chain's blocks in a row: whichever these are, given their operands."""
@@ -117,7 +152,7 @@ class Program(Interface):
         if length not in self._shorter:
             literals = tuple(values[:length] for values in self.chain.literals)
             chain = replace(self.chain, length=length, literals=literals)
-            self._shorter[length] = build_program(chain, self.signature)
+            self._shorter[length] = build_program(chain, self.signature).wanting(self.wanted)
         return self._shorter[length]
 
     def for_chain(self, chain: Chain) -> Program:
@@ -128,7 +163,7 @@ class Program(Interface):
         }
         key = hashlib.sha256(f"{self.key} {chain.length} {chain.literals}".encode()).hexdigest()[:32]
         literals = _literal_tensors(chain, self.signature)
-        return replace(self, chain=chain, literals=literals, key=key, _shorter={}, _faults={}, **runs)
+        return replace(self, chain=chain, literals=literals, key=key, _shorter={}, _faults={}, _wanting={}, **runs)
 
     def fault(self, *names: str) -> str:
         """Why one of these programs of all blocks may not be used, or nothing; found out when it is first asked.
@@ -155,10 +190,48 @@ class _TracedLater:
         self.graphs: dict[str, fx.GraphModule] = {}
 
     def run(self, name: str, *tensors: Tensor) -> Any:
+        return self.graph(name).forward(*tensors)
+
+    def graph(self, name: str) -> fx.GraphModule:
         if not self.graphs:
             program = self.program
             self.graphs = isolated(trace_for)(self.chain, program.signature, program.layout, program.generality)
-        return self.graphs[name].forward(*tensors)
+        return self.graphs[name]
+
+
+class SomeResults:
+    """A program of which only some results are wanted, and what these need is computed.
+
+    Args:
+        run: the program: the forward of its graph, or what traces that when it is called.
+        results: which.
+    """
+
+    def __init__(self, run: Run, results: Sequence[int]) -> None:
+        self.run, self.results = run, results
+        self._graph: fx.GraphModule | None = None
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        if self._graph is None:
+            run: Any = self.run
+            whole = run.func.__self__.graph(*run.args) if isinstance(run, partial) else run.__self__  # type: ignore[attr-defined]
+            self._graph = fx.GraphModule(whole, some_results(whole.graph, self.results))
+        return self._graph.forward(*tensors)
+
+
+def some_results(graph: fx.Graph, results: Sequence[int]) -> fx.Graph:
+    """What computes some results of `graph`, which are a tuple, and nothing else."""
+    alone = fx.Graph()
+    outputs: Any = alone.graph_copy(graph, {})
+    alone.output(tuple(outputs[index] for index in results))
+    alone.eliminate_dead_code()
+    return alone
+
+
+def wanted_among(have: Sequence[bool], asked: Sequence[bool]) -> tuple[bool, ...] | None:
+    """Which cotangents are wanted, of those that there are; `None` where it is all of them."""
+    wanted = tuple(map(operator.and_, have, asked))
+    return None if wanted == tuple(have) else wanted
 
 
 # By content: of a chain's graphs, and of its block alone, which is traced first.

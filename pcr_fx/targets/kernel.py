@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, fx
 
-from pcr_fx.body import Interface
+from pcr_fx.body import Interface, some_results
 from pcr_fx.body.sample import SampleBody
 from pcr_fx.call import Call
 from pcr_fx.codegen import WHOLE, Function, Unprintable, lower
@@ -64,7 +64,7 @@ class Input:
         size: numbers of a block, or of a block and sample.
         own: whether each sample has its own.
         shared: whether all blocks have the same.
-        differentiable: whether it has a gradient.
+        differentiable: whether it has a gradient that is wanted.
     """
 
     name: str
@@ -142,13 +142,16 @@ class LoweredBody:
 
     @cached_property
     def pullback(self) -> Function:
-        """The cotangents of a state and of every differentiable input, of a state, the inputs and the cotangents of a state
-        and of all outputs that have any.
+        """The cotangents of a state and of every differentiable input that is wanted, of a state, the inputs and the
+        cotangents of a state and of all outputs that have any.
         """
         sums = [not one.own for one in self.inputs if one.differentiable]
         cotangents = [True, *(True for output in self.body.outputs if output.spec.is_differentiable)]
         varying = [True, *self.body.own, *cotangents]
-        return lower(self.body.pullback.graph, self.body.pullback, varying, [False, *sums])
+        graph = self.body.pullback.graph
+        if self.program.wanted is not None:
+            graph = some_results(graph, self.program.wanted_results)
+        return lower(graph, self.body.pullback, varying, [False, *sums])
 
     @cached_property
     def pull(self) -> Function:

@@ -76,4 +76,5 @@ class Fused(Forward, Backward):
     def solve_adjoint(
         self, program: Program, call: Call, trajectory: Tensor, cotangents: Tensor, settings: Settings
     ) -> tuple[Sequence[Tensor], bool]:
-        return self.kernel.solve_adjoint(call, trajectory, cotangents, self.solver)[0], True
+        every = self.kernel.solve_adjoint(call, trajectory, cotangents, self.solver)[0]
+        return [every[index] for index in program.wanted_results], True

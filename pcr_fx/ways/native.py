@@ -106,7 +106,7 @@ class Native(Forward, Backward):
         self, program: Program, call: Call, trajectory: Tensor, cotangents: Tensor, settings: Settings
     ) -> tuple[Sequence[Tensor], bool]:
         if self.is_ready("backward", call.initial):
-            return self.kernel.solve_adjoint(call, trajectory, cotangents, self.threads), True
+            return self.kernel.solve_adjoint(call, trajectory, cotangents, self.threads, wanted=program.wanted), True
         return Sequential().solve_adjoint(program, call, trajectory, cotangents, settings)
 
 

@@ -61,18 +61,21 @@ def _solve_adjoint(
     trajectory: Tensor,
     cotangents: Tensor | Mapping[int, Tensor],
     threads: int | None = None,
+    results: Sequence[Any] = (),
+    wanted: tuple[bool, ...] | None = None,
 ) -> list[Tensor]:
+    body = self._body_for(wanted)
     previous = torch.cat([call.initial.unsqueeze(0), trajectory[:-1]]).reshape(call.length, -1, self.body.dimension)
     adjoint = torch.zeros_like(previous[0])
-    shapes = gradient_shapes(self.lowered, call.length, call.initial.shape[: len(self.body.batch_dims)])
+    shapes = gradient_shapes(body, call.length, call.initial.shape[: len(self.body.batch_dims)])
     gradients = [None if shape is None else call.initial.new_zeros(shape) for shape in shapes]
     for block in reversed(range(call.length)):
         given = cotangents[block] if isinstance(cotangents, Tensor) else cotangents.get(block)
         adjoint = adjoint if given is None else adjoint + given.reshape(adjoint.shape)
         inputs = _inputs(self, call, block, len(adjoint))
-        adjoint, *parts = interpret(self.lowered.pullback, [previous[block], *inputs, adjoint])
+        adjoint, *parts = interpret(body.pullback, [previous[block], *inputs, adjoint])
         waiting = iter(parts)
-        for one, gradient in zip(self.lowered.inputs, gradients, strict=True):
+        for one, gradient in zip(body.inputs, gradients, strict=True):
             if gradient is not None:
                 place = gradient if one.shared else gradient[block]
                 place += next(waiting).reshape(place.shape)

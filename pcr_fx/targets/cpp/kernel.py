@@ -46,6 +46,8 @@ _VECTOR_GRADIENTS = 512
 # has them copied at every block: with 8 samples that is slower from 1,000 numbers on, three times so at 4,000.
 _VECTOR_SHARED = 2**15
 
+# Whose gradients are wanted, of operands and shared operands; `None` for all that have any.
+Wanted = tuple[bool, ...] | None
 # Launches that a kernel keeps, of directions and sizes.
 _LAUNCHES = 256
 
@@ -79,8 +81,9 @@ class CppKernel:
     held: int
     summed: tuple[int, int, int]
     failure: str | None = None
-    _runs: dict[tuple[str, bool, bool], Run | None] = field(default_factory=dict)
-    _launches: dict[tuple[str, int, torch.Size], Launch] = field(default_factory=dict)
+    _runs: dict[tuple[str, bool, bool, Wanted], Run | None] = field(default_factory=dict)
+    _launches: dict[tuple[str, int, torch.Size, Wanted], Launch] = field(default_factory=dict)
+    _bodies: dict[Wanted, LoweredBody] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=fork_safe_lock)
     _team: Team = field(default_factory=Team)
 
@@ -231,8 +234,9 @@ class CppKernel:
         cotangents: Tensor | Mapping[int, Tensor],
         threads: int | None = None,
         results: Sequence[Tensor | Mapping[int, Tensor] | None] = (),
+        wanted: Wanted = None,
     ) -> list[Tensor]:
-        """Cotangents `[d_initial, *d_operands, *d_shared]` of what is differentiable, in this order.
+        """Cotangents `[d_initial, *d_operands, *d_shared]` of what is differentiable and wanted, in this order.
 
         Args:
             call: as for `solve`.
@@ -240,13 +244,15 @@ class CppKernel:
             cotangents: of every state, `[L, *batch, d]`; or of some, `[*batch, d]` by block.
             threads: as for `solve`.
             results: cotangents of each state and output that `sweep` wrote, `[L, ...]`; or of some blocks' parts.
+            wanted: whose gradients are computed; the code for it is compiled when it is first asked for.
         """
         initial, trajectory = call.initial.contiguous(), trajectory.contiguous()
         told = [
             cotangent_words(one, self.batch_dims_of(index), self.lowered.results[index].size, call.length)
             for index, one in enumerate(results)
         ]
-        launch, words = self._launch("adjoint", call.length, initial.shape), [words for words, _ in told]
+        words = [words for words, _ in told]
+        launch = self._launch("adjoint", call.length, initial.shape, wanted)
         return launch.adjoint(call, initial, trajectory, cotangents, words, threads)
 
     @property
@@ -259,31 +265,39 @@ class CppKernel:
         assert numbers % self.body.dimension == 0, "another kernel is for this state"
         return numbers // self.body.dimension
 
-    def _launch(self, direction: str, length: int, shape: torch.Size) -> Launch:
+    def _launch(self, direction: str, length: int, shape: torch.Size, wanted: Wanted = None) -> Launch:
         """What calls of so many blocks, with an initial state of this shape, have in common."""
-        key = direction, length, shape
+        key = direction, length, shape, wanted
         return self._launches.get(key) or self._prepared(*key)
 
-    def _prepared(self, direction: str, length: int, shape: torch.Size) -> Launch:
-        samples = self._samples(shape)
-        run = self._run(direction, samples)
+    def _body_for(self, wanted: Wanted) -> LoweredBody:
+        """What code is printed from that computes these gradients."""
+        if wanted is None:
+            return self.lowered
+        if wanted not in self._bodies:
+            self._bodies[wanted] = LoweredBody(self.program.wanting(wanted), self.body)
+        return self._bodies[wanted]
+
+    def _prepared(self, direction: str, length: int, shape: torch.Size, wanted: Wanted) -> Launch:
+        samples, body = self._samples(shape), self._body_for(wanted)
+        run = self._run(direction, samples, wanted)
         assert run is not None, "a kernel that is not ready is not called"
         operations = self.operations[direction != "forward"]
         if direction == "newton":
             operations *= self.program.dimension
         feeds = max(1, operations * length * samples // _OPERATIONS_A_THREAD)
         batch = shape[: len(self.body.batch_dims)]
-        gradients = gradient_shapes(self.lowered, length, batch) if direction == "adjoint" else ()
-        made = Launch(run, self.lowered, (direction, length, samples), feeds, self._team, gradients)
-        self._launches[direction, length, shape] = made
+        gradients = gradient_shapes(body, length, batch) if direction == "adjoint" else ()
+        made = Launch(run, body, (direction, length, samples), feeds, self._team, gradients)
+        self._launches[direction, length, shape, wanted] = made
         if len(self._launches) > _LAUNCHES:
             self._launches.pop(next(iter(list(self._launches))), None)  # other threads may be at it, too
         return made
 
-    def _run(self, direction: str, samples: int) -> Run | None:
+    def _run(self, direction: str, samples: int, wanted: Wanted = None) -> Run | None:
         """The compiled function for this many samples; `None` where it cannot be had."""
         vectors = direction != "newton" and not self.why_features(direction, samples)
-        key = direction, vectors, direction == "adjoint" and samples == 1 and not vectors
+        key = direction, vectors, direction == "adjoint" and samples == 1 and not vectors, wanted
         if key not in self._runs:
             with self._lock:
                 if key not in self._runs:
@@ -315,9 +329,9 @@ class CppKernel:
         return _VECTOR_BYTES // self.program.dtype.itemsize
 
     @isolated
-    def _built(self, direction: str, vectors: bool, alone: bool) -> Run | None:
+    def _built(self, direction: str, vectors: bool, alone: bool, wanted: Wanted) -> Run | None:
         try:
-            return load(chain_source(self.lowered, direction, vectors, alone)).run
+            return load(chain_source(self._body_for(wanted), direction, vectors, alone)).run
         except CompilerError as error:
             if self.failure is None:
                 log.warning("%s; the chain runs in PyTorch's ops instead", error)
