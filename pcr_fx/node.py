@@ -99,7 +99,7 @@ class SolveNode(nn.Module):
     def with_own_record(self) -> SolveNode:
         """The node with all that it has found out, and a record of what happens from here on."""
         node = copy.copy(self)
-        node.record = SolveRecord(self.record.name)
+        node.record, node._straight = SolveRecord(self.record.name), {}
         return node
 
     def forward(

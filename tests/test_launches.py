@@ -273,3 +273,12 @@ def test_a_copy_keeps_a_record_of_its_own() -> None:
     ]
     twin([given()], operands, [])
     assert node.record.forward_calls == calls and twin.record.forward_calls == 1
+
+
+def test_a_node_with_a_record_of_its_own_tells_of_its_own_calls() -> None:
+    def step(z: Tensor, operand: Tensor, shared: Any) -> Tensor:
+        return 0.5 * torch.tanh(z + operand)
+
+    stack = torch.randn(LENGTH, 2, WIDTH, dtype=torch.float64)
+    first, second = (pcr_fx.solve_chain(step, given(), stack, options=NATIVE) for _ in range(2))
+    assert first.stats.outcome.success and second.stats.outcome.success
