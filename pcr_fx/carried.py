@@ -328,6 +328,8 @@ def carry(chain: Chain, leaving: Leaving, options: Options, given: Given, is_ope
     refusal = refuse_unusual(every) or refuse_mixed([one.dtype for one in every], device.type)
     if refusal is not None:
         raise refusal
+    if any(one.is_complex() for one in every):
+        raise BodyError("the operator has gradients of real tensors alone")
     if autocast_dtype(device.type) is not None:
         raise BodyError("autocast decides the dtypes of its ops")
     _check_says_all(chain)
