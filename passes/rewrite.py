@@ -161,17 +161,57 @@ def _is_tap(node: fx.Node) -> bool:
 
 def _cut_before(new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """A per-block operand that one tensor was cut into, as that tensor: an unrolled recurrence has one at each step."""
-    cuts = [cut for cut in map(_cut, operand) if cut is not None]
-    if len(cuts) < len(operand) or len({cut[:2] for cut in cuts}) > 1:
-        return None
     if any(user.op == "output" for node in operand for user in node.users):
         return None  # who gets a part may ask for its gradient
-    whole, dim, first = cuts[0]
-    indices = [index for _, _, index in cuts]
+    cuts = [cut for cut in map(_cut, operand) if cut is not None]
+    if len(cuts) < len(operand) or len({cut[:2] for cut in cuts}) > 1:
+        return _cut_within(new, operand, copies)
+    whole, dim, _ = cuts[0]
+    row = _regular([index for _, _, index in cuts])
+    return None if row is None else new.call_function(stack_parts, (copies[whole], dim, *row))
+
+
+def _regular(indices: Sequence[int]) -> tuple[int, int, int] | None:
+    """The first of some indices, how many there are, and their distance, if that is the same for all."""
+    first = indices[0]
     step = indices[1] - first if len(indices) > 1 else 1
-    if step == 0 or indices != list(range(first, first + step * len(indices), step)):
+    if step == 0 or list(indices) != list(range(first, first + step * len(indices), step)):
         return None
-    return new.call_function(stack_parts, (copies[whole], dim, first, len(indices), step))
+    return first, len(indices), step
+
+
+def _cut_within(new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node | None:
+    """`_cut_before` of `x[i, 2]` and the like: a part of what all blocks have alike."""
+    whole, index = operand[0].args[:2] if len(operand[0].args) == 2 else (None, None)
+    if not isinstance(whole, fx.Node) or not _is_tensor(whole) or not isinstance(index, tuple):
+        return None
+    columns = _indices(operand, whole, len(index))
+    moving = [place for place, column in enumerate(columns) if any(one != column[0] for one in column)]
+    if len(moving) != 1 or not all(type(one) is int and one >= 0 for one in columns[moving[0]]):
+        return None
+    row = _regular(columns[moving[0]])
+    if row is None:
+        return None
+    fixed = tuple(slice(None) if place in moving else item for place, item in enumerate(index))
+    part = new.call_function(operator.getitem, (copies[whole], fixed))
+    part.meta = {**operand[0].meta}
+    with torch.no_grad():
+        part.meta["example_value"] = whole.meta["example_value"][fixed]
+    dim = sum(isinstance(item, slice) for item in index[: moving[0]])
+    return new.call_function(stack_parts, (part, dim, *row))
+
+
+def _indices(operand: Sequence[fx.Node], whole: fx.Node, count: int) -> list[list[Any]]:
+    """What the blocks index one tensor by, for each of its dimensions; none but for integers and whole slices."""
+    rows = []
+    for node in operand:
+        index = node.args[1] if node.target is operator.getitem and len(node.args) == 2 else None
+        if not isinstance(index, tuple) or len(index) != count or node.args[0] is not whole:
+            return []
+        if not all(type(item) is int or item == slice(None) for item in index):
+            return []
+        rows.append(index)
+    return [list(column) for column in zip(*rows, strict=True)]
 
 
 def _looked_up_before(new: fx.Graph, operand: Sequence[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node | None:

@@ -53,6 +53,10 @@ BLOCKS: dict[str, Callable[..., Tensor]] = {
     "the largest": lambda m, x, p, i: (
         x * p + 0.1 * x.max(-1, keepdim=True).values + x.argmax(-1, True).to(x.dtype) * 0.01
     ),
+    "the third in order": lambda m, x, p, i: torch.tanh(x * p + x.kthvalue(3, -1, True).values),
+    "shrunk": lambda m, x, p, i: F.softshrink(x, 0.1) * p + F.hardshrink(x, 0.3),
+    "another's sign": lambda m, x, p, i: 0.5 * torch.copysign(p, x) + 0.3 * x,
+    "a length": lambda m, x, p, i: 0.5 * torch.hypot(x, p),
     "in order": lambda m, x, p, i: x.sort(-1).values * p,
     "a cumulative sum": lambda m, x, p, i: torch.tanh(x.cumsum(-1) * p),
     "a diagonal": lambda m, x, p, i: x @ (torch.eye(4, dtype=x.dtype) + 0.1 * torch.diag(p)),

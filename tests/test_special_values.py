@@ -104,7 +104,7 @@ BODIES = {**{name: use_of(name) for name in RULES}, **FUNCTIONS}
 # These read what is empty where there is a NaN.
 for _name in [name for name in RULES if "empty" in name]:
     del BODIES[_name]
-WITHOUT_PULLBACK = {*NO_PULLBACK, "softshrink", "hardshrink"}
+WITHOUT_PULLBACK = {*NO_PULLBACK}
 
 # --- what PyTorch does not decide ---
 # Whether a NaN stops a gradient: its vectors and its numbers do otherwise, so that it depends on the place in memory.

@@ -253,7 +253,7 @@ RULES: dict[str, Rule] = {
         ("_fft_c2c _fft_r2c _fft_c2r", Rule(_along, "transforms it")),
         ("repeat", Rule(_elementwise, "repeats it")),
         (
-            "sum mean prod amax amin aminmax argmax argmin max min median all any var std var_mean std_mean "
+            "sum mean prod amax amin aminmax argmax argmin max min median kthvalue all any var std var_mean std_mean "
             "logsumexp norm linalg_vector_norm",
             Rule(_reduced, "reduces over it"),
         ),

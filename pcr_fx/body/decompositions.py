@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import core_aten_decompositions, get_decompositions
 
+from pcr_fx.body.number_ops import NUMBER_OPS
+
 aten = torch.ops.aten
 
 # Numbers along a dimension that are compared each with each; rows of a matrix that is factorised; numbers along a
@@ -30,20 +32,6 @@ def _smooth_l1_loss_backward(cotangent: Tensor, input: Tensor, target: Tensor, r
     weight = 1 / difference.numel() if reduction == 1 else 1.0  # of a mean
     inner = torch.where(difference >= beta, weight, weight / beta * difference)
     return torch.where(difference <= -beta, -weight, inner) * cotangent
-
-
-def _hypot(x: Tensor, y: Tensor) -> Tensor:
-    """By the larger of both, so that nothing overflows on the way; infinite where either is, even beside NaN."""
-    x, y = x.abs(), y.abs()
-    large, small = torch.maximum(x, y), torch.minimum(x, y)
-    ratio = small / torch.where(large == 0, 1.0, large)
-    length = large * torch.sqrt(1 + ratio * ratio)
-    return torch.where((x == torch.inf) | (y == torch.inf), torch.inf, length)
-
-
-def _signbit(x: Tensor) -> Tensor:
-    """Of a zero by its reciprocal; of NaN it is false."""
-    return (x < 0) | ((x == 0) & (1 / x < 0))
 
 
 # --- moves --------------------------------------------------------------------------------------------------------------
@@ -206,6 +194,15 @@ def _stably_sorted(x: Tensor, *, stable: bool | None = None, dim: int = -1, desc
 def _largest(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     found = _sorted(x, dim, largest)
     return found if found is NotImplemented else tuple(part.narrow(dim, 0, k) for part in found)
+
+
+def _kth(x: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> Any:
+    """The k-th number in order, counted from 1; NaN is the largest."""
+    found = _sorted(x, dim)
+    if found is NotImplemented:
+        return found
+    taken = [part.narrow(dim, k - 1, 1) for part in found]
+    return tuple(taken) if keepdim else tuple(part.squeeze(dim) for part in taken)
 
 
 def _median(x: Tensor, dim: int, keepdim: bool = False) -> Any:
@@ -525,8 +522,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.smooth_l1_loss_backward.default: _smooth_l1_loss_backward,
     # As PyTorch computes it; what it is decomposed to before 2.13 has another sign of zero.
     aten.frac.default: lambda x: x - torch.trunc(x),
-    aten.hypot.default: _hypot,
-    aten.signbit.default: _signbit,
+    **NUMBER_OPS,
     aten.roll.default: _roll,
     aten.diag_embed.default: _diag_embed,
     aten.linalg_cross.default: _cross,
@@ -538,6 +534,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.prod.dim_int: _product,
     aten.topk.default: _largest,
     aten.median.dim: _median,
+    aten.kthvalue.default: _kth,
     aten._trilinear.default: _trilinear,
     aten.max.dim: _first_in_order(descending=True),
     aten.min.dim: _first_in_order(descending=False),
