@@ -54,9 +54,10 @@ def add(a: Number, b: Number, *, alpha: Any = 1) -> Any:
     b = scaled(b, parted(alpha))
     if isinstance(a, Pair) and isinstance(b, Pair):
         return Pair(a.real + b.real, a.imag + b.imag)
-    pair, other = (a, b) if isinstance(a, Pair) else (b, a)
-    if not isinstance(pair, Pair):
+    if not isinstance(a, Pair) and not isinstance(b, Pair):
         return a + b
+    pair, other = (a, b) if isinstance(a, Pair) else (b, a)
+    assert isinstance(pair, Pair)
     real = pair.real + other
     return Pair(real, _spread(pair.imag, real))
 
@@ -243,7 +244,7 @@ def _sigmoid_backward(cotangent: Number, result: Number) -> Any:
 # --- products of matrices -----------------------------------------------------------------------------------------------
 
 
-def bilinear(product: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+def bilinear(product: Callable[[Any, Any], Tensor]) -> Callable[..., Any]:
     def of(a: Number, b: Number) -> Any:
         if isinstance(a, Pair) and isinstance(b, Pair):
             real = product(a.real, b.real) - product(a.imag, b.imag)
@@ -304,7 +305,7 @@ def _norm(a: Pair, *rest: Any, **options: Any) -> Any:
 # --- Fourier transforms -------------------------------------------------------------------------------------------------
 
 
-def _waves(rows: int, columns: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _waves(rows: int, columns: int, size: int, like: Any) -> tuple[Tensor, Tensor]:
     """cos and sin of 2 pi j k / size, `[rows, columns]`."""
     j, k = (torch.arange(count, dtype=torch.int64, device=like.device) for count in (rows, columns))
     turns = torch.remainder(j[:, None] * k, size).to(torch.float64) * (2 * math.pi / size)
