@@ -114,7 +114,8 @@ def _measured(item: PlannedChain, plan: Plan, values: dict[fx.Node, torch.Tensor
     operands = [torch.stack([_stand_in(node, spec, values) for node in operand]) for operand, spec in pairs]
     shared = [_stand_in(n, s, values) for n, s in zip(found.shared, signature.shared, strict=True)]
     call = plan.program.call_with(initial, operands, shared)
-    return replace(item, choice=plan.measure(call, needs_gradient, are_stacked=bool(operands)))
+    wanted = [any(map(_requires_grad, nodes)) for nodes in (*found.operands, *((node,) for node in found.shared))]
+    return replace(item, choice=plan.measure(call, needs_gradient, are_stacked=bool(operands), wanted=wanted))
 
 
 def _stand_in(node: fx.Node, spec: TensorSpec, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
@@ -132,6 +133,11 @@ def _value(node: fx.Node, attributes: dict[str, Any]) -> Any:
     if node.op == "get_attr" and str(node.target) in attributes:
         return attributes[str(node.target)]
     return node.meta.get("example_value")
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    """Whether it has a gradient when the graph runs, as far as that is known."""
+    return getattr(node.meta.get("example_value"), "requires_grad", True)
 
 
 def _spec(value: torch.Tensor) -> TensorSpec:

@@ -26,7 +26,7 @@ from pcr_fx.looks import (
     refuse_unusual,
     signature_of,
 )
-from pcr_fx.operands import Operand, first_part, is_ordinary, is_plain, stacked
+from pcr_fx.operands import Operand, first_part, is_ordinary, is_plain, parts_of, stacked
 from pcr_fx.options import Options
 from pcr_fx.planner import Choice, Plan, Watch, make_plan
 from pcr_fx.ways import Native
@@ -173,13 +173,14 @@ class Routes:
         # A checkpoint computes again what it computed, and compares what is saved: no time to change the way.
         if plan.wants_another_look(samples) and not is_undisturbed():
             return plan.choice(samples)
+        wanted = [*map(_is_wanted, operands), *(tensor.requires_grad for tensor in shared)]
         with torch.no_grad():
             initial = plan.program.layout.flatten([raised(state) for state in states])
             every = [raised(stacked(operand)) for operand in operands]
             are_stacked = not all(isinstance(operand, Tensor) for operand in operands)
             call = plan.program.call_with(initial, every, [raised(tensor) for tensor in shared])
             # Around a plan made beforehand the model was compiled without the blocks.
-            return plan.measure(call, needs_gradient, are_stacked, with_eager=self.plan is None)
+            return plan.measure(call, needs_gradient, are_stacked, with_eager=self.plan is None, wanted=wanted)
 
     def learn(self, plan: Plan) -> None:
         """Take a plan made before the first call."""
@@ -256,3 +257,8 @@ def _may_measure(initial: Tensor) -> bool:
     if not is_plain_call() or not is_plain(initial):
         return False
     return initial.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _is_wanted(operand: Operand) -> bool:
+    """Whether anybody wants the gradient of a per-block operand, of some blocks at least."""
+    return any(part.requires_grad for part in ([operand] if isinstance(operand, Tensor) else parts_of(operand)))

@@ -71,7 +71,7 @@ class Straight:
         self.layout, self.literals, self.length = self.program.layout, self.program.literals, self.program.length
         self.is_flat = self.layout.is_flat
         self.needs = self.program.differentiable
-        self._is_ready_back = False
+        self._ready_back = set[tuple[bool, ...] | None]()
 
     def run(
         self, states: Sequence[Tensor], operands: Sequence[Tensor | PointerTable], shared: Sequence[Tensor]
@@ -110,12 +110,13 @@ class Straight:
             return (kept[0],)  # nobody else has it
         return tuple([self.layout.unflatten(kept[blocks.index(block)])[index].clone() for index, block in taps])
 
-    def takes(self, given: Sequence[Tensor | None], initial: Tensor) -> bool:
-        """Whether native code pulls these cotangents back; it is compiled now, if it is not yet."""
+    def takes(self, given: Sequence[Tensor | None], initial: Tensor, wanted: tuple[bool, ...] | None) -> bool:
+        """Whether native code pulls these cotangents back to what is wanted; it is compiled now, if it is not yet."""
         if not is_plain_backward(given):
             return False
-        self._is_ready_back = self._is_ready_back or self.back.way.is_ready("backward", initial)
-        return self._is_ready_back
+        if wanted not in self._ready_back and self.back.way.is_ready("backward", initial, wanted):
+            self._ready_back.add(wanted)
+        return wanted in self._ready_back
 
 
 def is_plain_backward(given: Iterable[Tensor | None]) -> bool:
@@ -170,7 +171,7 @@ class KernelSolve(torch.autograd.Function):
         initial, trajectory, *saved = ctx.saved_tensors
         wanted = wanted_among(straight.needs, ctx.inputs.asked(ctx.needs_input_grad[4:]))
         rest: Sequence[Tensor | None]
-        if straight.takes(given, initial):
+        if straight.takes(given, initial, wanted):
             among = cotangents_of(straight.layout, initial, straight.leaving, given)
             operands, shared = ctx.inputs.in_place(saved)
             call = Call(initial, [*operands, *straight.literals], shared, straight.length)

@@ -380,7 +380,7 @@ class KernelSweep(torch.autograd.Function):
         interface = sweep.interface
         wanted = wanted_among(interface.differentiable, ctx.inputs.asked(ctx.needs_input_grad[6:]))
         rest: Sequence[Tensor | None]
-        if is_plain_backward(given) and back.way.is_ready("backward", initial):
+        if is_plain_backward(given) and back.way.is_ready("backward", initial, wanted):
             dense, _, states, _ = sweep.parted(given)
             of_states = [dense, *states] if sweep.leaving.whole else states
             among = cotangents_of(interface.layout, initial, sweep.leaving, of_states)

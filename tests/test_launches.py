@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import pcr_fx
+from pcr_fx.planner import plan
+from pcr_fx.registry import Registry
 from pcr_fx.targets import CppKernel
 
 LENGTH, WIDTH = 9, 3
@@ -282,3 +284,43 @@ def test_a_node_with_a_record_of_its_own_tells_of_its_own_calls() -> None:
     stack = torch.randn(LENGTH, 2, WIDTH, dtype=torch.float64)
     first, second = (pcr_fx.solve_chain(step, given(), stack, options=NATIVE) for _ in range(2))
     assert first.stats.outcome.success and second.stats.outcome.success
+
+
+@pytest.mark.usefixtures("kernel_cache")
+@pytest.mark.parametrize("way_in", ["transform", "compile"])
+def test_planning_compiles_the_code_that_training_calls(way_in: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input of each step, of which nobody wants a gradient: what is timed is what is called, and nothing else is compiled."""
+    built: list[Any] = []
+    original = CppKernel._built
+
+    def counting(kernel: CppKernel, direction: str, *others: Any) -> Any:
+        built.append((direction, others[-1]))
+        return original(kernel, direction, *others)
+
+    monkeypatch.setattr(CppKernel, "_built", counting)
+    monkeypatch.setattr(plan, "_plans", Registry())
+
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.GRUCell(WIDTH, WIDTH, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.zeros_like(x[:, 0])
+            for index in range(x.shape[1]):
+                h = self.cell(x[:, index], h)
+            return h
+
+    model, x = Cell(), torch.randn(2, 20, WIDTH, dtype=torch.float64)
+    torch._dynamo.reset()
+    compiled = {
+        "transform": lambda: pcr_fx.transform(model, x),
+        "compile": lambda: torch.compile(model, backend="deeppcr"),
+    }
+    fast = compiled[way_in]()
+    expected = torch.autograd.grad(model(x).square().sum(), model.cell.parameters())
+    for _ in range(2):
+        found = torch.autograd.grad(fast(x).square().sum(), model.cell.parameters())
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert [wanted for direction, wanted in built if direction == "adjoint"] == [(False, True, True, True, True)]

@@ -132,7 +132,7 @@ class Program(Interface):
             return self
         assert wanted is not None and self.wanted is None, "what is left out is left out of all"
         if wanted not in self._wanting:
-            kept = replace(self, wanted=wanted, _shorter={}, _faults={}, _wanting={})
+            kept = replace(self, wanted=wanted, _shorter={}, _wanting={})
             results = kept.wanted_results
             runs: dict[str, Any] = {
                 name: SomeResults(getattr(self, name), results) for name in ("step_pullback", "pullback")

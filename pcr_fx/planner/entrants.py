@@ -53,6 +53,10 @@ class Entrants:
         operands, shared = ([tensor.detach() for tensor in group] for group in (call.operands, call.shared))
         self.call = call._replace(initial=call.initial.detach(), operands=operands, shared=shared)
         self.needs_gradient, self.are_stacked = needs_gradient, are_stacked
+        program = case.program
+        # Whose gradients are asked for, of operands, numbers that blocks differ by, and shared operands.
+        self.asked = [*program.differentiable_operands, *(False for _ in program.literals)]
+        self.asked_shared = program.differentiable_shared
         self.directions = ("forward", "backward") if needs_gradient else ("forward",)
 
     def _series(self, fixed: float = 0.0) -> Series:
@@ -71,8 +75,9 @@ class Entrants:
     @property
     def _adds(self) -> bool:
         """Whether there are so many gradients that it costs something to add them to others."""
-        tensors = [*(self.call.operands if self.are_stacked else ()), *self.call.shared]
-        return self.needs_gradient and sum(t.nbytes for t in tensors if t.is_floating_point()) > _LARGE_GRADIENTS
+        pairs = [*zip(self.call.shared, self.asked_shared, strict=True)]
+        pairs += zip(self.call.operands, self.asked, strict=True) if self.are_stacked else ()
+        return self.needs_gradient and sum(one.nbytes for one, asked in pairs if asked) > _LARGE_GRADIENTS
 
     def _eager_call(self, count: int) -> Callable[[], dict[Any, float]]:
         forward = self._eager_forward(count)
@@ -114,9 +119,9 @@ class Entrants:
         program, call = self.case.program, self.call.first(count)
         if program.chain.own_op is not None:
             return self._own_op_forward(program.chain.own_op, count)
-        each = [tuple(self._leaf(part) for part in block) for block in blocks(call.operands, count)]
+        each = [tuple(map(self._leaf, block, self.asked)) for block in blocks(call.operands, count)]
         states = [self._leaf(state) for state in program.layout.unflatten(call.initial)]
-        shared = [self._leaf(tensor) for tensor in call.shared]
+        shared = list(map(self._leaf, call.shared, self.asked_shared))
         inputs = [t for group in (states, shared, *each) for t in group if t.requires_grad]
 
         def run() -> tuple[Any, list[Tensor]]:
@@ -130,8 +135,9 @@ class Entrants:
 
     def _own_op_forward(self, own_op: Callable[..., Any], count: int) -> Callable[[], tuple[Any, list[Tensor]]]:
         call = self.call.first(count)
-        groups = self.case.program.layout.unflatten(call.initial), call.operands, call.shared
-        states, operands, shared = ([self._leaf(tensor) for tensor in group] for group in groups)
+        states = [self._leaf(state) for state in self.case.program.layout.unflatten(call.initial)]
+        operands = list(map(self._leaf, call.operands, self.asked))
+        shared = list(map(self._leaf, call.shared, self.asked_shared))
         inputs = [tensor for tensor in (*states, *operands, *shared) if tensor.requires_grad]
 
         def run() -> tuple[Any, list[Tensor]]:
@@ -150,7 +156,8 @@ class Entrants:
         return Entrant(self._stacking_call, series)
 
     def _stacking_call(self, count: int) -> Callable[[], dict[Any, float]]:
-        parts = [[self._leaf(part) for part in operand.unbind(0)] for operand in self.call.first(count).operands]
+        pairs = zip(self.call.first(count).operands, self.asked, strict=True)
+        parts = [[self._leaf(part, asked) for part in operand.unbind(0)] for operand, asked in pairs]
         leaves = [part for operand in parts for part in operand if part.requires_grad]
         gradients: list[Tensor] = []
 
@@ -172,7 +179,8 @@ class Entrants:
         return Entrant(self._optimizing_call, {(name, "backward"): self._series() for name in (ADAM, FUSED_ADAM)})
 
     def _optimizing_call(self, count: int) -> Callable[[], dict[Any, float]]:
-        operands = [operand for operand in self.call.first(count).operands if operand.is_floating_point()]
+        pairs = zip(self.call.first(count).operands, self.asked, strict=True)
+        operands = [operand for operand, asked in pairs if asked]
         leaves = [part.clone().requires_grad_() for operand in operands for part in operand.unbind(0)]
         for leaf in leaves:
             leaf.grad = torch.zeros_like(leaf)
@@ -188,10 +196,10 @@ class Entrants:
 
         return call
 
-    def _leaf(self, tensor: Tensor) -> Tensor:
+    def _leaf(self, tensor: Tensor, asked: bool = True) -> Tensor:
         # An inference tensor's copy is none.
         plain = tensor.clone() if tensor.is_inference() else tensor.detach()
-        return plain.requires_grad_(self.needs_gradient and tensor.is_floating_point())
+        return plain.requires_grad_(self.needs_gradient and asked and tensor.is_floating_point())
 
     def simple(
         self, way: Forward | Backward, direction: str, make: Callable[[int], Callable[[], Any]], scales: bool = False

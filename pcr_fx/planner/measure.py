@@ -112,6 +112,7 @@ class _Measurement:
         self.case, self.settings, self.are_stacked, self.with_eager = case, settings, are_stacked, with_eager
         self.make = Entrants(case, settings, call, needs_gradient, are_stacked)
         self.call, self.directions = self.make.call, self.make.directions
+        self._wanted = case.program.wanted
         self.budget = case.options.planning_budget
         self.ends = time.perf_counter() + self.budget
         # Ways that were not timed, and what could be.
@@ -327,7 +328,7 @@ class _Measurement:
 
     def _is_ready(self, way: Forward | Backward, direction: str) -> bool:
         began = time.perf_counter()
-        is_ready = way.is_ready(direction, self.call.initial)
+        is_ready = way.is_ready(direction, self.call.initial, self._wanted if direction == "backward" else None)
         self.ends += time.perf_counter() - began
         return is_ready
 

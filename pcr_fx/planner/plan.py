@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcr_fx.body import Program, Signature, block_key, build_program, trace_block
+from pcr_fx.body import Program, Signature, block_key, build_program, trace_block, wanted_among
 from pcr_fx.body.isolation import apart, is_undisturbed, isolated
 from pcr_fx.body.sample import trace_sample
 from pcr_fx.call import Call
@@ -171,20 +171,30 @@ class Plan:
             return False
         return self.wants_another_look(samples) or needs_gradient not in dict(self.choice(samples).alone)
 
-    def measure(self, call: Call, needs_gradient: bool, are_stacked: bool = False, with_eager: bool = True) -> Choice:
+    def measure(
+        self,
+        call: Call,
+        needs_gradient: bool,
+        are_stacked: bool = False,
+        with_eager: bool = True,
+        wanted: Sequence[bool] | None = None,
+    ) -> Choice:
         """Choose by measurement: one made before, in this process or another, or one made now on `call`.
 
         Args:
             are_stacked: whether operands came from the blocks' own tensors, which each call has to stack again.
             with_eager: whether the chain could be left as the model has it.
+            wanted: whose gradients calls like this want, of operands and shared operands; without it all that there are.
         """
         samples = self.samples(call.initial)
         size, device = self._size(samples), call.initial.device
         with self.learnt.lock:
             if not self.wants_measuring(samples, needs_gradient):
                 return self.choice(samples)
-            case = self._case(samples)
-            key = measurement_key(self.key, size, device) + ("_gradient" if needs_gradient else "")
+            some = wanted_among(self.program.differentiable, wanted) if needs_gradient and wanted else None
+            case = Case(self.program.wanting(some), samples, self.kernel, self.options)
+            named = self.key if some is None else _digest(self.key, some)
+            key = measurement_key(named, size, device) + ("_gradient" if needs_gradient else "")
             is_first = size not in self.learnt.looks and size not in self.learnt.drifted
             kept = self._kept(key, case, call, needs_gradient, are_stacked) if is_first else None
             timings = kept or self._measured(case, call, needs_gradient, are_stacked, with_eager)

@@ -74,8 +74,8 @@ class Native(Forward, Backward):
     def failure(self) -> str | None:
         return self.kernel.failure
 
-    def is_ready(self, direction: str, initial: Tensor) -> bool:
-        return self.kernel.is_ready(_KERNELS_WORD[direction], initial)
+    def is_ready(self, direction: str, initial: Tensor, wanted: tuple[bool, ...] | None = None) -> bool:
+        return self.kernel.is_ready(_KERNELS_WORD[direction], initial, wanted)
 
     def why_not_paying(self, case: Case) -> str:
         """Why PyTorch's own products are likely to be faster, or nothing."""
@@ -105,7 +105,7 @@ class Native(Forward, Backward):
     def solve_adjoint(
         self, program: Program, call: Call, trajectory: Tensor, cotangents: Tensor, settings: Settings
     ) -> tuple[Sequence[Tensor], bool]:
-        if self.is_ready("backward", call.initial):
+        if self.is_ready("backward", call.initial, program.wanted):
             return self.kernel.solve_adjoint(call, trajectory, cotangents, self.threads, wanted=program.wanted), True
         return Sequential().solve_adjoint(program, call, trajectory, cotangents, settings)
 

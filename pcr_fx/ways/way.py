@@ -84,8 +84,12 @@ class Way(ABC):
         """Why it cannot be used after all, which may turn out when it is first called; `None` while it can."""
         return None
 
-    def is_ready(self, direction: str, initial: Tensor) -> bool:
-        """Whether it can be called for states like `initial`; what it needs is compiled now, if it is not yet."""
+    def is_ready(self, direction: str, initial: Tensor, wanted: tuple[bool, ...] | None = None) -> bool:
+        """Whether it can be called for states like `initial`; what it needs is compiled now, if it is not yet.
+
+        Args:
+            wanted: whose gradients it is to compute, as a program has it; of a way back alone.
+        """
         return True
 
     def fault(self, program: Program) -> str:

@@ -133,17 +133,18 @@ class CppKernel:
         """None: what a block holds is on the stack."""
         return 0
 
-    def is_ready(self, direction: str, initial: Tensor) -> bool:
+    def is_ready(self, direction: str, initial: Tensor, wanted: Wanted = None) -> bool:
         """Whether the kernel for states like `initial` can be called; it is compiled now, if it is not yet.
 
         Args:
             direction: "forward" or "adjoint", block by block; or "newton", forward.
+            wanted: whose gradients an adjoint is to compute.
         """
         if direction == "newton" and self.body.batch_dims != self.program.layout.batch_dims:
             return False  # its d is that of several samples, which do not depend on each other
         if direction == "newton" and not self._vectors_fit:
             return False  # it puts a row of a Jacobian in each lane
-        return self._run(direction, self._samples(initial.shape)) is not None
+        return self._run(direction, self._samples(initial.shape), wanted) is not None
 
     def feeds(self, direction: str, samples: int, length: int | None = None) -> int:
         """How many threads the work of all blocks feeds, and PyTorch may use; where lanes are samples, each has a vector.
