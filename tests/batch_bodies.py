@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from complex_bodies import COMPLEX
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -527,8 +528,9 @@ OPS: dict[str, tuple[Function, list[Shape], Shape]] = {
 
 @cache
 def graph_of(table: str, name: str) -> fx.GraphModule:
-    if table == "ops":
-        return record(*OPS[name][:1], *OPS[name][1])
+    if table in ("ops", "complex"):
+        function, shapes, _ = TABLES[table][name]
+        return record(function, *shapes)
     if table == "functions":
         return trace(FUNCTIONS[name][0], *FUNCTIONS[name][1])
     torch.manual_seed(0)
@@ -537,5 +539,5 @@ def graph_of(table: str, name: str) -> fx.GraphModule:
     return trace(module.double() if isinstance(module, nn.Module) else module, *shapes)
 
 
-TABLES = {"modules": MODULES, "functions": FUNCTIONS, "ops": OPS}
+TABLES = {"modules": MODULES, "functions": FUNCTIONS, "ops": OPS, "complex": COMPLEX}
 BODIES = [(table, name) for table, entries in TABLES.items() for name in entries]
