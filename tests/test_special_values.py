@@ -108,11 +108,11 @@ WITHOUT_PULLBACK = {*NO_PULLBACK}
 
 # --- what PyTorch does not decide ---
 # Whether a NaN stops a gradient: its vectors and its numbers do otherwise, so that it depends on the place in memory.
-AT_NAN = {"hardtanh", "relu6", "elu", "celu", "selu", "hardswish", "softshrink", "hardshrink"}
+AT_NAN = {"hardtanh", "relu6", "elu", "celu", "selu", "hardswish", "softshrink", "hardshrink", "logit"}
 # The sign of a zero, likewise or between its own formulas.
 SIGNS = {"maximum.default", "minimum.default", "clamp.Tensor", "clamp by tensors", "softshrink", "lerp by a tensor"}
-# NaN or infinity where several of them are added up, which depends on the order; gelu is oneDNN's in float32.
-KINDS = {"var_mean.correction", "layer_norm", "rms_norm", "gelu", "group_norm"}
+# NaN or infinity where several of them are added up, which depends on the order.
+KINDS = {"var_mean.correction", "layer_norm", "rms_norm", "group_norm"}
 # Whether a square overflows whose root would not, or a product whose sum would not: PyTorch computes some of these in float64,
 # and kernels fuse products with sums.
 OVERFLOWS = set("""layer_norm rms_norm group_norm std norm normalize cosine_similarity pairwise_distance""".split()) | {
