@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from pcr_fx.body.isolation import isolated
+from pcr_fx.body.reals import to_real
 from pcr_fx.chain import Chain, Origin
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.looks import signature_of
@@ -73,7 +74,7 @@ def solve_chain(
 
     Args:
         step: one block, made of PyTorch ops on tensors; it is traced, so it may not branch on their values.
-        x0: the initial state: a floating tensor, or a pytree of them.
+        x0: the initial state: a floating or complex tensor, or a pytree of them.
         operands: a pytree of tensors `[L, ...]`, one slice a block.
         shared: a pytree of tensors that all blocks get whole.
         length: L; needed when there are no operands.
@@ -231,7 +232,9 @@ def _start(problem: _Problem, plan: Plan, places: Sequence[int]) -> Tensor:
     if spec != problem.structure[0] or got != expected:
         raise UnsupportedError(f"start must be a trajectory with the shapes {expected}, in the form of x0, got {got}")
     layout, dtype = plan.program.layout, plan.program.dtype
-    moved = [parts[place].detach().to(dtype) for place in places]
+    moved = [
+        (to_real(part) if part.is_complex() else part).detach().to(dtype) for part in map(parts.__getitem__, places)
+    ]
     return torch.stack([layout.flatten([part[index] for part in moved]) for index in range(problem.length)])
 
 
@@ -243,8 +246,8 @@ def _check(states: list[Any], every: list[Any], common: list[Any]) -> None:
             if not isinstance(value, Tensor):
                 raise UnsupportedError(f"{name} must be tensors, got {type(value).__name__}")
     for state in states:
-        if not state.is_floating_point():
-            raise UnsupportedError(f"a state must have a floating dtype, got {state.dtype}")
+        if not (state.is_floating_point() or state.is_complex()):
+            raise UnsupportedError(f"a state must have a floating dtype, or a complex one, got {state.dtype}")
 
 
 def _length(every: list[Tensor], length: int | None) -> int:

@@ -249,7 +249,7 @@ def test_two_threads() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.ones(2, dtype=torch.int64), torch.ones(4, 2)), "floating dtype, got torch.int64"),
+        ((torch.ones(2, dtype=torch.int64), torch.ones(4, 2)), "got torch.int64"),
         ((torch.ones(2), [torch.ones(4, 2), torch.ones(5, 2)]), "agree on one L, got 4, 5"),
         ((torch.ones(2), ()), "no operands and no length"),
         ((torch.ones(2), torch.tensor(1.0)), "without dimensions"),
@@ -401,3 +401,27 @@ def test_within_torch_compile_it_breaks_the_graph_once() -> None:
         weights = torch.randn(length, 3, 3, dtype=torch.float64)
         torch.testing.assert_close(compiled(x0, weights), whole(x0, weights))
     assert len(frames) <= 4  # before and behind it, for one length and for any
+
+
+@pytest.mark.parametrize("options", [NEWTON, {"solver": "newton"}, {"solver": "sequential"}], ids=str)
+def test_complex_states(options: dict[str, Any]) -> None:
+    x0 = torch.randn(2, 3, dtype=torch.complex128, requires_grad=True)
+    phases = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
+
+    def step(z: Tensor, phase: Tensor, _: Any) -> Tensor:
+        return 0.9 * z * torch.polar(torch.ones_like(phase), phase) + 0.1 * torch.sin(z.real)
+
+    solution = solve_chain(step, x0, phases, options=options)
+    state, states = x0, []
+    for phase in phases:
+        state = step(state, phase, ())
+        states.append(state)
+    expected = torch.stack(states)
+    torch.testing.assert_close(solution.trajectory, expected)
+    for got, true in zip(
+        *(torch.autograd.grad(one.abs().sum(), (x0, phases)) for one in (solution.trajectory, expected)), strict=True
+    ):
+        torch.testing.assert_close(got, true)
+    if options is NEWTON:
+        again = solve_chain(step, x0, phases, options=options, start=solution.trajectory)
+        assert again.stats.iterations < solution.stats.iterations
