@@ -19,6 +19,7 @@ from pcr_fx.body.isolation import is_plain_call
 from pcr_fx.call import Call
 from pcr_fx.chain import Leaving
 from pcr_fx.derivatives import gradients_of, unseen_by_dynamo
+from pcr_fx.operands import is_plain
 from pcr_fx.planner import Plan, Watch
 from pcr_fx.record import SolveRecord
 from pcr_fx.targets import PointerTable
@@ -120,8 +121,10 @@ class Straight:
 
 
 def is_plain_backward(given: Iterable[Tensor | None]) -> bool:
-    """Whether native code may pull these back: not where a gradient is differentiated in turn, or many are taken at once."""
-    single = all(one is None or (type(one) is Tensor and not is_legacy_batchedtensor(one)) for one in given)
+    """Whether native code may pull these back: not where a gradient is differentiated in turn, or many are taken at once, nor
+    where memory holds the negatives of a cotangent's numbers, as of the imaginary parts of conjugates.
+    """
+    single = all(one is None or (is_plain(one) and not is_legacy_batchedtensor(one)) for one in given)
     return single and not torch.is_grad_enabled() and is_plain_call()
 
 

@@ -324,3 +324,43 @@ def test_planning_compiles_the_code_that_training_calls(way_in: str, monkeypatch
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
     assert [wanted for direction, wanted in built if direction == "adjoint"] == [(False, True, True, True, True)]
+
+
+@pytest.mark.parametrize("with_outputs", [False, True])
+@pytest.mark.parametrize("width", [1, 3])
+def test_cotangents_whose_memory_holds_negatives(width: int, with_outputs: bool) -> None:
+    """Such as autograd makes of the imaginary part of a conjugate."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            weights = torch.randn(LENGTH, width, width, dtype=torch.float64) / width
+            self.weights = nn.ParameterList(map(nn.Parameter, weights))
+
+        def forward(self, x: Tensor) -> Tensor:
+            outputs = []
+            for weight in self.weights:
+                x = x + torch.tanh(x @ weight)
+                outputs.append(torch.sin(x))
+            return torch.stack(outputs) if with_outputs else x
+
+    model, x = Net(), torch.randn(1, width, dtype=torch.float64)
+    fast, weights = pcr_fx.transform(model, x, NATIVE), torch.randn(1, width, dtype=torch.complex128)
+    y = fast(x)
+    negative = torch._neg_view(torch.randn_like(y))  # type: ignore[attr-defined]
+    for got, true in zip(
+        torch.autograd.grad(y, list(fast.parameters()), negative, retain_graph=True),
+        torch.autograd.grad(model(x), list(model.parameters()), negative),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, true)
+
+    def loss(y: Tensor) -> Tensor:
+        return (torch.complex(torch.zeros_like(y), y).conj() * weights).real.sum()
+
+    for got, true in zip(
+        torch.autograd.grad(loss(y), list(fast.parameters())),
+        torch.autograd.grad(loss(model(x)), list(model.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, true)
