@@ -59,6 +59,22 @@ USES: dict[str, Callable[..., Any]] = {
     "embedding": lambda x: F.embedding(torch.tensor([[2, 0], [1, 1]]), x),
     "pad by reflection": lambda x: F.pad(x[None], (2, 1), mode="reflect") ** 2,
     "trapezoid": lambda x: torch.trapezoid(x, dx=0.1),
+    "avg_pool1d": lambda x: F.avg_pool1d(x, 2) ** 2,
+    "avg_pool1d with steps, padded": lambda x: F.avg_pool1d(x[None], 3, 2, 1, count_include_pad=False) ** 2,
+    "avg_pool2d": lambda x: F.avg_pool2d(x[None, None], 2, 1) ** 2,
+    "avg_pool2d padded, with a divisor": lambda x: (
+        F.avg_pool2d(x[None], (3, 2), (2, 1), (1, 0), divisor_override=5) ** 2
+    ),
+    "max_pool1d": lambda x: F.max_pool1d(x, 2, 1) ** 2,
+    "max_pool2d": lambda x: F.max_pool2d(x[None, None], (2, 3), 1, (0, 1)) ** 2,
+    "max_pool2d of what is left over": lambda x: F.max_pool2d(x[None], 2, (2, 3)) ** 2,
+    "max_pool2d with gaps": lambda x: F.max_pool2d(x[None], (2, 2), 1, 1, (1, 2)) ** 2,
+    "max_pool2d of equal ones": lambda x: F.max_pool2d((x[None, None] * 2).round() * x.mean(), 2, 1),
+    "max_pool2d and where": lambda x: (lambda values, places: values * places)(
+        *F.max_pool2d(x[None], 2, 1, 1, return_indices=True)
+    ),
+    "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x[None], (3, 2)) ** 2 + F.adaptive_avg_pool1d(x, 1)[None],
+    "adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x[None], (1, 2)) ** 2 + F.adaptive_max_pool1d(x, 2)[None],
     "conv1d": lambda x, y: F.conv1d(x[None], y.reshape(4, 3, 1), x[0]) ** 2,
     "conv1d with a step and gaps": lambda x, y: F.conv1d(
         x.reshape(1, 1, 12), y.reshape(-1)[:6].reshape(2, 1, 3), stride=2, padding=2, dilation=2

@@ -12,14 +12,16 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-def _windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """`[N, C, *out, *kernel]` of `[N, C, *size]`: a view."""
-    for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
+def windows_of(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], first: int = 2
+) -> Tensor:
+    """`[N, C, *out, *kernel]` of `[N, C, *size]`, whose dimension `first` is the first of those sizes: a view."""
+    for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), first):
         x = x.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
     return x
 
 
-def _padded(x: Tensor, padding: Sequence[int]) -> Tensor:
+def padded(x: Tensor, padding: Sequence[int]) -> Tensor:
     return F.pad(x, [amount for size in reversed(padding) for amount in (size, size)]) if any(padding) else x
 
 
@@ -42,7 +44,7 @@ def _convolution(
     spatial = weight.dim() - 2
     if transposed or x.dim() != spatial + 2:
         return NotImplemented
-    windows = _grouped(_windows(_padded(x, padding), weight.shape[2:], stride, dilation), groups, 1)
+    windows = _grouped(windows_of(padded(x, padding), weight.shape[2:], stride, dilation), groups, 1)
     # [N, G, 1, C / G, *out, *kernel] times [G, O / G, C / G, *1, *kernel].
     weights = _grouped(weight, groups, 0)[(slice(None),) * 3 + (None,) * spatial]
     summed = [3, *range(4 + spatial, 4 + 2 * spatial)]
@@ -68,7 +70,7 @@ def _convolution_backward(
         return NotImplemented
     of_x = of_weight = of_bias = None
     if output_mask[1]:
-        windows = _grouped(_windows(_padded(x, padding), weight.shape[2:], stride, dilation), groups, 1).unsqueeze(2)
+        windows = _grouped(windows_of(padded(x, padding), weight.shape[2:], stride, dilation), groups, 1).unsqueeze(2)
         rows = _grouped(cotangent, groups, 1).unsqueeze(3)[(..., *(None,) * spatial)]
         of_weight = (windows * rows).sum([0, *range(4, 4 + spatial)]).flatten(0, 1)
     if output_mask[0]:
@@ -76,6 +78,16 @@ def _convolution_backward(
     if output_mask[2]:
         of_bias = cotangent.sum([0, *range(2, 2 + spatial)])
     return of_x, of_weight, of_bias
+
+
+def spread_apart(x: Tensor, stride: Sequence[int], first: int = 2) -> Tensor:
+    """With as many zeros between the numbers of some dimensions as steps of `stride` skip, from dimension `first` on."""
+    for dim, step in enumerate(stride, first):
+        if step > 1:
+            sizes = list(x.shape)
+            sizes[dim] = (sizes[dim] - 1) * step + 1
+            x = torch.slice_scatter(x.new_zeros(sizes), x, dim, 0, None, step)
+    return x
 
 
 def _convolution_backward_of_input(
@@ -88,13 +100,7 @@ def _convolution_backward_of_input(
     groups: int,
 ) -> Tensor:
     """The cotangent, with zeros between its numbers where the stride skips some, convolved with the reversed weights."""
-    spatial = weight.dim() - 2
-    spread = cotangent
-    for dim, step in enumerate(stride, 2):
-        if step > 1:
-            sizes = list(spread.shape)
-            sizes[dim] = (sizes[dim] - 1) * step + 1
-            spread = torch.slice_scatter(spread.new_zeros(sizes), spread, dim, 0, None, step)
+    spatial, spread = weight.dim() - 2, spread_apart(cotangent, stride)
     pads = []
     for dim in reversed(range(2, 2 + spatial)):
         reach = dilation[dim - 2] * (weight.shape[dim] - 1)

@@ -17,6 +17,7 @@ from pcr_fx.body.convolution_ops import CONVOLUTION_OPS
 from pcr_fx.body.matrix_ops import MATRIX_OPS
 from pcr_fx.body.number_ops import NUMBER_OPS
 from pcr_fx.body.order_ops import ORDER_OPS
+from pcr_fx.body.pooling_ops import POOLING_OPS
 
 aten = torch.ops.aten
 
@@ -119,6 +120,7 @@ _OWN: dict[Any, Callable[..., Any]] = {
     **CONVOLUTION_OPS,
     **MATRIX_OPS,
     **ORDER_OPS,
+    **POOLING_OPS,
     aten.roll.default: _roll,
     aten.diag_embed.default: _diag_embed,
     aten.linalg_cross.default: _cross,
