@@ -217,10 +217,9 @@ def test_a_first_call_within(name: str) -> None:
     inputs = case.inputs(6, 2)
     weight = inputs.operands[0].detach()
     scale = 1 + len(name) / 100  # in the literals, so that each transform gets a trace of its own
-    node = case.node(6)
-    node.chain = Chain(
-        node.chain.body, 6, 1, 1, literals=tuple(tuple(v * scale for v in p) for p in node.chain.literals)
-    )
+    given = case.node(6)
+    literals = tuple(tuple(v * scale for v in p) for p in given.chain.literals)
+    node = SolveNode(Chain(given.chain.body, 6, 1, 1, literals=literals), given.options)
 
     def by(run: Callable[..., tuple[Tensor, ...]]) -> Tensor:
         return TRANSFORMS[name](lambda x: run(node, Inputs([x], [weight], []))[0], inputs.states[0].detach())
@@ -333,7 +332,7 @@ def test_operators_keep_their_contract(name: str, length: int, solver: str) -> N
     trajectory = ops.solve(*arguments)
     torch.library.opcheck(
         torch.ops.pcr_fx.adjoint.default,
-        (initial, trajectory, operands, shared, torch.randn_like(trajectory), *arguments[3:]),
+        (initial, trajectory, operands, shared, torch.randn_like(trajectory), *arguments[3:], []),
     )
 
 

@@ -294,7 +294,7 @@ def test_operators_keep_their_contract() -> None:
     trajectory = torch.ops.pcr_fx.solve(x0, every, list(shared), key, -1)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.pcr_fx.solve, (x0, every, list(shared), key, -1), test_utils=tests)
-    arguments = (x0, trajectory, every, list(shared), torch.ones_like(trajectory), key, -1)
+    arguments = (x0, trajectory, every, list(shared), torch.ones_like(trajectory), key, -1, [])
     torch.library.opcheck(torch.ops.pcr_fx.adjoint, arguments, test_utils=tests)
     torch.library.opcheck(torch.ops.pcr_fx.stack, ([x0, x0 + 1],), test_utils=tests)
 

@@ -37,7 +37,7 @@ def interpreted() -> Iterator[None]:
         yield
 
 
-def _is_ready(self: CppKernel, direction: str, initial: Tensor) -> bool:
+def _is_ready(self: CppKernel, direction: str, initial: Tensor, wanted: Any = None) -> bool:
     return direction != "newton"
 
 
