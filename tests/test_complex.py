@@ -1,5 +1,6 @@
 """Complex numbers within blocks: as states, operands and on the way, by their real and imaginary parts."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,16 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "roll": lambda z: z.roll(1, -1),
     "diag": lambda z: torch.diag_embed(z),
     "padded": lambda z: torch.nn.functional.pad(z, (1, 2)),
+    "padded with ones": lambda z: torch.nn.functional.pad(z, (0, 1), value=1.0),
+    "a number scattered": lambda z: torch.scatter(z, 1, torch.tensor([[1], [0], [3]]), 2.0),
+    "cat of whole numbers": lambda z: torch.cat([z, torch.ones(1, 4, dtype=torch.int64)]),
+    "stack of truth values": lambda z: torch.stack([z, torch.ones(3, 4, dtype=torch.bool)]),
+    "index_add with a complex factor": lambda z: z.index_add(0, torch.tensor([2, 0]), z[:2], alpha=2j),
+    "complex of parts that broadcast": lambda z: torch.complex(z.real * torch.ones(2, 1, 1), z.imag).sum(0),
+    "added to nothing": lambda z: torch.add(z[0], z, alpha=0),
+    "truth": lambda z: torch.complex(torch.zeros_like(z.imag), z.imag).to(torch.bool) * z,
+    "pow 0": lambda z: z**0 + z,
+    "pow -4": lambda z: (z + 3) ** -4,
     "fft": lambda z: torch.fft.fft(z),
     "ifft of a part": lambda z: torch.fft.ifft(z, n=3, norm="ortho"),
     "fft2": lambda z: torch.fft.fft2(z),
@@ -113,6 +124,16 @@ def test_rules_at_zeros_and_large_numbers(name: str) -> None:
     graph = make_fx(lambda pairs: flat(FUNCTIONS[name](torch.view_as_complex(pairs))))(pairs)
     got, expected = by_parts(graph)(pairs), flat(FUNCTIONS[name](values))
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-250, equal_nan=True)
+
+
+def test_no_power_of_zero_is_taken_for_zero() -> None:
+    pairs = torch.zeros(3, 2, dtype=torch.float64)
+    for exponent in (-4, -2.5, 2.5, 5):
+        graph = make_fx(
+            functools.partial(lambda exponent, pairs: flat(torch.view_as_complex(pairs) ** exponent), exponent)
+        )(pairs)
+        got, expected = by_parts(graph)(pairs), flat(torch.zeros(3, dtype=COMPLEX) ** exponent)
+        assert torch.equal(got.isfinite().all(-1), expected.isfinite().all(-1)), exponent
 
 
 # --- chains -------------------------------------------------------------------------------------------------------------

@@ -130,6 +130,20 @@ def test_what_is_too_large_to_be_written_out_is_named(function: Callable[..., An
         assert_lowered(graph, function, [torch.stack([x, x])])
 
 
+@pytest.mark.parametrize("number", [-torch.inf, torch.nan, 1.0])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_where_maxima_of_equal_numbers_stand(number: float, padding: int) -> None:
+    """The gradient goes to the first, but of NaN to the last; padding is none of them."""
+    x = torch.full((1, 4, 4), number, dtype=torch.float64)
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.vjp(lambda x: F.max_pool2d(x, 3, 2, padding), x)[1](
+            torch.ones(1, 1 + padding, 1 + padding, dtype=x.dtype)
+        )[0]
+
+    assert torch.equal(traced(gradient, [x], decomposed=True)(x), gradient(x))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_prelu(channels: int) -> None:
     x = torch.randn(2, 3, 5, dtype=torch.float64).requires_grad_()

@@ -72,6 +72,17 @@ def test_a_copy_for_other_sizes_holds_what_it_is_a_copy_of() -> None:
     assert plan._plans.get(key) is copy.origin
 
 
+def test_a_plan_of_another_length_is_held_by_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_plans", Registry(kept=1))
+    first = _planned(2.0)
+    longer = first.for_chain(first.program.chain.of_length(5))
+    copy, key = longer.called_with(signature_of([torch.ones(3)], [], [])), longer.key
+    del longer
+    _planned(3.0)
+    gc.collect()
+    assert plan._plans.get(key) is copy.origin
+
+
 def test_what_was_compiled_holds_its_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_plans", Registry(kept=1))
     options = {"solver": "newton", "kernels": False, "inner_backend": "aot_eager", "min_length": 8}

@@ -180,7 +180,7 @@ def sqrt(a: Pair) -> Pair:
 
 
 def power(a: Number, b: Number) -> Any:
-    """Small whole exponents by products, as PyTorch has them; any other by the logarithm, and zero is zero."""
+    """Small whole exponents by products, as PyTorch has them; any other by the logarithm. Of zero a positive one is zero."""
     if isinstance(b, (int, float)) and b == int(b) and 0 < abs(b) <= 3:
         result = a
         for _ in range(int(abs(b)) - 1):
@@ -190,9 +190,13 @@ def power(a: Number, b: Number) -> Any:
         return sqrt(as_pair(a))
     if isinstance(a, (int, float)):
         return exp(mul(b, math.log(a))) if a > 0 else NotImplemented
+    if isinstance(b, (int, float)) and b < 0:
+        return reciprocal(power(a, -b))
     base = as_pair(a)
+    if isinstance(b, (int, float)) and b == 0:
+        return Pair(torch.ones_like(base.real), torch.zeros_like(base.real))
     result = exp(mul(log(base), b))
-    is_zero = (base.real == 0) & (base.imag == 0)
+    is_zero = (base.real == 0) & (base.imag == 0) & ((b.real if isinstance(b, Pair) else torch.as_tensor(b)) > 0)
     return Pair(torch.where(is_zero, 0.0, result.real), torch.where(is_zero, 0.0, result.imag))
 
 
@@ -456,7 +460,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "isfinite": _of_both(torch.isfinite, torch.logical_and),
 }
 
-# Ops that do the same to both parts; integers and truth values among their arguments are places, the same for both.
+# Ops that do the same to both parts.
 OF_EACH_PART = frozenset(
     """alias detach view _unsafe_view reshape _reshape_alias t transpose permute unsqueeze squeeze select slice expand unbind
     split split_with_sizes unsafe_split unsafe_split_with_sizes chunk clone contiguous copy index gather index_select
@@ -474,21 +478,40 @@ FILLED: dict[str, Any] = {
 }
 
 
-def of_each_part(target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The op on the real parts, then on the imaginary parts."""
+# Of these, the argument that says where, the same for both parts: numbers of places, or a mask. All other tensors are values.
+_WHERE = {
+    **dict.fromkeys("index index_put embedding masked_scatter".split(), 1),
+    **dict.fromkeys("gather index_select scatter scatter_add index_add".split(), 2),
+    "index_select_backward": 3,
+}
+# And the argument that is a value though it may be a number.
+_VALUE = {"constant_pad_nd": 2, "scatter": 3}
 
-    def part(leaf: Any, name: str) -> Any:
+
+def of_each_part(name: str, target: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """The op `name` on the real parts, then on the imaginary parts."""
+    if "reduce" in kwargs:
+        return NotImplemented
+    kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
+    if isinstance(kwargs.get("alpha"), Pair):  # of `index_add`, whose source is its last argument
+        args = (*args[:-1], mul(args[-1], kwargs.pop("alpha")))
+
+    def part(leaf: Any, which: str) -> Any:
         if isinstance(leaf, (list, tuple)):
-            return type(leaf)(part(one, name) for one in leaf)
+            return type(leaf)(part(one, which) for one in leaf)
         if isinstance(leaf, Pair):
-            return getattr(leaf, name)
-        is_value = isinstance(leaf, Tensor) and leaf.is_floating_point()
-        return torch.zeros_like(leaf) if is_value and name == "imag" else leaf
+            return getattr(leaf, which)
+        return torch.zeros_like(leaf) if isinstance(leaf, Tensor) and which == "imag" else leaf
 
-    kwargs = {name: value for name, value in kwargs.items() if name != "dtype"}
+    def parts(which: str) -> list[Any]:
+        found = [one if place == _WHERE.get(name) else part(one, which) for place, one in enumerate(args)]
+        at = _VALUE.get(name, len(found))
+        if which == "imag" and at < len(found) and isinstance(args[at], (int, float)):
+            found[at] = 0.0
+        return found
+
     real, imag = (
-        target(*(part(one, name) for one in args), **{key: part(one, name) for key, one in kwargs.items()})
-        for name in ("real", "imag")
+        target(*parts(which), **{key: part(one, which) for key, one in kwargs.items()}) for which in ("real", "imag")
     )
     if isinstance(real, (list, tuple)):
         return [Pair(*both) for both in zip(real, imag, strict=True)]

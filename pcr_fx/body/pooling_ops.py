@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcr_fx.body.convolution_ops import padded, spread_apart, windows_of
-from pcr_fx.body.order_ops import first_in_order
 
 aten = torch.ops.aten
 
-_largest_in_order = first_in_order(descending=True)
+# Places of a window, which are gone through one after another.
+_MOST_PLACES = 64
 
 
 def _pair(sizes: Sequence[int] | int) -> list[int]:
@@ -88,10 +88,28 @@ def _avg_pool_backward(
 
 
 def _first_of_windows(x: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
-    """The largest number of each window, and its place in it."""
+    """The largest number of each window, and its place in it: of several NaN the last, of nothing but -inf the first in `x`."""
+    if kernel[0] * kernel[1] > _MOST_PLACES:
+        return NotImplemented
     filled = F.pad(x, [padding[1], padding[1], padding[0], padding[0]], value=-torch.inf) if any(padding) else x
-    windows = windows_of(filled, kernel, stride, dilation, first=x.dim() - 2)
-    return _largest_in_order(windows.flatten(-2), -1)
+    windows = windows_of(filled, kernel, stride, dilation, first=x.dim() - 2).flatten(-2).unbind(-1)
+    best, place = torch.full_like(windows[0], -torch.inf), _first_within(windows[0], kernel, stride, padding, dilation)
+    for number, other in enumerate(windows):
+        better = (other > best) | other.isnan()
+        best, place = torch.where(better, other, best), torch.where(better, number, place)
+    return best, place
+
+
+def _first_within(like: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Tensor:
+    """The first place of each window that is not padding, of the shape of `like`."""
+    skipped = []
+    for dim in (0, 1):
+        begins = torch.arange(like.shape[dim - 2], device=like.device) * stride[dim] - padding[dim]
+        count = torch.zeros_like(begins)
+        for number in range(kernel[dim] - 1):
+            count = count + (begins + number * dilation[dim] < 0).to(torch.int64)
+        skipped.append(count)
+    return (skipped[0][:, None] * kernel[1] + skipped[1]).expand(like.shape)
 
 
 def _max_pool(

@@ -125,6 +125,7 @@ class Program(Interface):
     _shorter: dict[int, Program] = field(default_factory=dict, repr=False)
     _faults: dict[str, str] = field(default_factory=dict, repr=False)
     _wanting: dict[tuple[bool, ...], Program] = field(default_factory=dict, repr=False)
+    _whole: Program | None = field(default=None, repr=False)
 
     def wanting(self, wanted: tuple[bool, ...] | None) -> Program:
         """The same where only these cotangents are wanted: its pullbacks compute no others."""
@@ -132,7 +133,7 @@ class Program(Interface):
             return self
         assert wanted is not None and self.wanted is None, "what is left out is left out of all"
         if wanted not in self._wanting:
-            kept = replace(self, wanted=wanted, _shorter={}, _wanting={})
+            kept = replace(self, wanted=wanted, _shorter={}, _wanting={}, _whole=self)
             results = kept.wanted_results
             runs: dict[str, Any] = {
                 name: SomeResults(getattr(self, name), results) for name in ("step_pullback", "pullback")
@@ -171,6 +172,8 @@ class Program(Interface):
         Args:
             names: of `evaluate`, `linearise` and `pullback`, of which `pull` is a part.
         """
+        if self._whole is not None:  # what is left out of one was judged with the rest
+            return self._whole.fault(*names)
         for name in names:
             if name not in self._faults:
                 try:

@@ -120,9 +120,14 @@ class _ByParts(fx.Interpreter):
 
 def _in_tensors(node: fx.Node, result: Any) -> Any:
     """A result with tensors for those parts that are numbers."""
-    if not isinstance(result, Pair) or (isinstance(result.real, Tensor) and isinstance(result.imag, Tensor)):
+    if not isinstance(result, Pair):
         return result
     value = node.meta["val"]
+    if isinstance(result.real, Tensor) and isinstance(result.imag, Tensor):
+        # A part may have been broadcast without the other.
+        return Pair(
+            *(one if one.shape == value.shape else one.expand(value.shape) for one in (result.real, result.imag))
+        )
     if value.dim() == 0 and _is_number(result):
         return result  # a number yields to the dtype of what it meets
     options = {"dtype": value.real.dtype, "device": value.device}
@@ -156,7 +161,7 @@ def _of_complex(node: fx.Node, target: Any, args: Any, kwargs: Any) -> Any:
             if node.meta["val"].dim() == 0:
                 return args[0]
             args = (_held_number(node, args[0]), *args[1:])
-        return of_each_part(target, args, kwargs)
+        return of_each_part(name, target, args, kwargs)
     kwargs = {key: value for key, value in kwargs.items() if key != "dtype"}
     return RULES[name](*args, **kwargs) if name in RULES else NotImplemented
 
@@ -179,6 +184,8 @@ def _converted(node: fx.Node, value: Any) -> Any:
     if not result.is_complex():
         if _is_number(value):
             return torch.full((), value.real, dtype=dtype, device=result.device)
+        if dtype is torch.bool and isinstance(value, Pair):
+            return (value.real != 0) | (value.imag != 0)
         return (value.real if isinstance(value, Pair) else value).to(dtype)
     if _is_number(value):
         return value

@@ -52,14 +52,14 @@ class Learnt:
         choices: by size.
         drifted: sizes whose solves go otherwise than when their ways were chosen.
         looks: by size, how often it was looked at again because of what its calls took, and when that may be next.
-        watches: of operators, by samples and direction, each for a choice.
+        watches: of operators, by blocks, samples and direction, each for a choice.
         lock: held where the way of a first call is found, which other threads' first calls then take too.
     """
 
     choices: dict[Size, Choice] = field(default_factory=dict)
     drifted: set[Size] = field(default_factory=set)
     looks: dict[Size, tuple[int, float]] = field(default_factory=dict)
-    watches: dict[tuple[int, str], tuple[Choice, Watch | None]] = field(default_factory=dict)
+    watches: dict[tuple[int, int, str], tuple[Choice, Watch | None]] = field(default_factory=dict)
     lock: threading.RLock = field(default_factory=fork_safe_lock, repr=False)
 
 
@@ -111,14 +111,18 @@ class Plan:
         key = _digest(self.key, chain.length, chain.literals)
         known = _plans.get(key)
         if known is None:
-            learnt = self._learnt_of(chain.length)
-            known = _plans.keep(key, replace(self, key=key, program=self.program.for_chain(chain), learnt=learnt))
+            learnt, program = self._learnt_of(chain), self.program.for_chain(chain)
+            known = _plans.keep(key, replace(self, key=key, program=program, learnt=learnt, origin=None))
         return known.called_with(self.program.signature)
 
-    def _learnt_of(self, length: int) -> Learnt:
-        """What is known of so many blocks: at first, how native code goes that does not depend on their number."""
+    def _learnt_of(self, chain: Chain) -> Learnt:
+        """What is known of so many blocks: at first, how native code goes that does not depend on their number.
+
+        How iterations go depends on the numbers that blocks differ by.
+        """
+        length = chain.length
         self.lengths.setdefault(_bits(self.program.length), self.learnt)
-        if _bits(length) not in self.lengths:
+        if _bits(length) not in self.lengths or chain.literals:
             longest = max(length, self.program.length)
             carried_over = {
                 size: replace(choice, timings=(), reason=f"{choice.reason} (of {self.program.length} blocks)")
@@ -126,6 +130,8 @@ class Plan:
                 if choice.timings
                 and all(isinstance(w, Native) and w.is_alone(longest, choice.samples) for w in choice.needed(True))
             }
+            if chain.literals:
+                return Learnt(carried_over)
             self.lengths.setdefault(_bits(length), Learnt(carried_over))
         return self.lengths[_bits(length)]
 
@@ -276,7 +282,7 @@ class Plan:
         choice = self.choice(samples)
         if not choice.timings or way.queues or way != getattr(choice, direction):
             return None
-        key = samples, direction
+        key = self.program.length, samples, direction
         known = self.learnt.watches.get(key)
         if known is None or known[0] is not choice:
             known = self.learnt.watches[key] = choice, self.watch(samples, direction)
