@@ -57,7 +57,7 @@ def test_plans_are_shared_where_one_is_right_for_all_sizes() -> None:
         fast = pcr_fx.transform(Net(8), None, {"solver": "sequential"})
         for batch, shape in shapes:
             fast(torch.randn(*batch, D), torch.randn(*shape))
-        (node,) = (node for node in fast._pcr_variants[0].run.children() if hasattr(node, "_routes"))
+        (node,) = (node for node in fast._pcr_variants[0].run.children() if hasattr(node, "routes"))
         assert len({route.plan.key for route in node.routes.known.values()}) == plans
 
 
