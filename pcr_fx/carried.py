@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +29,7 @@ from pcr_fx.graphs.effects import hides_ops, is_barrier, is_of_transform
 from pcr_fx.graphs.parts import Part
 from pcr_fx.looks import autocast_dtype, refuse_mixed, refuse_unusual
 from pcr_fx.node import Family, SolveNode
-from pcr_fx.operands import Operand, stacked
+from pcr_fx.operands import Given
 from pcr_fx.ops import owned
 from pcr_fx.options import Options
 from pcr_fx.planner import Plan, make_plan
@@ -151,7 +151,7 @@ def _block_by_block(
     chain = _told_of(text, states)
     own, common, further, more = chain.groups(states, operands, shared)
     node = chain.node(int(chain.length(operands)))
-    return _together(node.as_written(states, own, common, further, more))
+    return _together(node.as_written(Given(states, own, common, further, more)))
 
 
 def _differentiable(
@@ -239,18 +239,12 @@ def _pulled(
     return owned(whole, [*given, *seeds])
 
 
-def _pulled_by_autograd(
-    states: Sequence[Tensor],
-    operands: Sequence[Tensor],
-    shared: Sequence[Tensor],
-    cotangents: Sequence[Tensor | None],
-    text: str,
-) -> list[Tensor]:
+def _pulled_by_autograd(*args: Any) -> list[Tensor]:
     if _is_compiled():
         with torch._C._AutoDispatchBelowAutograd():
-            found: list[Tensor] = torch.ops.pcr_fx.chain_pullback(states, operands, shared, cotangents, text)
+            found: list[Tensor] = torch.ops.pcr_fx.chain_pullback(*args)
             return found
-    return _pulled(states, operands, shared, cotangents, text)
+    return _pulled(*args)
 
 
 def _pulled_below(*args: Any) -> list[Tensor]:
@@ -286,32 +280,15 @@ class Carrier(nn.Module):
         super().__init__()
         self.node = node
 
-    def forward(
-        self,
-        states: Sequence[Tensor],
-        operands: Sequence[Operand],
-        shared: Sequence[Tensor],
-        head_operands: Sequence[Operand] = (),
-        head_shared: Sequence[Tensor] = (),
-    ) -> tuple[Any, ...]:
-        node = self.node
-        given = Given(states, list(map(stacked, operands)), shared, list(map(stacked, head_operands)), head_shared)
+    def forward(self, *tensors: Any) -> tuple[Any, ...]:
+        """As `SolveNode.forward`."""
+        node, given = self.node, Given(*tensors)
         try:
-            found = carry(node.chain, node.leaving, node.options, given)
+            found = carry(node.chain, node.leaving, node.options, given.stacked())
         except (BodyError, TextError) as reason:
             log.info("%s is exported block by block: %s", node.record.name, reason)
-            return node.as_written(states, operands, shared, head_operands, head_shared)
+            return node.as_written(given)
         return node.placed(found) if node.has_places else tuple(found)
-
-
-class Given(NamedTuple):
-    """The tensors of a call of a chain, and of its head."""
-
-    states: Sequence[Tensor]
-    operands: Sequence[Tensor]
-    shared: Sequence[Tensor]
-    head_operands: Sequence[Tensor]
-    head_shared: Sequence[Tensor]
 
 
 def carry(chain: Chain, leaving: Leaving, options: Options, given: Given, is_open: bool = False) -> list[Tensor]:
@@ -323,7 +300,7 @@ def carry(chain: Chain, leaving: Leaving, options: Options, given: Given, is_ope
     Raises:
         BodyError, TextError: there is no saying in a text what the blocks do.
     """
-    every = [tensor for group in given for tensor in group]
+    every: list[Tensor] = [tensor for group in given for tensor in group]  # type: ignore[misc]
     device = given.states[0].device
     refusal = refuse_unusual(every) or refuse_mixed([one.dtype for one in every], device.type)
     if refusal is not None:

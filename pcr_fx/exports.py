@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from pcr_fx.body.isolation import isolated
 from pcr_fx.errors import BodyError, UnsupportedError
-from pcr_fx.loops import Step
+from pcr_fx.loop_step import Step
 
 Flat = Callable[..., tuple[Tensor, ...]]
 

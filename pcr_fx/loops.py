@@ -6,10 +6,9 @@ was measured of it, and the solve node around that is small.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +19,15 @@ from torch.utils.checkpoint import checkpoint
 from pcr_fx.body import Signature
 from pcr_fx.body.isolation import is_traced_or_transformed
 from pcr_fx.body.reals import carry_reals
-from pcr_fx.carried import Given, carry
+from pcr_fx.carried import carry
 from pcr_fx.chain import Chain, Complex, Head, Leaving, Origin, Place
-from pcr_fx.errors import BodyError, TextError, UnsupportedError
-from pcr_fx.graphs.effects import hides_ops, is_barrier, is_of_transform, writes, written_nodes
+from pcr_fx.errors import BodyError, TextError
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.looks import signature_of
+from pcr_fx.loop_step import Step, check_open, is_complex, needed_for, part_of, switches_gradients_on, value_of
 from pcr_fx.node import Family, SolveNode
-from pcr_fx.operands import complex_of_parts, parts_of_complex
+from pcr_fx.operands import Given, complex_of_parts, parts_of_complex
 from pcr_fx.options import Options
-from pcr_fx.passes.inline import inline_regions
-from pcr_fx.passes.normalise import normalise_graph
 from pcr_fx.planner import Plan, make_plan
 from pcr_fx.ways.memory import memory_limit
 
@@ -40,64 +37,6 @@ log = logging.getLogger(__name__)
 _LENGTHS = 256
 # Bytes of states that are kept without a look at how much memory is free.
 _FEW_BYTES = 2**26
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """One step of a loop, called as `graph(*carry, *xs, *shared)`, a tuple of the new carry and of the outputs.
-
-    Attributes:
-        graph: in the ops that it was captured in.
-        num_carry, num_xs: tensors that are handed on, and tensors of which each step has a part.
-        name, source: for what is reported.
-    """
-
-    graph: fx.GraphModule
-    num_carry: int
-    num_xs: int
-    name: str = "step"
-    source: str = ""
-
-    @classmethod
-    def of(cls, graph: fx.GraphModule, num_carry: int, num_xs: int, name: str = "step", source: str = "") -> Step:
-        """The step in its normal form.
-
-        Raises:
-            UnsupportedError: it writes into its carry or into a part of `xs`, or returns a carry of another form.
-        """
-        written_out = inline_regions(graph)
-        normalise_graph(written_out)
-        graph = fx.GraphModule(graph, written_out)
-        written = written_nodes(graph.graph)
-        for index, node in enumerate(graph.graph.find_nodes(op="placeholder")[: num_carry + num_xs]):
-            if node in written:
-                what = "carry" if index < num_carry else "slice of xs"
-                raise UnsupportedError(f"combine_fn may not write into its {what} in place; return a new tensor")
-        step = cls(graph, num_carry, num_xs, name, source)
-        for before, after in zip(step.inputs[:num_carry], step.results, strict=False):
-            _check_carry(before.meta.get("example_value"), after.meta.get("example_value"))
-        return step
-
-    @property
-    def content(self) -> Hashable:
-        """All that the step is; `None` where it holds tensors or graphs of its own."""
-        nodes = list(self.graph.graph.nodes)
-        if any(node.op == "get_attr" for node in nodes):
-            return None
-        values = [node.meta.get("example_value") for node in (*self.inputs, *self.results)]
-        specs = tuple((one.shape, one.dtype, one.device) if isinstance(one, Tensor) else None for one in values)
-        if any(isinstance(size, torch.SymInt) for spec in specs if spec for size in spec[0]):
-            return None
-        # Functions of one name may be several.
-        return self.graph.code, tuple(node.target for node in nodes), self.num_carry, self.num_xs, specs
-
-    @property
-    def inputs(self) -> list[fx.Node]:
-        return list(self.graph.graph.find_nodes(op="placeholder"))
-
-    @property
-    def results(self) -> list[fx.Node]:
-        return list(self.graph.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -134,7 +73,7 @@ class Loop:
         self.fixed = [index for index in range(step.num_carry) if index not in self.states]
         self.common = [*inputs[step.num_carry + step.num_xs :], *(carry[i] for i in self.fixed)]
         self.taken: list[_Taken] = []
-        self.specs = [_value(result) for result in results]
+        self.specs = [value_of(result) for result in results]
         self.node: SolveNode | None = None
         self._nodes: dict[tuple[int, bool], SolveNode] = {}
         self._family = Family(self._plan)
@@ -163,22 +102,22 @@ class Loop:
                 if result not in outputs:
                     outputs.append(result)
                 self.taken.append(_Taken("output", outputs.index(result)))
-        own = _needed(step.graph.graph, new)
+        own = needed_for(step.graph.graph, new)
         self.xs = [index for index, node in enumerate(xs) if node in own]
         self.shared = [index for index, node in enumerate(self.common) if node in own]
         made = [node for node in new if node.op != "placeholder"]
-        beside = _needed(step.graph.graph, outputs, made)
+        beside = needed_for(step.graph.graph, outputs, made)
         self.head_xs = [index for index, node in enumerate(xs) if outputs and node in beside]
         self.head_shared = [index for index, node in enumerate(self.common) if outputs and node in beside]
         operands, shared = [xs[i] for i in self.xs], [self.common[i] for i in self.shared]
         more = [xs[i] for i in self.head_xs], [self.common[i] for i in self.head_shared]
-        body = _part(step.graph, [*old, *operands, *shared], new)
+        body = part_of(step.graph, [*old, *operands, *shared], new)
         head = None
         if outputs:
             after = [node if node in made else None for node in new]
-            alone = _part(step.graph, [*old, *after, *more[0], *more[1]], outputs)
+            alone = part_of(step.graph, [*old, *after, *more[0], *more[1]], outputs)
             every = [*old, *operands, *shared, *more[0], *more[1]]
-            block = _part(step.graph, every, [*new, *outputs])
+            block = part_of(step.graph, every, [*new, *outputs])
             head = Head(alone, block, len(outputs), len(more[0]), len(more[1]))
         ops = tuple(op_name(node) for node in step.graph.graph.nodes if node.op not in ("placeholder", "output"))
         self.chain = Chain(
@@ -190,7 +129,7 @@ class Loop:
             origin=Origin(f"{step.name} (a loop)", step.source, ops),
             head=head,
         )
-        which = Complex(*(tuple(map(_is_complex, nodes)) for nodes in (new, operands, shared, *more, outputs)))
+        which = Complex(*(tuple(map(is_complex, nodes)) for nodes in (new, operands, shared, *more, outputs)))
         if which:
             self.chain = carry_reals(self.chain, which)
         wanted = {one.number for one in self.taken if one.kind in ("state", "before")}
@@ -297,13 +236,13 @@ class Loop:
         taps = tuple((index, -1) for index in range(len(self.states)))
         chain = self.chain if self.chain.length == 1 else self.chain.of_length(1)
         try:
-            _check_open(self.step.graph.graph)
+            check_open(self.step.graph.graph)
             return carry(chain, Leaving(taps, self.whole), self.options, given, is_open=True)
         except (BodyError, TextError) as reason:
             log.info("%s is exported step by step: %s", self.step.name, reason)
             return None
 
-    def _by_parts(self, *given: Sequence[Tensor]) -> list[list[Any]]:
+    def _by_parts(self, *given: Sequence[Any]) -> list[list[Any]]:
         """States, operands, shared operands and those of the head with parts in place of complex tensors."""
         if self.chain.as_written is None:
             return [list(tensors) for tensors in given]
@@ -392,12 +331,12 @@ class Loop:
 
     def _plan(self, chain: Chain, signature: Signature, options: Options) -> Plan:
         """That of the first length, for another."""
-        if not torch.is_grad_enabled() and any(map(_switches_gradients_on, self.step.graph.graph.nodes)):
+        if not torch.is_grad_enabled() and any(map(switches_gradients_on, self.step.graph.graph.nodes)):
             raise BodyError("a step switches gradients on where they are off")
         known = self._plans.get(signature)
         if known is None:
             try:
-                _check_open(self.step.graph.graph)
+                check_open(self.step.graph.graph)
                 known = make_plan(self.chain, signature, options)
             except BodyError as reason:
                 known = reason
@@ -407,81 +346,3 @@ class Loop:
         if isinstance(known, BodyError):
             raise known
         return known.for_chain(chain)
-
-
-def _check_carry(before: Any, after: Any) -> None:
-    """Raise unless a carry keeps its shape and dtype, as far as those are known."""
-    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-        return
-    sizes = [pair for pair in zip(before.shape, after.shape, strict=False) if all(type(size) is int for size in pair)]
-    if (before.ndim, before.dtype) != (after.ndim, after.dtype) or any(old != new for old, new in sizes):
-        raise UnsupportedError(
-            "the carry that combine_fn returns must have the shapes and dtypes of init: "
-            f"{list(before.shape)} {before.dtype} became {list(after.shape)} {after.dtype}"
-        )
-
-
-def _is_complex(node: fx.Node) -> bool:
-    value = node.meta.get("example_value")
-    return isinstance(value, Tensor) and value.is_complex()
-
-
-def _value(result: fx.Node) -> Tensor:
-    value = result.meta.get("example_value")
-    if not isinstance(value, Tensor):
-        raise UnsupportedError(f"combine_fn must return tensors, got {type(value).__name__}")
-    return value
-
-
-def _check_open(graph: fx.Graph) -> None:
-    """Raise unless a step shows its ops: what calls graphs of its own may have derivatives that these do not show."""
-    for node in graph.nodes:
-        if hides_ops(node):
-            raise BodyError(f"{op_name(node)} in a step holds a graph of its own")
-        if is_of_transform(node):
-            raise BodyError("a step that uses a torch.func transform is not looked into")
-
-
-def _switches_gradients_on(node: fx.Node) -> bool:
-    return node.op == "call_function" and op_name(node) == "set_grad_enabled" and node.args == (True,)
-
-
-def _needed(graph: fx.Graph, results: Sequence[fx.Node], known: Sequence[fx.Node] = ()) -> set[fx.Node]:
-    """The nodes that some results need, but for those that are known; what writes or changes how ops run is needed in any case."""
-    if any(map(is_of_transform, graph.nodes)):  # what a transform sets up and takes down does not show in arguments
-        return {node for node in graph.nodes if node.op != "output"}
-    pending = [*results, *(node for node in graph.nodes if node.op.startswith("call_") and _has_effect(node))]
-    needed: set[fx.Node] = set()
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += [] if node in known else node.all_input_nodes
-    return needed
-
-
-def _has_effect(node: fx.Node) -> bool:
-    return bool(writes(node)) or is_barrier(node)
-
-
-def _part(step: fx.GraphModule, inputs: Sequence[fx.Node | None], results: Sequence[fx.Node]) -> fx.GraphModule:
-    """What computes some results of a step from some of its values; `None` and what came before are inputs nobody reads."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for number, node in enumerate(inputs):
-        copied = graph.placeholder(f"unread_{number}" if node is None or node in copies else node.name)
-        if node is not None and node not in copies:
-            copied.meta = dict(node.meta)
-            copies[node] = copied
-    needed = _needed(step.graph, results, list(copies))
-    for node in step.graph.nodes:
-        if node in needed and node not in copies and node.op != "output":
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    given = set(itertools.chain(copies[node] for node in inputs if node is not None))
-    made = []
-    for result in results:
-        copied = copies[result]
-        # A state that is an input is one that the block makes all the same.
-        made.append(graph.call_function(torch.clone, (copied,)) if copied in given else copied)
-    graph.output(tuple(made))
-    return fx.GraphModule(step, graph)

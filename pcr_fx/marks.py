@@ -18,7 +18,8 @@ from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 
 from pcr_fx.errors import UnsupportedError
-from pcr_fx.loops import Loop, Step
+from pcr_fx.loop_step import Step
+from pcr_fx.loops import Loop
 from pcr_fx.options import Options
 from pcr_fx.registry import Registry
 

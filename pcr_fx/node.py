@@ -20,14 +20,13 @@ from pcr_fx.derivatives import Solve
 from pcr_fx.errors import BodyError
 from pcr_fx.heads import OutputsBehind
 from pcr_fx.looks import plain_look, raised
-from pcr_fx.operands import Operand, in_place, look, parts_of, stacked
+from pcr_fx.operands import Given, Operand, in_place, look, parts_of, stacked
 from pcr_fx.options import Options
 from pcr_fx.planner import Choice, Plan
 from pcr_fx.record import SolveRecord
 from pcr_fx.routes import ROUTES, Route, Routes, Where
 from pcr_fx.straight import Back, Straight
 from pcr_fx.sweep import Joints, Sweeps
-from pcr_fx.targets import PointerTable
 from pcr_fx.ways import IN_SEQUENCE, evaluate_whole
 
 
@@ -110,35 +109,23 @@ class SolveNode(nn.Module):
         head_operands: Sequence[Operand] = (),
         head_shared: Sequence[Tensor] = (),
     ) -> tuple[Any, ...]:
-        """What leaves the chain.
-
-        Args:
-            states: the initial states.
-            operands: per-block operands, `[L, ...]`, or what can stack them or tell where they lie.
-            shared: shared operands.
-            head_operands, head_shared: those of its head.
+        """What leaves the chain, called with what `Given` has.
 
         Returns:
             Trajectories and outputs `[L, ...]`, then taps. Left to the model's own ops in a graph, the former are lists.
         """
+        given = Given(states, operands, shared, head_operands, head_shared)
         if torch.autograd._profiler_enabled():
             with torch.autograd.profiler.record_function(f"pcr_fx: {self.record.name}"):
-                return self._run(states, operands, shared, head_operands, head_shared)
-        return self._run(states, operands, shared, head_operands, head_shared)
+                return self._run(given)
+        return self._run(given)
 
-    def _run(
-        self,
-        states: Sequence[Tensor],
-        operands: Sequence[Operand],
-        shared: Sequence[Tensor],
-        head_operands: Sequence[Operand],
-        head_shared: Sequence[Tensor],
-    ) -> tuple[Any, ...]:
+    def _run(self, given: Given) -> tuple[Any, ...]:
         """What leaves the chain, by the route of such tensors."""
         is_plain = is_plain_call()
-        whole = [(operands, shared), (head_operands, head_shared)]
+        states, operands, shared, *_ = given
         if not is_plain and wants_every_op():
-            return self._block_by_block(states, whole)
+            return self.as_written(given)
         seen = [look(operand) for operand in operands] if is_plain else []
         key = plain_look(states, seen, shared) if is_plain else None
         is_plain = key is not None
@@ -148,36 +135,25 @@ class SolveNode(nn.Module):
         if route is None or not route.is_final:
             route = self.routes.find(key, route, is_plain, states, operands, shared)
         if is_plain and self.record.is_differentiated_twice and torch.is_grad_enabled() and is_undisturbed():
-            return self._block_by_block(states, whole)
+            return self.as_written(given)
         if route.where in (Where.EAGER, Where.UNSOLVABLE):
             left_alone = route.where is Where.EAGER
-            return self._timed(route, states, partial(self._block_by_block, states, whole, left_alone))
+            return self._timed(route, states, partial(self.as_written, given, left_alone))
         if route.where is Where.IN_PLACE:
-            given = list(map(in_place, operands, seen))
+            present = list(map(in_place, operands, seen))
             if self._sweeps.are_wanted and not self._may_raise:
-                swept = self._swept(key, route, states, given, shared, whole[1])
+                swept = self._swept(key, route, given._replace(operands=present))
                 if swept is not None:
                     return swept
             straight = self._straight_by(key, route, states)
-            solved = self._timed(route, states, partial(straight.run, states, given, shared))
+            solved = self._timed(route, states, partial(straight.run, states, present, shared))
         else:
             solved = self._by_operators(route, states, operands, shared)
         if self._may_raise and is_plain and not all(bool(part.isfinite().all()) for part in solved):
-            return self._block_by_block(states, whole)  # there is an error to raise, if it is one
+            return self.as_written(given)  # there is an error to raise, if it is one
         if self._outputs is not None:
-            solved = self._with_outputs(self._outputs, states, solved, head_operands, head_shared)
+            solved = self._with_outputs(self._outputs, given, solved)
         return self.placed(solved) if self.has_places else solved
-
-    def as_written(
-        self,
-        states: Sequence[Tensor],
-        operands: Sequence[Operand],
-        shared: Sequence[Tensor],
-        head_operands: Sequence[Operand] = (),
-        head_shared: Sequence[Tensor] = (),
-    ) -> tuple[Any, ...]:
-        """`forward` by the blocks as the model wrote them."""
-        return self._block_by_block(states, [(operands, shared), (head_operands, head_shared)])
 
     def _straight_by(self, key: Any, route: Route, states: Sequence[Tensor]) -> Straight:
         """How calls of a route go straight to native code; made anew where there is another route than there was."""
@@ -192,23 +168,21 @@ class SolveNode(nn.Module):
             self._straight.pop(next(iter(list(self._straight))), None)  # other threads may be at it, too
         return straight
 
-    def _swept(
-        self,
-        key: Any,
-        route: Route,
-        states: Sequence[Tensor],
-        given: Sequence[Tensor | PointerTable],
-        shared: Sequence[Tensor],
-        head: tuple[Sequence[Operand], Sequence[Tensor]],
-    ) -> tuple[Any, ...] | None:
-        """What leaves the chain in one sweep, if its kernel can give all of that."""
+    def _swept(self, key: Any, route: Route, given: Given) -> tuple[Any, ...] | None:
+        """What leaves the chain in one sweep, if its kernel can give all of that.
+
+        Args:
+            given: per-block operands as kernels take them.
+        """
         assert isinstance(route.plan, Plan) and route.way is not None
-        ways = route.way, route.way_back or route.way
+        ways, states = (route.way, route.way_back or route.way), given.states
+        own: Any = given.operands, given.shared
+        head = given.head_operands, given.head_shared
         sweep = self._sweeps.of(key, route.plan, ways, states, *head)
         if sweep is None:
             return None
         back = Back(sweep.way_back, route.watch_back, self._doubter(route, states))
-        return self._timed(route, states, partial(sweep.run, self.record, back, states, (given, shared), head))
+        return self._timed(route, states, partial(sweep.run, self.record, back, states, own, head))
 
     def placed(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What leaves the chain, `[L, ...]` where it is whole, in the places that it is to have."""
@@ -229,18 +203,12 @@ class SolveNode(nn.Module):
         plan = route.plan
         return partial(self.routes.doubt, plan, plan.samples_of(states)) if isinstance(plan, Plan) else lambda: None
 
-    def _with_outputs(
-        self,
-        behind: OutputsBehind,
-        states: Sequence[Tensor],
-        solved: Sequence[Tensor],
-        operands: Sequence[Operand],
-        shared: Sequence[Tensor],
-    ) -> tuple[Tensor, ...]:
+    def _with_outputs(self, behind: OutputsBehind, given: Given, solved: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What leaves the chain, of what the solve returned: all trajectories, and those taps that are states."""
         count = self.chain.num_states
         trajectories, states_taken = list(solved[:count]), iter(solved[count:])
-        values = [*trajectories, *behind.of(states, trajectories, list(map(stacked, operands)), shared)]
+        head = list(map(stacked, given.head_operands)), given.head_shared
+        values = [*trajectories, *behind.of(given.states, trajectories, *head)]
         taps = [
             next(states_taken) if index < count else values[index][block].clone() for index, block in self.leaving.taps
         ]
@@ -261,24 +229,22 @@ class SolveNode(nn.Module):
         taken = [trajectories[index][block].clone() for index, block in self.of_solve.taps]
         return (*(trajectories[index] for index in self.of_solve.whole), *taken)
 
-    def _block_by_block(
-        self,
-        states: Sequence[Tensor],
-        given: Sequence[tuple[Sequence[Operand], Sequence[Tensor]]],
-        left_alone: bool = False,
-    ) -> tuple[Any, ...]:
-        """The blocks as the model wrote them, under plain autograd.
+    def as_written(self, given: Given, left_alone: bool = False) -> tuple[Any, ...]:
+        """What leaves the chain, by the blocks as the model wrote them, under plain autograd.
 
         Args:
             left_alone: whether that is because nothing is faster.
         """
         if self.chain.own_op is not None:
             self._note_own(left_alone)
-            leaves: tuple[Any, ...] = self.chain.own_op(states, list(map(stacked, given[0][0])), given[0][1])
+            leaves: tuple[Any, ...] = self.chain.own_op(given.states, list(map(stacked, given.operands)), given.shared)
             return leaves
         wanted = None if self.leaving.whole else {block for _, block in self.leaving.taps}
-        parts = [([parts_of(operand) for operand in operands], shared) for operands, shared in given]
-        found = evaluate_whole(self.chain, states, parts, wanted)
+        parts = [
+            (list(map(parts_of, operands)), shared)
+            for operands, shared in ((given.operands, given.shared), (given.head_operands, given.head_shared))
+        ]
+        found = evaluate_whole(self.chain, given.states, parts, wanted)
         self._note_own(left_alone)
         # What the model's own ops made is nobody else's: no copies.
         whole = [[values[index] for values in found.values()] for index in self.leaving.whole]

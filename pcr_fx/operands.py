@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -204,6 +204,28 @@ def stacked(operand: Operand) -> Tensor:
     if isinstance(operand, Tensor):
         return operand
     return operand.stacked() if isinstance(operand, StackedAttributes) else torch.stack(list(parts_of(operand)))
+
+
+class Given(NamedTuple):
+    """What a solve node is called with.
+
+    Attributes:
+        states: the initial states.
+        operands: per-block operands, `[L, ...]`, or what can stack them or tell where they lie.
+        shared: shared operands.
+        head_operands, head_shared: those of its head.
+    """
+
+    states: Sequence[Tensor]
+    operands: Sequence[Operand]
+    shared: Sequence[Tensor]
+    head_operands: Sequence[Operand] = ()
+    head_shared: Sequence[Tensor] = ()
+
+    def stacked(self) -> Given:
+        """The same with a tensor `[L, ...]` for each per-block operand."""
+        operands, head_operands = list(map(stacked, self.operands)), list(map(stacked, self.head_operands))
+        return self._replace(operands=operands, head_operands=head_operands)
 
 
 def parts_of_complex(operand: Operand) -> Tensor | list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pcr_fx.errors import PcrFxError
-from pcr_fx.loops import Step
+from pcr_fx.loop_step import Step
 from pcr_fx.marks import Block, Framed, NotCaptured, as_number, block_of, scan_op
 from pcr_fx.options import Options
 from pcr_fx.reports import ChainEntry

@@ -27,6 +27,10 @@ from pcr_fx.record import SolveRecord
 from pcr_fx.solvers import SolveStats
 from pcr_fx.steps import captures_of, may_be_captured
 
+# How often a step is captured again because it closes over other numbers; from then on it is traced at each call, which takes
+# less than half of the time.
+_CAPTURES = 2
+
 
 @dataclass(frozen=True)
 class ChainSolution:
@@ -136,7 +140,7 @@ def _captured(problem: _Problem) -> ChainSolution | None:
     forms = [[(one.shape, one.dtype, one.device) for one in group] for group in (problem.states, problem.shared)]
     slices = [(one.shape[1:], one.dtype, one.device) for one in problem.operands]
     form = ("solve_chain", problem.structure, *map(tuple, (*forms, slices)), torch.is_grad_enabled())
-    captures = captures_of(problem.step, form, partial(_stand_ins, problem))
+    captures = captures_of(problem.step, form, partial(_stand_ins, problem), _CAPTURES)
     if captures.failure:
         return None
     call = _Call(problem)

@@ -35,8 +35,9 @@ _CAREFULLY = {
     "capture_scalar_outputs": False,
     "automatic_dynamic_shapes": False,
     "assume_static_by_default": True,
-    "recompile_limit": 8,
 }
+# How often a step is captured again because of what it closes over.
+_LIMIT = 8
 
 
 class _Acts(threading.local):
@@ -62,18 +63,19 @@ class Captures:
     Args:
         carry, xs: trees of stand-ins for what one step is given.
         name, source: of the step.
+        limit: how often it is captured again because of what it closes over.
 
     Attributes:
         failure: why such steps cannot be captured; nothing while they can.
     """
 
-    def __init__(self, carry: Any, xs: Any, name: str, source: str) -> None:
+    def __init__(self, carry: Any, xs: Any, name: str, source: str, limit: int = _LIMIT) -> None:
         self.name, self.source, self.failure = name, source, ""
         self.latest: Framed | None = None
         self.carry, self.xs = carry, xs
         self.counts = _count(carry), _count(xs)
         context: Any = torch._dynamo.optimize(self._compile, nopython=True)
-        context.enter_exit_hooks.append(torch._dynamo.config._make_closure_patcher(**_CAREFULLY))
+        context.enter_exit_hooks.append(torch._dynamo.config._make_closure_patcher(**_CAREFULLY, recompile_limit=limit))
         # A code of its own, since captures are kept and counted by code.
         code = _one_step.__code__.replace(co_name=f"step_{name}" if name.isidentifier() else "step")
         self._run = context(FunctionType(code, _one_step.__globals__))
@@ -173,18 +175,21 @@ _captures: OrderedDict[tuple[Any, Hashable], Captures] = OrderedDict()
 _lock = fork_safe_lock()
 
 
-def captures_of(combine_fn: Callable[..., Any], form: Hashable, stand_ins: Callable[[], tuple[Any, Any]]) -> Captures:
+def captures_of(
+    combine_fn: Callable[..., Any], form: Hashable, stand_ins: Callable[[], tuple[Any, Any]], limit: int = _LIMIT
+) -> Captures:
     """The captures of steps of this one's code, for such arguments.
 
     Args:
         form: all that tells arguments apart, but for their values.
         stand_ins: makes arguments of that form.
+        limit: as `Captures` has it.
     """
     key = code_of(combine_fn), form
     found = _captures.get(key)
     if found is None:
         with _lock:
-            found = _captures.setdefault(key, Captures(*stand_ins(), *described(combine_fn)))
+            found = _captures.setdefault(key, Captures(*stand_ins(), *described(combine_fn), limit))
             while len(_captures) > _STEPS:
                 _captures.popitem(last=False)
     return found

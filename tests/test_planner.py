@@ -19,6 +19,7 @@ import pcr_fx
 from pcr_fx import ways
 from pcr_fx.body.isolation import apart, isolated
 from pcr_fx.planner import Plan, measure, plan
+from pcr_fx.planner.fastest import fastest_ways
 from pcr_fx.targets import CppKernel
 
 pytestmark = pytest.mark.usefixtures("plan_cache")
@@ -180,7 +181,7 @@ def test_ways_for_which_memory_is_too_short_are_passed_over(monkeypatch: pytest.
     timings = measure.measure(made._case(1), made.settings, call, needs_gradient=False, are_stacked=True)
     notes = {t.way: t.note for t in timings}
     assert notes["newton"] == notes["stacking operands"] == "out of memory"
-    assert plan._fastest(made._case(1), timings, needs_gradient=False).leaves_alone(False)
+    assert fastest_ways(made._case(1), timings, needs_gradient=False).leaves_alone(False)
 
 
 def test_inference_tensors_are_measured() -> None:
@@ -328,7 +329,7 @@ def test_what_comes_on_top_of_a_way_counts() -> None:
         fast = pcr_fx.transform(Net(20, 3), torch.randn(4, 3), {"planning": "estimated"})
         made = fast.report.chains[0].plan
         assert made is not None
-        return plan._fastest(made._case(4), timings, needs_gradient=True)
+        return fastest_ways(made._case(4), timings, needs_gradient=True)
 
     assert [way.name for way in (chosen().forward, chosen().backward)] == ["sequential", "newton"]
     assert chosen(stacking_operands=2.0).is_in_place(True)

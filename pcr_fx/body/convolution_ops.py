@@ -21,7 +21,7 @@ def windows_of(
     return x
 
 
-def padded(x: Tensor, padding: Sequence[int]) -> Tensor:
+def _padded(x: Tensor, padding: Sequence[int]) -> Tensor:
     return F.pad(x, [amount for size in reversed(padding) for amount in (size, size)]) if any(padding) else x
 
 
@@ -44,7 +44,7 @@ def _convolution(
     spatial = weight.dim() - 2
     if transposed or x.dim() != spatial + 2:
         return NotImplemented
-    windows = _grouped(windows_of(padded(x, padding), weight.shape[2:], stride, dilation), groups, 1)
+    windows = _grouped(windows_of(_padded(x, padding), weight.shape[2:], stride, dilation), groups, 1)
     # [N, G, 1, C / G, *out, *kernel] times [G, O / G, C / G, *1, *kernel].
     weights = _grouped(weight, groups, 0)[(slice(None),) * 3 + (None,) * spatial]
     summed = [3, *range(4 + spatial, 4 + 2 * spatial)]
@@ -70,7 +70,7 @@ def _convolution_backward(
         return NotImplemented
     of_x = of_weight = of_bias = None
     if output_mask[1]:
-        windows = _grouped(windows_of(padded(x, padding), weight.shape[2:], stride, dilation), groups, 1).unsqueeze(2)
+        windows = _grouped(windows_of(_padded(x, padding), weight.shape[2:], stride, dilation), groups, 1).unsqueeze(2)
         rows = _grouped(cotangent, groups, 1).unsqueeze(3)[(..., *(None,) * spatial)]
         of_weight = (windows * rows).sum([0, *range(4, 4 + spatial)]).flatten(0, 1)
     if output_mask[0]:

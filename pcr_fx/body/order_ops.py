@@ -45,7 +45,7 @@ def _before(a: Tensor, b: Tensor, descending: bool) -> Tensor:
     return (a < b) | (b.isnan() & ~a.isnan()) if a.is_floating_point() else a < b
 
 
-def first_in_order(descending: bool) -> Callable[..., Any]:
+def _first_in_order(descending: bool) -> Callable[..., Any]:
     """The largest or smallest number along a dimension, and where it first is: NaN before all others, as in PyTorch."""
 
     def first(x: Tensor, dim: int, keepdim: bool = False) -> Any:
@@ -64,7 +64,7 @@ def first_in_order(descending: bool) -> Callable[..., Any]:
 
 
 def _place_of_first(descending: bool) -> Callable[..., Any]:
-    first = first_in_order(descending)
+    first = _first_in_order(descending)
 
     def place(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
         if dim is None and keepdim:
@@ -139,8 +139,8 @@ ORDER_OPS: dict[Any, Callable[..., Any]] = {
     aten.topk.default: _largest,
     aten.median.dim: _median,
     aten.kthvalue.default: _kth,
-    aten.max.dim: first_in_order(descending=True),
-    aten.min.dim: first_in_order(descending=False),
+    aten.max.dim: _first_in_order(descending=True),
+    aten.min.dim: _first_in_order(descending=False),
     aten.argmax.default: _place_of_first(descending=True),
     aten.argmin.default: _place_of_first(descending=False),
     aten.sort.default: _sorted,

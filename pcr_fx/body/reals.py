@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from pcr_fx.body.complex_ops import FILLED, OF_EACH_PART, RULES, Pair, filled, of_each_part, parted
+from pcr_fx.body.complex_numbers import Pair, parted
+from pcr_fx.body.complex_ops import FILLED, OF_EACH_PART, RULES, filled, of_each_part
 from pcr_fx.chain import Chain, Complex, Head
 from pcr_fx.errors import BodyError
 from pcr_fx.graphs.nodes import aten_name, nodes_in, overload_name
