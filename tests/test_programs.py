@@ -14,6 +14,7 @@ from pcr_fx.body.generalise import STAND_INS, generalise
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError
 from pcr_fx.node import SolveNode
+from pcr_fx.planner import plan
 from pcr_fx.registry import Registry
 
 
@@ -27,7 +28,9 @@ PER_SAMPLE = Case(lambda z, m: (torch.tanh(z * m),), states=(("B", D),), operand
 @pytest.mark.parametrize("first", [1, 2, 5])
 @pytest.mark.parametrize("name", CASES)
 def test_one_program_serves_every_batch_size(name: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program, "_of_block", Registry())  # equal content would share the programs of other tests
+    # Equal content would share the programs of other tests.
+    monkeypatch.setattr(program, "_of_block", Registry())
+    monkeypatch.setattr(plan, "_of_block", {})
     node = CASES[name].node(4)
     for batch in (first, 1, 2, 3, 7):
         check(node, CASES[name].inputs(4, batch))

@@ -95,8 +95,8 @@ def test_memory_is_bounded() -> None:
 
 def test_without_a_backward_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths: list[int] = []
-    run = Loop._run
-    monkeypatch.setattr(Loop, "_run", lambda self, *given: lengths.append(given[-1]) or run(self, *given))
+    run = Loop.run_at_once
+    monkeypatch.setattr(Loop, "run_at_once", lambda self, *given: lengths.append(given[-1]) or run(self, *given))
     options = {"solver": "sequential", "kernels": False, "checkpoint": 2}
 
     def call(init: Tensor) -> Tensor:
