@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -14,13 +15,33 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pcr_fx import ops
-from pcr_fx.body import OutputProgram, Program, wanted_among
+from pcr_fx.batches import batch_of_gradients, batch_of_trajectories
+from pcr_fx.body import OutputProgram, wanted_among
 from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.planner import Plan, plan_by_key
 from pcr_fx.record import record_of
-from pcr_fx.ways import evaluate
+from pcr_fx.tangents import Tangents
+from pcr_fx.transformed import is_transformed
+from pcr_fx.unrolled import active_of, function_of, gradients_of_function, pushforward
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def nesting(jvp: Function) -> Function:
+    """A rule for tangents that has tangents itself: PyTorch runs such rules with forward mode off.
+
+    What a call saved still has the tangents that the rule is called for; without them, what is left are those of transforms
+    further out.
+    """
+
+    @functools.wraps(jvp)
+    def run(ctx: Any, *given: Any) -> Any:
+        if torch._C._functorch.peek_interpreter_stack() is None:  # dual numbers do not nest
+            return jvp(ctx, ctx.saved_tensors, *given)
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, [forward_ad.unpack_dual(tensor, level=0).primal for tensor in ctx.saved_tensors], *given)
+
+    return run  # type: ignore[return-value]
 
 
 def unseen_by_dynamo(function: Function) -> Function:
@@ -33,8 +54,6 @@ def unseen_by_dynamo(function: Function) -> Function:
 class Solve(torch.autograd.Function):
     """The trajectory as a differentiable function of the initial state and all operands."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(initial: Tensor, plan: str, record: int, num_operands: int, *tensors: Tensor) -> Tensor:
         solve, _ = ops.operators_for(plan_by_key(plan))
@@ -45,6 +64,7 @@ class Solve(torch.autograd.Function):
         initial, key, ctx.record, ctx.num_operands, *tensors = inputs
         ctx.plan = plan_by_key(key)
         ctx.save_for_backward(initial, output, *tensors)
+        ctx.save_for_forward(initial, *tensors)
 
     @staticmethod
     @unseen_by_dynamo
@@ -56,6 +76,20 @@ class Solve(torch.autograd.Function):
         d_initial, *rest = gradients_of(ctx.plan, ctx.record, ctx.num_operands, *saved, wanted)
         waiting = iter(rest)
         return d_initial, None, None, None, *(next(waiting) if need else None for need in needs)
+
+    @staticmethod
+    @nesting
+    def jvp(ctx: Any, saved: Sequence[Tensor], d_initial: Tensor | None, *rest: Any) -> Tensor:  # type: ignore[override]
+        return Tangents(ctx.plan, ctx.record, ctx.num_operands, saved, [d_initial, *rest[3:]]).of_trajectory(
+            Solve.apply
+        )
+
+    @staticmethod
+    def vmap(  # type: ignore[override]
+        info: Any, in_dims: Any, initial: Tensor, plan: str, record: int, num_operands: int, *tensors: Tensor
+    ) -> tuple[Tensor, int]:
+        dims, every = (in_dims[0], *in_dims[4:]), (initial, *tensors)
+        return batch_of_trajectories(plan_by_key(plan), record, num_operands, info.batch_size, dims, every, Solve.apply)
 
 
 class Outputs(torch.autograd.Function):
@@ -75,6 +109,7 @@ class Outputs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(one for one, moves in zip(output, ctx.program.moving, strict=True) if not moves))
         ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     @unseen_by_dynamo
@@ -95,6 +130,27 @@ class Outputs(torch.autograd.Function):
             pulled = iter(program.pullback(*tensors, *cotangents))
         return None, *(next(pulled) if is_active else None for is_active in active)
 
+    @staticmethod
+    @nesting
+    def jvp(  # type: ignore[override]
+        ctx: Any, tensors: Sequence[Tensor], _: None, *given: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        moving = ctx.program.moving
+        pairs = [
+            (one, torch.zeros_like(one) if tangent is None else tangent)
+            for one, tangent in zip(tensors, given, strict=True)
+        ]
+        active = [index for index, is_active in enumerate(ctx.program.active) if is_active]
+
+        def outputs(*some: Tensor) -> tuple[Tensor, ...]:
+            every = dict(zip(active, some, strict=True))
+            found = ctx.program.evaluate(*(every.get(index, one) for index, one in enumerate(tensors)))
+            return tuple(one for one, moves in zip(found, moving, strict=True) if moves)
+
+        primals, tangents = zip(*(pairs[index] for index in active), strict=True)
+        waiting = iter(pushforward(outputs, primals, tangents)[1])
+        return tuple(next(waiting) if moves else None for moves in moving)
+
 
 def _is_looked_on() -> bool:
     """Whether a compiler or another mode sees each op."""
@@ -113,16 +169,18 @@ def gradients_of(
 ) -> Sequence[Tensor | None]:
     """Those of the initial state, then of the operands and shared operands that have any and are wanted."""
     watched = is_watched_by_a_mode()
-    if not (watched or is_legacy_batchedtensor(cotangents) or _has_tangent(cotangents)):
+    if not (watched or is_legacy_batchedtensor(cotangents)):
         found: Sequence[Tensor] = _Adjoint.apply(
             initial, trajectory, cotangents, plan.key, record, num_operands, wanted or (), *tensors
         )
         return found
-    # `is_grads_batched` pulls many cotangents back at once, through ops that have a rule for that; so have they for tangents.
+    # `is_grads_batched` pulls many cotangents back at once, through ops that have a rule for that.
     # A mode sees the ops of this backward, and none of the forward that was.
     twice = torch.is_grad_enabled()
     with torch.enable_grad():
-        active, evaluate = _unrolling(plan.program.wanting(wanted), num_operands, [initial, *tensors])
+        needs, primals = [True, *plan.program.wanting(wanted).differentiable], [initial, *tensors]
+        evaluate = function_of(plan.program, num_operands, primals, needs)
+        active = [one for one, need in zip(primals, needs, strict=True) if need]
         leaves = [tensor if twice and tensor.requires_grad else tensor.detach().requires_grad_() for tensor in active]
         if watched and not initial.requires_grad:
             leaves[0] = initial.detach()
@@ -133,31 +191,8 @@ def gradients_of(
     return [next(gradients) if leaf.requires_grad else None for leaf in leaves]
 
 
-def _has_tangent(tensor: Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
-
-
-def _unrolling(
-    program: Program, num_operands: int, primals: Sequence[Tensor]
-) -> tuple[list[Tensor], Callable[..., Tensor]]:
-    """Those of a chain's inputs that have gradients, and the trajectory as a function of them, in the model's own ops."""
-    needs = [True, *program.differentiable]
-
-    def trajectory(*active: Tensor) -> Tensor:
-        waiting = iter(active)
-        every = [next(waiting) if need else fixed for need, fixed in zip(needs, primals, strict=True)]
-        return unrolled(program, every[0], every[1 : 1 + num_operands], every[1 + num_operands :])
-
-    return [primal for primal, need in zip(primals, needs, strict=True) if need], trajectory
-
-
 class _Adjoint(torch.autograd.Function):
-    """The gradients of a chain, as a differentiable function themselves.
-
-    Nobody differentiates a gradient twice for speed, so this second derivative runs block by block.
-    """
-
-    generate_vmap_rule = True
+    """The gradients of a chain, as a differentiable function themselves: their derivatives are adjoints of a chain, too."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -177,30 +212,66 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         initial, _, cotangents, key, ctx.record, ctx.num_operands, wanted, *tensors = inputs
-        ctx.program = plan_by_key(key).program.wanting(wanted or None)
+        ctx.plan = plan_by_key(key)
+        ctx.wanted = wanted or ctx.plan.program.differentiable
         ctx.save_for_backward(initial, cotangents, *tensors)
+        ctx.save_for_forward(initial, cotangents, *tensors)
 
     @staticmethod
     @unseen_by_dynamo
     def backward(ctx: Any, *seconds: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         initial, cotangents, *tensors = ctx.saved_tensors
-        record_of(ctx.record).is_differentiated_twice = True
-        program = ctx.program
-        needs = [True, *program.differentiable]
-        active, trajectory = _unrolling(program, ctx.num_operands, [initial, *tensors])
+        waiting = iter(seconds[1:])
+        moving = [seconds[0], *(next(waiting) if need else None for need in ctx.wanted)]
+        program, count = ctx.plan.program.wanting(ctx.wanted), ctx.num_operands
+        record, chain = record_of(ctx.record), None
+        if is_transformed(ctx.plan) or ctx.plan.serves_twice(ctx.plan.samples(initial)):
+            chain = Tangents(ctx.plan, ctx.record, count, [initial, *tensors], moving)
+        if chain is None or chain.found is None:
+            # Later calls are left to the model's own ops.
+            record.is_differentiated_twice = True
+            gradients = gradients_of_function(program, count, initial, tensors)
+            d_cotangents, *found = torch.func.vjp(gradients, cotangents, *active_of(initial, tensors))[1](
+                tuple(seconds)
+            )
+            needs = ctx.plan.program.differentiable
+        else:
+            d_cotangents, found = chain.of_gradients(cotangents, None, ctx.wanted, Solve.apply, _Adjoint.apply)
+            needs = ctx.wanted
+        rest = iter(found[1:])
+        # The trajectory is a function of the other inputs.
+        return found[0], None, d_cotangents, None, None, None, None, *(next(rest) if need else None for need in needs)
 
-        def gradients(cotangents: Tensor, *active: Tensor) -> tuple[Tensor, ...]:
-            return torch.func.vjp(trajectory, *active)[1](cotangents)
+    @staticmethod
+    @nesting
+    def jvp(ctx: Any, saved: Sequence[Tensor], *given: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        initial, cotangents, *tensors = saved
+        moving, count = [given[0], *given[7:]], ctx.num_operands
+        chain = Tangents(ctx.plan, ctx.record, count, [initial, *tensors], moving)
+        if chain.found is not None:
+            return tuple(chain.of_gradients(cotangents, given[2], ctx.wanted, Solve.apply, _Adjoint.apply)[1])
+        gradients = gradients_of_function(ctx.plan.program.wanting(ctx.wanted), count, initial, tensors)
+        primals = [cotangents, *active_of(initial, tensors)]
+        active = [
+            given[2],
+            *(t for p, t in zip((initial, *tensors), moving, strict=True) if p.is_floating_point() or p.is_complex()),
+        ]
+        zeroed = [torch.zeros_like(p) if t is None else t for p, t in zip(primals, active, strict=True)]
+        return pushforward(gradients, primals, zeroed)[1]
 
-        d_cotangents, *d_active = torch.func.vjp(gradients, cotangents, *active)[1](tuple(seconds))
-        waiting = iter(d_active)
-        d_initial, *d_tensors = (next(waiting) if need else None for need in needs)
-        # The trajectory is a function of the other inputs, which `unrolled` computes again.
-        return d_initial, None, d_cotangents, None, None, None, None, *d_tensors
-
-
-def unrolled(program: Program, initial: Tensor, operands: Sequence[Tensor], shared: Sequence[Tensor]) -> Tensor:
-    """The trajectory `[L, *batch, d]` block by block, in the model's own ops, which any transform can differentiate."""
-    layout = program.layout
-    trajectory = evaluate(program.chain, layout.unflatten(initial), operands, shared)
-    return torch.stack([layout.flatten(states) for states in trajectory.values()])
+    @staticmethod
+    def vmap(  # type: ignore[override]
+        info: Any,
+        in_dims: Any,
+        initial: Tensor,
+        trajectory: Tensor,
+        cotangents: Tensor,
+        plan: str,
+        record: int,
+        num_operands: int,
+        wanted: tuple[bool, ...],
+        *tensors: Tensor,
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        dims, every = (*in_dims[:3], *in_dims[7:]), (initial, trajectory, cotangents, *tensors)
+        named = plan_by_key(plan)
+        return batch_of_gradients(named, record, num_operands, info.batch_size, dims, every, wanted, _Adjoint.apply)

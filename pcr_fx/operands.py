@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from pcr_fx import ops
-from pcr_fx.body.isolation import is_plain_call, wants_every_op
+from pcr_fx.body.isolation import is_plain_call, is_transformed, wants_every_op
 from pcr_fx.body.reals import to_real
 from pcr_fx.targets import PointerTable
 from pcr_fx.watched import Changes
@@ -53,7 +53,7 @@ class _Stack(torch.autograd.Function):
 
 def stack_operands(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
     """`torch.stack(tensors)` as one operator that no compiler takes apart; a list where each block is to have its own."""
-    if wants_every_op() or not all(map(is_ordinary, tensors)):
+    if is_transformed() or wants_every_op() or not all(map(is_ordinary, tensors)):
         return list(tensors)
     return _Stack.apply(*tensors)
 

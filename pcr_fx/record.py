@@ -110,7 +110,7 @@ class SolveRecord:
     Attributes:
         name: how the log calls it.
         left_alone: whether the latest call ran in the model's own ops, which were the fastest.
-        is_differentiated_twice: whether gradients of it were differentiated in turn, which has no kernel.
+        is_differentiated_twice: whether gradients of it were differentiated in turn where the model's own ops do that faster.
         trajectories: the last one, by what a state must have to start from it, where it is kept.
     """
 

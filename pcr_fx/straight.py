@@ -204,8 +204,6 @@ def _by_ops(
 ) -> Sequence[Tensor | None]:
     """The gradients where a backward is looked on at, or differentiated in turn."""
     program, record = straight.program, straight.record
-    # Second derivatives have no kernel: later calls are left to the model's own ops.
-    record.is_differentiated_twice |= torch.is_grad_enabled()
     among = cotangents_of(straight.layout, initial, straight.leaving, given)
     if isinstance(among, dict):
         zero = torch.zeros_like(initial)

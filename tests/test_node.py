@@ -15,10 +15,11 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import pcr_fx
-from pcr_fx import Options, ops
+from pcr_fx import Options, batches, ops, tangents
 from pcr_fx.chain import Chain
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import stack_operands
+from pcr_fx.planner import Plan
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9])
@@ -224,9 +225,8 @@ def test_a_first_call_within(name: str) -> None:
     def by(run: Callable[..., tuple[Tensor, ...]]) -> Tensor:
         return TRANSFORMS[name](lambda x: run(node, Inputs([x], [weight], []))[0], inputs.states[0].detach())
 
-    # Ops have rules for batches.
     assert_close(by(_called if "batch" in name else solve), by(reference))
-    assert node.record.solver_forward == ("sequential" if "batch" in name else "newton")
+    assert node.record.solver_forward == "newton"
     check(node, inputs)
 
 
@@ -243,24 +243,74 @@ def test_vmap_over_operands_and_over_everything() -> None:
         assert_close(run(_called, in_dims), run(reference, in_dims))
 
 
-def test_forward_mode_runs_in_the_blocks_own_ops() -> None:
+def dual(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.cos()))).tangent
+
+
+# Functions of the initial state and of the operands, or of the first alone.
+DERIVATIVES: dict[str, Callable[[Callable[..., Tensor], Tensor, Tensor], Any]] = {
+    "jvp": lambda f, x, w: torch.func.jvp(f, (x, w), (x.cos(), w.sin())),
+    "jvp of operands": lambda f, x, w: torch.func.jvp(lambda w: f(x, w), (w,), (w.sin(),)),
+    "jacfwd": lambda f, x, w: torch.func.jacfwd(f, (0, 1))(x, w),
+    "hessian": lambda f, x, w: torch.func.hessian(lambda x, w: f(x, w).sin().sum(), (0, 1))(x, w),
+    "jacrev of jacfwd": lambda f, x, w: torch.func.jacrev(torch.func.jacfwd(lambda x: f(x, w).sum()))(x),
+    "grad of jvp": lambda f, x, w: torch.func.grad(
+        lambda w: torch.func.jvp(lambda x: f(x, w), (x,), (x.cos(),))[1].square().sum()
+    )(w),
+    "jvp of jvp": lambda f, x, w: torch.func.jvp(
+        lambda x: torch.func.jvp(lambda x: f(x, w), (x,), (w.sum() * x,))[1], (x,), (x.cos(),)
+    ),
+    "jvp of a batch": lambda f, x, w: torch.vmap(
+        lambda w: torch.func.jvp(lambda x: f(x, w), (x,), (x.cos(),)), in_dims=-1
+    )(torch.stack([w, 0.5 * w], -1)),
+    "batch of gradients": lambda f, x, w: torch.vmap(
+        torch.func.grad(lambda x, w: f(x, w).square().sum(), (0, 1)), in_dims=(1, None)
+    )(torch.stack([x, 0.5 * x], 1), w),
+    "dual numbers": lambda f, x, w: dual(lambda x: f(x, w), x),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"solver": "sequential", "kernels": True}], ids=["newton", "kernel"])
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_transforms_of_a_chain_are_chains(name: str, options: dict[str, Any]) -> None:
+    node, inputs = TANH.node(6, **options), TANH.inputs(6, 2)
+    x, weight = inputs.states[0].detach(), inputs.operands[0].detach()
+    of_node, of_blocks = (
+        DERIVATIVES[name](lambda x, w, run=run: run(node, Inputs([x], [w], []))[0], x, weight)
+        for run in (_called, reference)
+    )
+    torch.testing.assert_close(of_node, of_blocks, rtol=1e-10, atol=1e-12)
+    assert node.record.solver_forward == node.options.solver
+
+
+@pytest.mark.parametrize("name", ["jvp", "hessian", "jvp of a batch", "batch of gradients", "dual numbers"])
+def test_transforms_of_blocks_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (tangents, batches):
+        monkeypatch.setattr(module, "find", lambda *_: None)
     node, inputs = TANH.node(6), TANH.inputs(6, 2)
     x, weight = inputs.states[0].detach(), inputs.operands[0].detach()
+    of_node, of_blocks = (
+        DERIVATIVES[name](lambda x, w, run=run: run(node, Inputs([x], [w], []))[0], x, weight)
+        for run in (_called, reference)
+    )
+    torch.testing.assert_close(of_node, of_blocks, rtol=1e-10, atol=1e-12)
 
-    def dual(run: Callable[[Tensor], Tensor]) -> Tensor:
-        with forward_ad.dual_level():
-            return forward_ad.unpack_dual(run(forward_ad.make_dual(x, x))).tangent
 
-    for differentiate in (
-        lambda f: torch.func.jvp(f, (x,), (x,)),
-        lambda f: torch.func.jacfwd(f)(x),
-        lambda f: torch.func.hessian(lambda y: f(y).sum())(x),
-        dual,
-    ):
-        got, expected = (
-            differentiate(lambda x, run=run: run(node, Inputs([x], [weight], []))[0]) for run in (_called, reference)
-        )
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("case", ["literals", "two states", "batch last", "operands and shared", "nothing"])
+def test_second_derivatives_by_kernels(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are adjoints of the chain of states and tangents."""
+    monkeypatch.setattr(Plan, "serves_twice", lambda *_: True)
+    node = CASES[case].node(6, solver="sequential", kernels=True)
+    inputs = CASES[case].inputs(6, 2)
+
+    def twice(run: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        given = inputs.to(torch.float64)
+        first = torch.autograd.grad(sum(part.sin().sum() for part in run(node, given)), given.every, create_graph=True)
+        return torch.autograd.grad(sum(part.square().sum() for part in first), given.every)
+
+    torch.testing.assert_close(twice(_called), twice(reference), rtol=1e-10, atol=1e-12)
+    assert not node.record.is_differentiated_twice
 
 
 def test_a_vmap_over_nothing() -> None:

@@ -199,18 +199,19 @@ def is_plain_call() -> bool:
     )
 
 
-def wants_every_op() -> bool:
-    """Whether something looks on that has to see each op of the model.
-
-    So does what pushes tangents or batches through ops, counts them, or writes them down for another process. A compiler
-    takes operators as they are, and to ask for a gradient only needs their backward.
-    """
-    return (
-        forward_ad._current_level >= 0
-        or torch.compiler.is_exporting()
-        or any(one.key() in (TransformType.Vmap, TransformType.Jvp) for one in get_interpreter_stack() or ())
-        or is_watched_by_a_mode()
+def is_transformed() -> bool:
+    """Whether tangents or batches are pushed through ops; to ask for a gradient only needs their backward."""
+    return forward_ad._current_level >= 0 or any(
+        one.key() in (TransformType.Vmap, TransformType.Jvp) for one in get_interpreter_stack() or ()
     )
+
+
+def wants_every_op() -> bool:
+    """Whether something looks on that has to see each op of the model: counts them, or writes them down for another process.
+
+    A compiler takes operators as they are.
+    """
+    return torch.compiler.is_exporting() or is_watched_by_a_mode()
 
 
 def is_watched_by_a_mode() -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import pcr_fx
 from fuzz.cases import Case
@@ -19,6 +20,7 @@ from fuzz.interpreted import interpreted
 from pcr_fx.errors import BodyError
 
 SOLVERS = ("newton", "quasi-newton", "picard", "jacobi", "sequential")
+TRANSFORMS = ("jvp", "vmap", "gradients of each", "jvp of gradients")
 # How far a result may be from float64: some times as far as eager's, and a share of its size for each dtype.
 _TIMES, _SHARE = 20.0, {torch.float32: 2e-4, torch.float64: 1e-9}
 # Inputs moved by so many roundings show how far a result may be moved by rounding alone.
@@ -34,12 +36,14 @@ class Call:
         solver: of `SOLVERS`, in PyTorch's ops; "interpreted" or "kernel", block by block in what is lowered; "kernel newton".
         twice: whether gradients of gradients are compared too.
         batch: of a call that comes first, by which the model is planned; none if it is 0.
+        under: one of `TRANSFORMS` that the model is called under; none if it is empty.
     """
 
     way_in: str
     solver: str
     twice: bool = False
     batch: int = 0
+    under: str = ""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -58,6 +62,8 @@ def draw_calls(case: Case, kernels: float) -> list[Call]:
     solvers = ["interpreted", "newton", *rng.sample(SOLVERS[1:], 3)]
     calls = [Call("transform", solver, batch=batch) for solver in solvers]
     calls += [Call("transform", solver, True, batch) for solver in rng.sample(solvers, 2)]
+    if rng.randrange(2) == 0:
+        calls.append(Call("transform", rng.choice(solvers), under=rng.choice(TRANSFORMS)))
     if rng.randrange(3) == 0:
         calls += [Call("solve_chain", solver) for solver in ("interpreted", *rng.sample(SOLVERS, 2))]
     if rng.randrange(12) == 0:
@@ -83,13 +89,13 @@ class Verdict:
 
 
 def judge(case: Case, call: Call) -> Verdict:
-    reference = _reference(case, call.twice)
+    reference = _reference(case, call.twice, call.under)
     if isinstance(reference, str):
         return Verdict("refused", reference)
     names, dtype = case.build(), getattr(torch, case.dtype)
     model, given = names["Model"]().to(dtype), names["inputs"](dtype)
     before = replace(case, batch=call.batch)
-    if call.batch and isinstance(error := _reference(before, False), str):
+    if call.batch and isinstance(error := _reference(before, False, call.under), str):
         return Verdict("refused", error)
     try:
         with _quiet(), interpreted() if call.solver == "interpreted" else contextlib.nullcontext():
@@ -97,7 +103,7 @@ def judge(case: Case, call: Call) -> Verdict:
             run = _way_in(call, model, first, names["step"], case.tapped)
             if call.batch:
                 _results(run, model, first, False)
-            got = _results(run, model, given, call.twice)
+            got = _results(run, model, given, call.twice, call.under)
             is_module = isinstance(run, nn.Module) and call.way_in == "transform"
             plans = [entry.plan for entry in run.report.chains] if is_module else []
     except Exception as error:
@@ -113,14 +119,14 @@ def judge(case: Case, call: Call) -> Verdict:
 
 
 @functools.lru_cache(maxsize=8)
-def _reference(case: Case, twice: bool) -> tuple[list[Tensor], list[Tensor]] | str:
+def _reference(case: Case, twice: bool, under: str) -> tuple[list[Tensor], list[Tensor]] | str:
     """What eager gives, in the dtype of the case and in float64; or the error that it raises."""
     try:
         names, dtype = case.build(), getattr(torch, case.dtype)
         model = names["Model"]().to(dtype)
         with _quiet():
-            expected = _results(model, model, names["inputs"](dtype), twice)
-            return expected, _results(model.double(), model, names["inputs"](torch.float64), twice)
+            expected = _results(model, model, names["inputs"](dtype), twice, under)
+            return expected, _results(model.double(), model, names["inputs"](torch.float64), twice, under)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -155,12 +161,16 @@ def _way_in(
     return run
 
 
-def _results(run: Callable[..., Any], model: nn.Module, given: Sequence[Tensor], twice: bool) -> list[Tensor]:
+def _results(
+    run: Callable[..., Any], model: nn.Module, given: Sequence[Tensor], twice: bool, under: str = ""
+) -> list[Tensor]:
     """The outputs, and the gradients of a weighting of them by the inputs and all parameters; perhaps theirs in turn."""
+    if under:
+        return [result.detach().clone() for result in _transformed(run, given, under)]
     x, xs = (tensor.detach().requires_grad_() for tensor in given)
     leaves = [x, xs, *model.parameters()]
     outputs = run(x, xs)
-    loss = sum((o * torch.linspace(-1, 2, o.numel(), dtype=o.dtype).view(o.shape)).sum() for o in outputs)
+    loss = _weighted(outputs)
     gradients = torch.autograd.grad(loss, leaves, create_graph=twice, allow_unused=True, materialize_grads=True)
     results = [*outputs, *gradients]
     if twice:
@@ -168,6 +178,24 @@ def _results(run: Callable[..., Any], model: nn.Module, given: Sequence[Tensor],
         if again.requires_grad:
             results += torch.autograd.grad(again, leaves, allow_unused=True, materialize_grads=True)
     return [result.detach().clone() for result in results]
+
+
+def _weighted(outputs: Sequence[Tensor]) -> Tensor:
+    return sum((o * torch.linspace(-1, 2, o.numel(), dtype=o.dtype).view(o.shape)).sum() for o in outputs)  # type: ignore[return-value]
+
+
+def _transformed(run: Callable[..., Any], given: Sequence[Tensor], under: str) -> list[Tensor]:
+    """What a function transform makes of a model."""
+    primals, tangents = tuple(given), tuple(tensor.sin() for tensor in given)
+    several = tuple(torch.stack([tensor, 0.5 * tensor, 0.9 * tensor]) for tensor in given)
+    gradients = torch.func.grad(lambda x, xs: _weighted(run(x, xs)), (0, 1))
+    found: Any = {
+        "jvp": lambda: torch.func.jvp(run, primals, tangents),
+        "vmap": lambda: torch.vmap(run)(*several),
+        "gradients of each": lambda: torch.vmap(gradients)(*several),
+        "jvp of gradients": lambda: torch.func.jvp(gradients, primals, tangents),
+    }[under]()
+    return pytree.tree_leaves(found)  # type: ignore[no-any-return]
 
 
 def _difference(got: Sequence[Tensor], expected: Sequence[Tensor], exact: Sequence[Tensor]) -> str:
@@ -200,7 +228,7 @@ def _is_sensitive(case: Case, call: Call, got: Sequence[Tensor], exact: Sequence
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(moved(parameter))
-        others = _results(model, model, [moved(tensor) for tensor in names["inputs"](dtype)], call.twice)
+        others = _results(model, model, [moved(tensor) for tensor in names["inputs"](dtype)], call.twice, call.under)
         if not _difference([one.to(dtype) for one in others], [one.to(dtype) for one in exact], exact):
             continue
         return True

@@ -1,0 +1,161 @@
+"""A chain under a function transform is the chain of its transformed blocks.
+
+Tangents are carried from block to block beside the states, and so is a further batch: `jvp` and `vmap` of a chain are chains,
+which have plans and kernels like any other. Where such a chain cannot be planned, its blocks run one by one.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from pcr_fx.body import Signature
+from pcr_fx.chain import Chain, TensorSpec
+from pcr_fx.errors import BodyError
+from pcr_fx.graphs.parts import holds_derivatives
+from pcr_fx.planner import Plan, make_plan
+from pcr_fx.record import record_of
+from pcr_fx.unrolled import pushforward
+
+log = logging.getLogger(__name__)
+
+# Of one plan: several transforms, of several sizes each.
+_KEPT = 32
+
+# By what is transformed; a plan that cannot be made is not tried again.
+_made: weakref.WeakKeyDictionary[Plan, dict[Hashable, Plan | None]] = weakref.WeakKeyDictionary()
+_all: weakref.WeakSet[Plan] = weakref.WeakSet()
+
+
+def is_transformed(plan: Plan) -> bool:
+    """Whether it is of a chain of transformed blocks, whose derivatives are such chains in turn."""
+    return plan in _all
+
+
+class Inputs(NamedTuple):
+    """What blocks are called with: states, operands `[L, ...]` and shared operands."""
+
+    states: Sequence[Tensor]
+    operands: Sequence[Tensor]
+    shared: Sequence[Tensor]
+
+    @property
+    def signature(self) -> Signature:
+        """The tensors of one block."""
+        each = [_spec(one, one.shape[1:]) for one in self.operands]
+        return Signature(tuple(map(_spec, self.states)), tuple(each), tuple(map(_spec, self.shared)))
+
+
+def find(plan: Plan, key: Hashable, chain: Callable[[], Chain], inputs: Inputs) -> Plan | None:
+    """The chain of transformed blocks for such tensors; nothing where there is none."""
+    signature = inputs.signature
+    known = _made.setdefault(plan, {})
+    if (key, signature) not in known:
+        known[key, signature] = _planned(plan, chain, signature)
+        if len(known) > _KEPT:
+            known.pop(next(iter(list(known))), None)  # other threads may be at it, too
+    return known[key, signature]
+
+
+def _planned(plan: Plan, chain: Callable[[], Chain], signature: Signature) -> Plan | None:
+    before = plan.program.chain
+    name = before.origin.modules or "a chain"
+    if holds_derivatives(before.body.graph):  # what a function brings with it is for cotangents alone
+        return None
+    try:
+        made = make_plan(chain(), signature, plan.options)
+    except BodyError as reason:
+        log.info("%s runs block by block under a function transform: %s", name, reason)
+        return None
+    _all.add(made)
+    return made
+
+
+def named(plan: Plan, record: int, device: torch.device) -> tuple[str, int]:
+    """What operators call a plan and a record by."""
+    record_of(record).prepare(plan, device)
+    return plan.key, record
+
+
+def _spec(tensor: Tensor, shape: Sequence[int] | None = None) -> TensorSpec:
+    return TensorSpec(tuple(tensor.shape if shape is None else shape), tensor.dtype, tensor.device)
+
+
+def of_tangents(chain: Chain, operands: Sequence[bool], shared: Sequence[bool]) -> Chain:
+    """The chain of states and their tangents, called with those operands and then the tangents of some.
+
+    Args:
+        operands, shared: which have tangents.
+    """
+    count, numbers = chain.num_states, len(chain.literals)
+    sizes = count, count, len(operands), sum(operands), numbers, len(shared), sum(shared)
+
+    def tangents_of_a_block(*given: Any) -> tuple[Tensor, ...]:
+        parts = _parts(given, sizes)
+        states, each, literals, common = parts[0], parts[2], parts[4], parts[5]
+
+        def block(*moving: Tensor) -> tuple[Tensor, ...]:
+            waiting = iter(moving)
+            new = list(islice(waiting, count))
+            now = [next(waiting) if moves else one for one, moves in zip(each, operands, strict=True)]
+            of_all = [next(waiting) if moves else one for one, moves in zip(common, shared, strict=True)]
+            return tuple(chain.body.forward(*new, *now, *literals, *of_all)[:count])
+
+        moving = *states, *chosen(each, operands), *chosen(common, shared)
+        new, tangents = pushforward(block, moving, (*parts[1], *parts[3], *parts[6]))
+        return *new, *tangents
+
+    body = _body(tangents_of_a_block, sum(sizes))
+    return _with_body(chain, body, 2 * count, len(operands) + sum(operands), len(shared) + sum(shared))
+
+
+def of_batches(chain: Chain, operands: Sequence[bool], shared: Sequence[bool]) -> Chain:
+    """The chain of many states at once, `[N, ...]`.
+
+    Args:
+        operands, shared: of which there are as many, `[L, N, ...]` and `[N, ...]`; the others are common to all.
+    """
+    count = chain.num_states
+    dims = [0 if many else None for many in (*operands, *(False for _ in chain.literals), *shared)]
+
+    def many_blocks(*given: Any) -> tuple[Tensor, ...]:
+        return torch.vmap(lambda *one: tuple(chain.body.forward(*one)[:count]), (*(0,) * count, *dims))(*given)
+
+    return _with_body(chain, _body(many_blocks, count + len(dims)), count, len(operands), len(shared))
+
+
+def _with_body(chain: Chain, body: fx.GraphModule, states: int, operands: int, shared: int) -> Chain:
+    """The chain of other blocks in its place, of whose outputs nothing is known."""
+    return Chain(body, chain.length, states, operands, shared, chain.literals, chain.origin)
+
+
+def _body(function: Callable[..., Any], count: int) -> fx.GraphModule:
+    """A body that calls a function of so many inputs."""
+    graph = fx.Graph()
+    inputs = [graph.placeholder(f"given_{index}") for index in range(count)]
+    graph.output(graph.call_function(function, tuple(inputs)))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def _parts(given: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    waiting = iter(given)
+    return [list(islice(waiting, size)) for size in sizes]
+
+
+def split(num_operands: int) -> tuple[slice, slice]:
+    """Where operands and where shared operands stand among both."""
+    return slice(num_operands), slice(num_operands, None)
+
+
+def present(every: Sequence[Tensor | None]) -> list[Tensor]:
+    return [one for one in every if one is not None]
+
+
+def chosen(every: Sequence[Any], which: Sequence[bool]) -> list[Any]:
+    return [one for one, is_chosen in zip(every, which, strict=True) if is_chosen]
