@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from pcr_fx.body import Signature
-from pcr_fx.body.isolation import wants_every_op
+from pcr_fx.body.isolation import is_transformed, wants_every_op
 from pcr_fx.body.reals import to_real
 from pcr_fx.chain import NearMiss, TensorSpec
 from pcr_fx.errors import BodyError
@@ -99,8 +99,8 @@ def measure_chains(planned: Sequence[PlannedChain], values: dict[fx.Node, torch.
     Args:
         values: the real inputs of the graph.
     """
-    if wants_every_op():
-        return list(planned)  # every chain will run as the model wrote it
+    if is_transformed() or wants_every_op():
+        return list(planned)  # there are no numbers here, or every chain will run as the model wrote it
     return [item if item.plan is None else _measured(item, item.plan, values) for item in planned]
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from pcr_fx.body import Signature
 from pcr_fx.chain import TensorSpec
@@ -48,6 +50,14 @@ def every_tensor(states: Sequence[Tensor], operands: Sequence[Operand], shared: 
     """All tensors of a call. What is stacked stays so: apart, a compiler would see each part."""
     each = ([operand] if isinstance(operand, Tensor) else parts_of(operand) for operand in operands)
     return [*states, *(part for parts in each for part in parts), *shared]
+
+
+def have_batched_tangents(tensors: Iterable[Tensor]) -> bool:
+    """Whether dual numbers have many tangents at once, as `torch.autograd.functional.jacobian` has them: by a `vmap` of its own."""
+    if forward_ad._current_level < 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in tensors)
+    return any(tangent is not None and is_legacy_batchedtensor(tangent) for tangent in tangents)
 
 
 def refuse_unusual(tensors: Iterable[Tensor | None]) -> BodyError | None:

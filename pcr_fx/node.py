@@ -19,7 +19,7 @@ from pcr_fx.chain import Chain, Leaving
 from pcr_fx.derivatives import Solve
 from pcr_fx.errors import BodyError
 from pcr_fx.heads import OutputsBehind
-from pcr_fx.looks import plain_look, raised
+from pcr_fx.looks import every_tensor, have_batched_tangents, plain_look, raised
 from pcr_fx.operands import Given, Operand, in_place, look, parts_of, stacked
 from pcr_fx.options import Options
 from pcr_fx.planner import Choice, Plan
@@ -124,7 +124,7 @@ class SolveNode(nn.Module):
         """What leaves the chain, by the route of such tensors."""
         is_plain = is_plain_call()
         states, operands, shared, *_ = given
-        if not is_plain and wants_every_op():
+        if not is_plain and (wants_every_op() or have_batched_tangents(every_tensor(*given[:3]))):
             return self.as_written(given)
         seen = [look(operand) for operand in operands] if is_plain else []
         key = plain_look(states, seen, shared) if is_plain else None

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from node_cases import CASES, Case, D, Inputs, check
+from node_cases import CASES, Case, D, Inputs, check, reference
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -139,3 +139,13 @@ def test_numbers_that_follow_the_batch_are_computed_from_it(batch: tuple[int, in
 def test_what_depends_on_the_batch_size_otherwise_is_not_made_general(function) -> None:
     with pytest.raises(BodyError, match="batch size"):
         generalised(function, 1, 0, 3)
+
+
+def test_a_number_times_a_mask_has_the_default_dtype() -> None:
+    """Whatever the state's is, so that a tensor may not stand for it."""
+    case = Case(lambda z, m, k: (torch.tanh(z + m + (m > 0) * k),), operands=((D,),), literals=1)
+    node, inputs = case.node(6), case.inputs(6, 2)
+    got = node(inputs.states, inputs.operands, inputs.shared)
+    assert isinstance(node.outcome, BodyError) and "mul" in str(node.outcome)
+    torch.testing.assert_close(got, reference(node, inputs), rtol=0, atol=0)
+    check(case.node(6), inputs.to(torch.float32))

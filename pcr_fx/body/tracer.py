@@ -37,7 +37,46 @@ def trace_block(chain: Chain, signature: Signature) -> fx.GraphModule:
         arguments += [_fake(mode, signature.number) for _ in chain.literals]
         arguments += [_fake(mode, spec) for spec in signature.shared]
         body = write_out_fused(chain.body)
+        if chain.literals:
+            _check_numbers(chain, body, arguments)
         return trace(lambda *tensors: tuple(body(*tensors)), arguments)
+
+
+class _Dtypes(fx.Interpreter):
+    """Runs a body, and notes the dtype of what each node returns."""
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__(body)
+        self.found: dict[fx.Node, torch.dtype] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor):
+            self.found[n] = result.dtype
+        return result
+
+
+def _check_numbers(chain: Chain, body: fx.GraphModule, arguments: Sequence[Any]) -> None:
+    """Check that a block's numbers give the same dtypes as the tensors that stand for them.
+
+    A Python number times a mask or a whole number is of the default dtype, whatever that of the state.
+
+    Raises:
+        BodyError: they do not.
+    """
+    before = chain.num_states + chain.num_operands
+    after = before + len(chain.literals)
+    numbers = [*arguments[:before], *(values[0] for values in chain.literals), *arguments[after:]]
+    by_tensors, by_numbers = _Dtypes(body), _Dtypes(body)
+    try:
+        by_tensors.run(*arguments)
+        by_numbers.run(*numbers)
+    except Exception:  # what is wrong is told where the block is traced
+        return
+    for node, dtype in by_numbers.found.items():
+        if node.op == "call_function" and by_tensors.found.get(node, dtype) != dtype:
+            name = getattr(node.target, "__name__", str(node.target))
+            raise BodyError(f"{name} with a number that differs from block to block is {dtype}, whatever the state is")
 
 
 def trace(function: Run, arguments: Sequence[Any], decompositions: Any = None) -> fx.GraphModule:

@@ -62,7 +62,7 @@ def draw_calls(case: Case, kernels: float) -> list[Call]:
     solvers = ["interpreted", "newton", *rng.sample(SOLVERS[1:], 3)]
     calls = [Call("transform", solver, batch=batch) for solver in solvers]
     calls += [Call("transform", solver, True, batch) for solver in rng.sample(solvers, 2)]
-    if rng.randrange(2) == 0:
+    if rng.randrange(10) == 0:
         calls.append(Call("transform", rng.choice(solvers), under=rng.choice(TRANSFORMS)))
     if rng.randrange(3) == 0:
         calls += [Call("solve_chain", solver) for solver in ("interpreted", *rng.sample(SOLVERS, 2))]
