@@ -10,7 +10,7 @@ import torch
 from pcr_fx import stopping
 from pcr_fx.codegen import Function
 from pcr_fx.codegen.ir import Buffer
-from pcr_fx.targets.cpp.printer import begun_sums, matrix_sums, print_function
+from pcr_fx.targets.cpp.printer import begun_sums, factored_sums, matrix_shape, matrix_sums, print_function
 from pcr_fx.targets.kernel import Input, LoweredBody
 
 _NATIVE = Path(__file__).parent / "native"
@@ -51,8 +51,12 @@ def chain_source(body: LoweredBody, direction: str, vectors_of_samples: bool, al
             f"#define ALONE {'true' if alone else 'false'}",
             (_NATIVE / "numbers.h").read_text(),
             (_NATIVE / "products.h").read_text(),
-            *(print_function(name, function, _begun(body, function)) for name, function in functions.items()),
-            _body_struct(body, functions),
+            (_NATIVE / "factors.h").read_text(),
+            *(
+                print_function(name, function, _begun(body, function), _factored(body, function, vectors_of_samples))
+                for name, function in functions.items()
+            ),
+            _body_struct(body, functions, vectors_of_samples),
             (_NATIVE / "call.h").read_text(),
             *([_stopping(body.program.dtype)] if direction == "newton" else []),
             (_NATIVE / _DRIVERS[direction]).read_text(),
@@ -91,9 +95,31 @@ def _is_summed(one: Input) -> bool:
 
 
 def _matrices(body: LoweredBody) -> list[bool]:
-    """For each input whether its gradient is a sum of matrices."""
-    matrices, outputs = matrix_sums(body.pullback), iter(body.pullback.outputs[1:])
+    """For each input whether its gradient is a sum of matrices where lanes are samples."""
+    matrices = matrix_sums(body.pullback) + _factored(body, body.pullback, True)
+    outputs = iter(body.pullback.outputs[1:])
     return [one.differentiable and next(outputs) in matrices for one in body.inputs]
+
+
+def _factored(body: LoweredBody, function: Function, vectors_of_samples: bool) -> list[Buffer]:
+    """The sums of a function over all blocks, whose factors are kept."""
+    if function is not body.pullback:
+        return []
+    of_all = [
+        buffer
+        for one, buffer in zip(_differentiable(body), function.outputs[1:], strict=True)
+        if _is_summed(one) and one.shared
+    ]
+    return [buffer for buffer in factored_sums(function, vectors_of_samples) if buffer in of_all]
+
+
+def _factored_shapes(body: LoweredBody, pullback: Function | None, vectors_of_samples: bool) -> list[tuple[int, int]]:
+    """For each input the rows and columns of its gradient, if its factors are kept; else 0 and 0."""
+    if pullback is None:
+        return [(0, 0) for _ in body.inputs]
+    factored, outputs = _factored(body, pullback, vectors_of_samples), iter(pullback.outputs[1:])
+    gradients = [next(outputs) if one.differentiable else None for one in body.inputs]
+    return [matrix_shape(pullback, one) if one in factored else (0, 0) for one in gradients]
 
 
 def _begun(body: LoweredBody, function: Function) -> list[Buffer]:
@@ -112,16 +138,17 @@ def _differentiable(body: LoweredBody) -> list[Input]:
     return [one for one in body.inputs if one.differentiable]
 
 
-def _body_struct(body: LoweredBody, functions: dict[str, Function]) -> str:
+def _body_struct(body: LoweredBody, functions: dict[str, Function], vectors_of_samples: bool) -> str:
     inputs, pullback = body.inputs, functions.get("pullback")
     matrix = [False for _ in inputs] if pullback is None else _matrices(body)
     begun = [] if pullback is None else _begun(body, pullback)
+    shapes = _factored_shapes(body, pullback, vectors_of_samples)
     gradients = iter(() if pullback is None else pullback.outputs[1:])
     _, own_sums, shared_sums = (0, 0, 0) if pullback is None else summed_numbers(body)
     arguments = [f"static_cast<const {'V' if one.own else 'real'}*>(in[{index}])" for index, one in enumerate(inputs)]
     summed = [
-        f"static_cast<{'real' if m else 'V'}*>(out[{index}])"
-        for index, (one, m) in enumerate(zip(inputs, matrix, strict=True))
+        f"*static_cast<Factors*>(out[{index}])" if rows else f"static_cast<{'real' if m else 'V'}*>(out[{index}])"
+        for index, (one, m, (rows, _)) in enumerate(zip(inputs, matrix, shapes, strict=True))
         if one.differentiable
     ]
     counted = ["count"] if pullback is not None and any(not buffer.varying for buffer in pullback.outputs) else []
@@ -152,6 +179,11 @@ def _body_struct(body: LoweredBody, functions: dict[str, Function]) -> str:
         "summed_numbers": own_sums,
         "kept_numbers": shared_sums,
     }
+    sizes = {
+        "sizes": [one.size for one in inputs],
+        "rows": [rows for rows, _ in shapes],
+        "columns": [columns for _, columns in shapes],
+    }
     tables = {
         "own": [one.own for one in inputs],
         "shared": [one.shared for one in inputs],
@@ -163,7 +195,10 @@ def _body_struct(body: LoweredBody, functions: dict[str, Function]) -> str:
         [
             "struct Body {",
             *(f"  static constexpr int {name} = {value};" for name, value in numbers.items()),
-            f"  static constexpr int sizes[] = {{{', '.join(map(str, [*(one.size for one in inputs), 0]))}}};",
+            *(
+                f"  static constexpr int {name}[] = {{{', '.join(map(str, [*row, 0]))}}};"
+                for name, row in sizes.items()
+            ),
             f"  static constexpr int counts[] = {{{', '.join(map(str, body.program.layout.counts))}}};",
             *(f"  static constexpr bool {name}[] = {{{_flags(values)}}};" for name, values in tables.items()),
             *(f"  template <class V> static INLINE_MEMBER void {calls[name]}" for name in functions),

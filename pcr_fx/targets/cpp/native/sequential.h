@@ -31,6 +31,8 @@ template <class V> static void k_forward(const Call& call, Samples<V> samples) {
 // Numbers of per-block gradients that each thread sums before those of all threads are added: they stay in a near cache.
 constexpr int64_t k_together = 1 << 15;
 
+// Whether the factors of a gradient are kept, to be multiplied later.
+constexpr bool k_factored(int k) { return Body::rows[k] > 0; }
 constexpr bool k_summed(int k) { return Body::differentiable[k] && !Body::own[k]; }
 // Whether a gradient is summed as whole vectors, whose lanes are added in the end.
 template <class V> constexpr bool k_in_lanes(int k) { return k_is_vector<V> && k_summed(k) && !Body::matrix[k]; }
@@ -46,6 +48,7 @@ template <class V> struct Adjoint {
   std::vector<V> sums, kept;
   // `kept` before a tile that samples do not fill.
   std::vector<V> before;
+  std::vector<Factors> factors;
   // Where gradients are summed. What blocks share is zero at first; what they do not is set to zero at each block,
   // unless the body begins these sums itself.
   real* gradients[Body::inputs + 1];
@@ -53,7 +56,9 @@ template <class V> struct Adjoint {
   Adjoint(const Call& call, Samples<V> samples)
       : call(call), samples(samples), places(call, samples), adjoints(samples.tiles() * Body::numbers, V{}),
         sums(k_is_vector<V> ? Body::summed_numbers + 1 : 1, V{}), kept(k_is_vector<V> ? Body::kept_numbers + 1 : 1, V{}),
-        before(kept.size()) {}
+        before(kept.size()) {
+    for (int k = 0; k < Body::inputs; ++k) factors.emplace_back(Body::rows[k], Body::columns[k]);
+  }
 
   // Blocks `last` - 1 to `first`; memory for gradients of blocks begins with that of block `origin`.
   void sweep(int64_t last, int64_t first, int64_t origin) {
@@ -71,7 +76,10 @@ template <class V> struct Adjoint {
         UNROLL for (int k = 0; k < Body::inputs; ++k) {
           if (!Body::differentiable[k]) continue;
           const int size = Body::sizes[k];
-          if (Body::own[k]) {
+          if (k_factored(k)) {
+            factors[k].out = gradients[k];
+            out[k] = &factors[k];
+          } else if (Body::own[k]) {
             out[k] = mine;
             mine += size;
           } else if (k_in_lanes<V>(k)) {
@@ -145,6 +153,7 @@ template <class V> struct Adjoint {
 
   // Writes what is only known after the first block.
   void finish() {
+    for (Factors& kept : factors) kept.finish();
     if constexpr (k_is_vector<V>) {
       int used = 0;
       for (int k = 0; k < Body::inputs; ++k)
@@ -177,7 +186,7 @@ template <class V> static void k_adjoint(const Call& call, int parts) {
   int64_t together = block ? k_together / block : call.length;
   together = together < 1 ? 1 : together < call.length ? together : call.length;
   std::vector<real> memory((parts - 1) * (kept + together * block));  // zeroed
-  std::vector<Adjoint<V>> threads;
+  std::deque<Adjoint<V>> threads;
   real* free = memory.data();
   for (int part = 0; part < parts; ++part) {
     threads.emplace_back(call, k_part<V>(call, part, parts));
