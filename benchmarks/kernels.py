@@ -5,7 +5,6 @@ JAX is needed for its column only (`pip install jax`), g++ for the limit line.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 import pcr_fx
 from benchmarks.measure import median_ms, record
 from benchmarks.models import residual_net
+from benchmarks.rivals import jax_calls, limit_calls
 
 LENGTH = 1024
 SETTINGS = ((4, 1), (8, 1), (16, 1), (8, 32), (64, 32))
@@ -86,8 +86,7 @@ def chain_times(width: int, batch: int, column: int) -> dict[str, str]:
     eager = both_ways(model, own, x)
     ours = both_ways(packed, list(packed.parameters()), x)
     unpacked = both_ways(plain, own, x)
-    jax = jax_times(model, x)
-    limit = limit_times(model, x)
+    jax, limit = (calls and tuple(map(timed, calls)) for calls in (jax_calls(model, x), limit_calls(model, x)))
     compiled = compiled_times(model, own, x)
     unguarded = compiled_times(model, own, x, {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
     cells = {}
@@ -140,69 +139,13 @@ def compiled_times(
     return both_ways(torch.compile(model, backend="deeppcr", options=options), parameters, x)
 
 
-def columns_of(model: nn.Module) -> list[Tensor]:
-    blocks = [list(block.parameters()) for block in model.children()]
-    return [torch.stack([block[index].detach() for block in blocks]) for index in range(4)]
-
-
-def jax_times(model: nn.Module, x: Tensor) -> tuple[float, float] | None:
-    try:
-        import jax
-        import jax.numpy as jnp
-    except ImportError:
-        return None
-    columns, start = [jnp.asarray(column.numpy()) for column in columns_of(model)], jnp.asarray(x.numpy())
-
-    def step(z: Any, block: Any) -> tuple[Any, None]:
-        w1, b1, w2, b2 = block
-        return z + 0.1 * (jnp.tanh(z @ w1.T + b1) @ w2.T + b2), None
-
-    def last(columns: Any, x: Any) -> Any:
-        return jax.lax.scan(step, x, columns)[0]
-
-    forward = jax.jit(last)
-    both = jax.jit(jax.value_and_grad(lambda columns, x: last(columns, x).sum(), argnums=(0, 1)))
-    assert torch.allclose(torch.tensor(forward(columns, start).tolist()), model(x), rtol=1e-3, atol=1e-4)
-    return tuple(timed(lambda run=run: jax.block_until_ready(run(columns, start))) for run in (forward, both))  # type: ignore[return-value]
-
-
-def limit_times(model: nn.Module, x: Tensor) -> tuple[float, float]:
-    batch, width = x.shape
-    lanes = 1 if batch == 1 else 16
-    threads = min(torch.get_num_threads(), batch // lanes)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "limit.so"
-        command = "g++ -O3 -march=native -ffast-math -fopenmp -shared -fPIC -std=c++20".split()
-        sizes = [f"-DW={width}", f"-DSAMPLES={batch}", f"-DTHREADS={threads}"]
-        subprocess.run([*command, *sizes, str(Path(__file__).with_name("limit.cpp")), "-o", str(path)], check=True)
-        library = ctypes.CDLL(str(path))
-    columns = columns_of(model)
-    tiled = x.view(-1, lanes, width).transpose(1, 2).contiguous()
-    states, hidden = (torch.empty(LENGTH, *tiled.shape) for _ in range(2))
-    gradients, d_x = [torch.empty_like(column) for column in columns], torch.empty_like(tiled)
-    length = ctypes.c_int64(LENGTH)
-
-    def pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
-        return [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-
-    ahead = pointers(*columns, tiled, states, hidden)
-    back = pointers(columns[0], columns[2], tiled, states, hidden, *gradients, d_x)
-
-    def both() -> None:
-        library.forward(length, *ahead)
-        library.backward(length, *back)
-
-    times = timed(lambda: library.forward(length, *ahead)), timed(both)
-    assert torch.allclose(states[-1].transpose(1, 2).reshape(batch, width), model(x), rtol=1e-2, atol=1e-3)
-    return times
-
-
 # --- first calls ------------------------------------------------------------------------------------------------------
 
 _FIRST_CALL = """
 import sys, time, torch
 sys.path.insert(0, {root!r})
 from benchmarks.models import residual_net
+from benchmarks.rivals import jax_calls, limit_calls
 import pcr_fx
 model, x = residual_net({length}, 8), torch.randn(1, 8)
 {prepare}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -14,9 +15,10 @@ import torch
 from tabulate import tabulate
 
 RESULTS = Path(__file__).parent / "results"
+Call = Callable[[], Any]
 
 
-def median_ms(function: Callable[[], Any], repeats: int = 9) -> float:
+def median_ms(function: Call, repeats: int = 9) -> float:
     """The median time of a call in milliseconds, after two calls to warm up."""
     function()
     function()
@@ -26,6 +28,30 @@ def median_ms(function: Callable[[], Any], repeats: int = 9) -> float:
         function()
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times)
+
+
+def least_ms(turns: Sequence[Call], rounds: int, turn_seconds: float = 0.0) -> list[float]:
+    """The least time of each of these calls, which take turns, in milliseconds.
+
+    Args:
+        turn_seconds: for how long each is called again in its turn, at least once: short calls are not to be measured with what
+            the others left in the caches.
+    """
+    for call in turns:
+        call()
+        call()
+    times = [math.inf for _ in turns]
+    for _ in range(rounds):
+        for index, call in enumerate(turns):
+            end = time.perf_counter() + turn_seconds
+            while True:
+                began = time.perf_counter()
+                call()
+                now = time.perf_counter()
+                times[index] = min(times[index], 1e3 * (now - began))
+                if now >= end:
+                    break
+    return times
 
 
 def processor() -> str:

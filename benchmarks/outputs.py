@@ -7,16 +7,14 @@ The two take turns, and each time is the least of its turns. The record is `resu
 from __future__ import annotations
 
 import argparse
-import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import pcr_fx
-from benchmarks.measure import record
+from benchmarks.measure import Call, least_ms, record
 
 STEPS, WIDTH = 1024, 16
 ROUNDS = 60
@@ -107,9 +105,6 @@ class Bucket(Loop):
         return (store + 0.1 * x - evaporated - flow - leak,), (evaporated, flow, leak)
 
 
-Call = Callable[[], Any]
-
-
 def calls(run: Callable[..., Any], model: nn.Module, xs: Tensor) -> tuple[Call, Call]:
     """A forward, and a training step."""
 
@@ -122,20 +117,6 @@ def calls(run: Callable[..., Any], model: nn.Module, xs: Tensor) -> tuple[Call, 
         sum(one.sum() for one in run(xs)).backward()
 
     return forward, train
-
-
-def least_ms(turns: Sequence[Call], rounds: int) -> list[float]:
-    """The least time of each of these calls, which take turns, in milliseconds."""
-    for call in turns:
-        call()
-        call()
-    times = [math.inf for _ in turns]
-    for _ in range(rounds):
-        for index, call in enumerate(turns):
-            began = time.perf_counter()
-            call()
-            times[index] = min(times[index], 1e3 * (time.perf_counter() - began))
-    return times
 
 
 def row(made: type[Loop], samples: int, eager: bool) -> list[str]:
