@@ -86,7 +86,9 @@ def chain_times(width: int, batch: int, column: int) -> dict[str, str]:
     eager = both_ways(model, own, x)
     ours = both_ways(packed, list(packed.parameters()), x)
     unpacked = both_ways(plain, own, x)
-    jax, limit = (calls and tuple(map(timed, calls)) for calls in (jax_calls(model, x), limit_calls(model, x)))
+    in_jax = jax_calls(model, x)
+    jax = None if in_jax is None else tuple(map(timed, in_jax))
+    limit = tuple(map(timed, limit_calls(model, x)))
     compiled = compiled_times(model, own, x)
     unguarded = compiled_times(model, own, x, {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe})
     cells = {}

@@ -315,8 +315,8 @@ def draw_losses(by_step: Any, by_clock: Any, runs: dict[str, Run]) -> None:
     by_step.set(xlabel="step", ylabel="training loss", yscale="log", title="Step by step they are one curve")
     by_clock.set(xscale="log", yscale="log", title="By the clock they are not (means of 10 steps)")
     by_clock.set(xlabel="seconds, reading and compiling the model included")
-    for axes in (by_step, by_clock):
-        axes.legend(frameon=False)
+    by_step.legend(frameon=False)
+    by_clock.legend(frameon=False, loc="lower left")
 
 
 def draw_parts(axes: Any, runs: dict[str, Run]) -> None:
