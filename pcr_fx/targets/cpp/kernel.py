@@ -332,7 +332,7 @@ class CppKernel:
     @isolated
     def _built(self, direction: str, vectors: bool, alone: bool, wanted: Wanted) -> Run | None:
         try:
-            return load(chain_source(self._body_for(wanted), direction, vectors, alone)).run
+            return load(chain_source(self._body_for(wanted), direction, vectors, alone, self._vectors_fit)).run
         except CompilerError as error:
             if self.failure is None:
                 log.warning("%s; the chain runs in PyTorch's ops instead", error)

@@ -20,20 +20,22 @@ constexpr int k_wide(int columns) {
   return columns < k_block_vectors * k_lanes ? (columns + k_lanes - 1) / k_lanes : k_block_vectors;
 }
 
-// Numbers from one strip to the next, of so many of each vector. Strips that begin at a power of two's distance would share
-// the few places that the nearest cache has for them.
-constexpr int64_t k_strip(int some) { return k_most_factors * some + 64 / int64_t(sizeof(real)); }
-
 // The vectors of one sum. `left` lies in strips of `k_high` numbers of each vector, one strip behind the other, and within a
 // strip as many vectors together as there are lanes of samples; `right` in strips of some vectors' lanes.
 struct Factors {
+  const int most;
   std::unique_ptr<vec[]> left, right;
   int count = 0;
   real* out = nullptr;
   void (*multiply)(Factors&) = nullptr;
 
-  Factors(int rows, int columns)
-      : left(new vec[strips(rows, k_high(rows))]), right(new vec[strips(columns, k_wide(columns) * k_lanes)]) {}
+  // For a sum of so many rows and columns, of so many pairs.
+  Factors(int rows, int columns, int64_t pairs)
+      : most(pairs < k_most_factors ? (pairs + k_lanes - 1) / k_lanes * k_lanes : k_most_factors),
+        left(new vec[vectors(rows, k_high(rows))]), right(new vec[vectors(columns, k_wide(columns) * k_lanes)]) {}
+  // Numbers from one strip to the next, of so many of each vector. Strips that began at a power of two's distance would share
+  // the few places that the nearest cache has for them.
+  int64_t strip(int some) const { return most * some + 64 / int64_t(sizeof(real)); }
   // Adds what is kept to the sum.
   void finish() {
     if (count) multiply(*this);
@@ -41,8 +43,7 @@ struct Factors {
   }
 
  private:
-  // Vectors that hold so many numbers of each, in strips of some.
-  static int64_t strips(int size, int some) { return size ? (size + some - 1) / some * k_strip(some) / k_lanes : 0; }
+  int64_t vectors(int size, int some) const { return size ? (size + some - 1) / some * strip(some) / k_lanes : 0; }
 };
 
 // A block of the product, `height` by `width` numbers. Rows of `out` are `columns` apart.
@@ -67,14 +68,14 @@ template <int lanes, int rows, int columns, int width>
 INLINE void k_multiply_strip(const Factors& factors, int first) {
   constexpr int high = k_high(rows), wide = k_wide(columns), whole = rows / high;
   const real* left = reinterpret_cast<const real*>(factors.left.get());
-  const vec* right = &factors.right[first / (wide * k_lanes) * k_strip(wide * k_lanes) / k_lanes];
+  const vec* right = &factors.right[first / (wide * k_lanes) * factors.strip(wide * k_lanes) / k_lanes];
   real* out = factors.out + first;
   for (int i = 0; i < whole; ++i)
     k_multiply_block<lanes, high, wide, high, width, columns>(
-        out + i * high * columns, left + i * k_strip(high), right, factors.count);
+        out + i * high * columns, left + i * factors.strip(high), right, factors.count);
   if constexpr (rows > whole * high)
     k_multiply_block<lanes, high, wide, rows - whole * high, width, columns>(
-        out + whole * high * columns, left + whole * k_strip(high), right, factors.count);
+        out + whole * high * columns, left + whole * factors.strip(high), right, factors.count);
 }
 
 template <int lanes, int rows, int columns> OUTLINE void k_multiply(Factors& factors) {
@@ -98,16 +99,16 @@ template <class V, int rows, int columns, int a_stride, int b_stride, class A, c
 OUTLINE void k_collect(Factors& factors, const A* RESTRICT a, const B* RESTRICT b, int64_t count) {
   constexpr int lanes = k_is_vector<V> ? k_lanes : 1, high = k_high(rows), width = k_wide(columns) * k_lanes;
   factors.multiply = k_multiply<lanes, rows, columns>;
-  if (factors.count + lanes > k_most_factors) factors.finish();
+  if (factors.count + lanes > factors.most) factors.finish();
   const ivec wanted = k_first_lanes(count);
   real* left = reinterpret_cast<real*>(factors.left.get()) + factors.count * high;
   constexpr int whole = rows / high;
-  for (int i = 0; i < whole; ++i) k_copy_numbers<V, a_stride>(left + i * k_strip(high), a + i * high * a_stride, high, wanted);
+  for (int i = 0; i < whole; ++i) k_copy_numbers<V, a_stride>(left + i * factors.strip(high), a + i * high * a_stride, high, wanted);
   if constexpr (rows > whole * high)
-    k_copy_numbers<V, a_stride>(left + whole * k_strip(high), a + whole * high * a_stride, rows - whole * high, wanted);
+    k_copy_numbers<V, a_stride>(left + whole * factors.strip(high), a + whole * high * a_stride, rows - whole * high, wanted);
   real* right = reinterpret_cast<real*>(factors.right.get()) + factors.count * width;
   for (int j = 0; j < columns; j += k_is_vector<V> ? k_lanes : width) {
-    real* place = right + j / width * k_strip(width) + j % width;
+    real* place = right + j / width * factors.strip(width) + j % width;
     if constexpr (k_is_vector<V>) {
       vec square[k_lanes] = {};
       k_copy_numbers<V, b_stride>(reinterpret_cast<real*>(square), b + j * b_stride, std::min(columns - j, k_lanes), wanted);

@@ -15,7 +15,8 @@
 #define INLINE_MEMBER inline ALWAYS_INLINE
 #define INLINE static inline ALWAYS_INLINE
 // What is long enough for a call to cost nothing, and would be compiled over and over if it were inlined.
-#define OUTLINE static __attribute__((noinline))
+#define OUTLINE_MEMBER __attribute__((noinline))
+#define OUTLINE static OUTLINE_MEMBER
 #define RESTRICT __restrict__
 #define UNROLL _Pragma("GCC unroll 8")
 

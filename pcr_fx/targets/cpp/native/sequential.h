@@ -8,6 +8,7 @@ template <class V> static void k_forward(const Call& call, Samples<V> samples) {
   for (int64_t t = 0; t < tiles; ++t)
     k_read<V>(&states[t * d], call.initial + samples.begin(t) * d, d, samples.count(t));
   const Places<V> places(call, samples);
+  Early<V> early(call, samples);
   Inputs<V> in;
   for (int64_t l = 0; l < call.length; ++l) {
     k_locate<V>(call, l, in);
@@ -16,7 +17,7 @@ template <class V> static void k_forward(const Call& call, Samples<V> samples) {
       const int64_t begin = samples.begin(t), count = samples.count(t);
       k_fetch<V>(call, l, begin, count, in);
       V next[Body::numbers];
-      Body::step<V>(&states[t * d], in.pointers, next);
+      Body::step<V>(&states[t * d], in.pointers, next, early.of(l, begin));
       for (int i = 0; i < d; ++i) states[t * d + i] = next[i];
       if (call.trajectory && row >= 0) k_write<V>(next, call.trajectory + (row * call.samples + begin) * d, d, count);
       Body::each_result([&](auto number, int k, int offset, int size) ALWAYS_INLINE {
@@ -42,6 +43,7 @@ template <class V> struct Adjoint {
   const Call& call;
   const Samples<V> samples;
   const Places<V> places;
+  Early<V> early;
   // Of the state of each tile, and behind it the cotangents of its outputs.
   std::vector<V> adjoints;
   // Sums over samples of what k_in_lanes tells: of a block, and of all blocks where they share an input.
@@ -54,10 +56,12 @@ template <class V> struct Adjoint {
   real* gradients[Body::inputs + 1];
 
   Adjoint(const Call& call, Samples<V> samples)
-      : call(call), samples(samples), places(call, samples), adjoints(samples.tiles() * Body::numbers, V{}),
+      : call(call), samples(samples), places(call, samples), early(call, samples),
+        adjoints(samples.tiles() * Body::numbers, V{}),
         sums(k_is_vector<V> ? Body::summed_numbers + 1 : 1, V{}), kept(k_is_vector<V> ? Body::kept_numbers + 1 : 1, V{}),
         before(kept.size()) {
-    for (int k = 0; k < Body::inputs; ++k) factors.emplace_back(Body::rows[k], Body::columns[k]);
+    const int64_t pairs = call.length * samples.tiles() * k_width<V>;
+    for (int k = 0; k < Body::inputs; ++k) factors.emplace_back(Body::rows[k], Body::columns[k], pairs);
   }
 
   // Blocks `last` - 1 to `first`; memory for gradients of blocks begins with that of block `origin`.
@@ -115,7 +119,7 @@ template <class V> struct Adjoint {
         });
         const bool partial = k_is_vector<V> && count < k_width<V>;
         if (partial) before = kept;
-        Body::pullback<V>(state, in.pointers, adjoint, next, out, count);
+        Body::pullback<V>(state, in.pointers, early.of(l, begin), adjoint, next, out, count);
         for (int i = 0; i < d; ++i) adjoint[i] = next[i];
         if constexpr (k_is_vector<V>) {
           if (partial) {
