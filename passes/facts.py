@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from pcr_fx.graphs.hooks import has_hooks
 from pcr_fx.passes.contents import LASTING, describe, describe_lasting
 from pcr_fx.passes.places import ABSENT, contents_of, find, place_of
 from pcr_fx.passes.reading import Kept, Reading
-from pcr_fx.watched import Changes, is_watched
+from pcr_fx.watched import Changes, Part, is_watched
 
 
 class Facts:
@@ -49,15 +51,15 @@ class Facts:
         self._versions = list(read.versions.values())
         self._global_hooks = bool(_has_any_global_hook())
         self._described = read.described
-        self._checked, self._held = changes.count, True
+        self._checked, self._listed, self._held = changes.count, changes.listings, True
         self._look()
 
     def hold(self) -> bool:
         """Whether all is as it was."""
-        count = self.changes.count
-        if self._checked != count:
+        count, listings = self.changes.count, self.changes.listings
+        if self._checked != count or (self._listed != listings and not self._tensors_hold()):
             self._held, self._has_looked = self._hold_inside(), False
-            self._checked = count
+        self._checked, self._listed = count, listings
         return self._held and self._hold_elsewhere()
 
     def changed(self) -> str:
@@ -109,7 +111,25 @@ class Facts:
         self._views = list({id(view): view for view in views}.values())
         self._sizes = list(map(len, self._views))
         self._items = list(itertools.chain.from_iterable(self._views))
+        tensors = list(self._present_tensors()) if self.with_shapes else []
+        self._tensors = list(map(weakref.ref, tensors))
+        self._forms = _forms_of(tensors)
         self._has_looked = True
+
+    def _present_tensors(self) -> Iterable[Tensor]:
+        """Those of the model's modules that there are facts about; a packed parameter for all its parts."""
+        found: dict[int, Tensor] = {}
+        for held, place, name, value in self._inside:
+            now = find(held, place, name) if isinstance(value, Kept) else None
+            if isinstance(now, Part):
+                now = now.holder[now.name]
+            if isinstance(now, Tensor):
+                found[id(now)] = now
+        return found.values()
+
+    def _tensors_hold(self) -> bool:
+        """Whether all that a forward can ask of the same tensors is as it was, beside their values."""
+        return _forms_of([tensor() for tensor in self._tensors]) == self._forms
 
     def _hold_inside(self) -> bool:
         return (
@@ -185,6 +205,15 @@ class Facts:
 
 # What a module holds, the place there, the name, and the value.
 _Fact: TypeAlias = tuple[dict[str, Any], str | None, str, Any]
+
+
+_form = operator.attrgetter("shape", "dtype", "device")
+
+
+def _forms_of(tensors: Sequence[Tensor | None]) -> tuple[list[type], list[Any]]:
+    """Their classes, shapes, dtypes and devices; nothing of the last three where one is gone."""
+    kinds = list(map(type, tensors))
+    return kinds, [] if type(None) in kinds else list(map(_form, tensors))
 
 
 def _columns(rows: Sequence[tuple[Any, str, Any]]) -> tuple[Any, Any, Any]:

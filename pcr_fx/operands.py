@@ -295,7 +295,7 @@ class StackedAttributes:
         self.sources = list(sources)
         self.changes = changes
         self.table: PointerTable | None = None
-        self._seen = -1
+        self._seen = (-1, -1)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -319,12 +319,16 @@ class StackedAttributes:
         return _unusual(self.values())
 
     def _present_table(self) -> PointerTable | None:
-        changes = self.changes.count
-        if self._seen != changes or (self.table is not None and not self.table.holds()):
+        changes, table = (self.changes.count, self.changes.listings), self.table
+        # The same tensors may be of another class, which the table does not tell.
+        is_known = self._seen == changes or (
+            self._seen[0] == changes[0] and table is not None and all(map(is_plain, table.tensors))
+        )
+        if not is_known or (table is not None and not table.holds()):
             # Parts of a packed parameter are views, made anew each time.
             in_place = all(isinstance(source.holder, dict) for source in self.sources)
             self.table = PointerTable.of(self.values()) if in_place else None
-            self._seen = changes  # last: another thread takes the table for that of these changes
+        self._seen = changes  # last: another thread takes the table for that of these changes
         return self.table
 
     def __getstate__(self) -> dict[str, Any]:

@@ -25,10 +25,16 @@ from pcr_fx.errors import UnsupportedError
 
 
 class Changes:
-    """How often, so far, anything that is watched may have changed."""
+    """How often, so far, anything that is watched may have changed.
+
+    Attributes:
+        count: other objects may stand in it.
+        listings: somebody went through parameters, and may have put other data into each. Every step of a training loop does
+            that, to clip gradients, say, so that a look after it has to be cheap.
+    """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.listings = 0
 
 
 @dataclass(frozen=True)
@@ -165,8 +171,9 @@ class _Here(threading.local):
 
 
 _here = _Here()
-# PyTorch does not say for whom it goes through parameters: it is seen by what is running.
+# PyTorch does not say for whom it goes through parameters, or asks for a submodule: it is seen by what is running.
 _CONVERTING, _LISTING = nn.Module._apply.__code__, nn.Module._named_members.__code__
+_GETTING = nn.Module.__getattr__.__code__
 _WITH_PACKED, _WITHOUT_PACKED = object(), object()
 
 
@@ -181,7 +188,7 @@ def converting() -> Iterator[None]:
 
 
 class Parameters(Watched):
-    """Parameters. Whoever goes through them may put other data into each, as `Module._apply` does.
+    """Parameters. Whoever goes through them may put other data into each: by `.data`, or as `Module._apply` does.
 
     Attributes:
         parts: parameters that are kept elsewhere. They are found here when they are asked for by name, and are among the items
@@ -191,10 +198,13 @@ class Parameters(Watched):
     parts: Mapping[str, Part] = {}
 
     def items(self) -> Any:
-        _count(self)
+        asker = sys._getframe(1)
+        if asker.f_code is _CONVERTING:
+            _count(self)
+        else:
+            _count_listing(self)
         if not self.parts:
             return super().items()
-        asker = sys._getframe(1)
         if asker.f_code is _CONVERTING and not _here.conversions:
             raise UnsupportedError(
                 f"{', '.join(self.parts)} of this module are parts of packed parameters, which are converted and moved as a whole: "
@@ -244,7 +254,8 @@ class Parameters(Watched):
 
 
 class Children(Watched):
-    """Submodules. Whoever asks for one that is not there may be about to set another attribute of that name.
+    """Submodules. Whoever asks whether one that is not there is there may be about to set another attribute of that name, but for
+    `Module.__getattr__`, which has looked everywhere else.
 
     Attributes:
         aside: the names of those that are none of the model's own.
@@ -254,7 +265,7 @@ class Children(Watched):
 
     def __contains__(self, name: object) -> bool:
         found = super().__contains__(name)
-        if not found:
+        if not found and sys._getframe(1).f_code is not _GETTING:
             _count(self)
         return found
 
@@ -273,6 +284,13 @@ def _count(values: Watched | Hooks) -> None:
         changes = watcher()
         if changes is not None:
             changes.count += 1
+
+
+def _count_listing(values: Parameters) -> None:
+    for watcher in values.watchers:
+        changes = watcher()
+        if changes is not None:
+            changes.listings += 1
 
 
 def _make_counting(kind: type[Watched] | type[Hooks], name: str) -> None:
