@@ -147,10 +147,12 @@ def main() -> None:
     arguments = parser.parse_args()
     lengths = [16, 128] if arguments.quick else [16, 64, 256, 1024]
     widths = [2, 8] if arguments.quick else [2, 4, 8, 16, 32]
-    table = []
+    table: list[list[Compared]] = []
     for length in lengths:
-        print(f"{length} layers ...", flush=True)
-        table.append([compare(length, width, 3 if arguments.quick else 7) for width in widths])
+        table.append([])
+        for width in widths:
+            print(f"{length} layers of width {width} ...", flush=True)
+            table[-1].append(compare(length, width, 3 if arguments.quick else 7))
     every = [compared for row in table for compared in row]
     headers = ["layers", "width", "eager", "newton", "auto", "gain", "eager", "newton", "auto", "gain"]
     units = ["", "", *["fwd ms"] * 3, "newton", *["bwd ms"] * 3, "newton"]
