@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from pcr_fx.graphs.hooks import has_hooks
 from pcr_fx.passes.contents import LASTING, describe, describe_lasting
 from pcr_fx.passes.places import ABSENT, contents_of, find, place_of
-from pcr_fx.passes.reading import Kept, Reading
+from pcr_fx.passes.reading import Kept, Reading, form_of
 from pcr_fx.watched import Changes, Part, is_watched
 
 
@@ -207,13 +207,10 @@ class Facts:
 _Fact: TypeAlias = tuple[dict[str, Any], str | None, str, Any]
 
 
-_form = operator.attrgetter("shape", "dtype", "device")
-
-
 def _forms_of(tensors: Sequence[Tensor | None]) -> tuple[list[type], list[Any]]:
-    """Their classes, shapes, dtypes and devices; nothing of the last three where one is gone."""
+    """Their classes and their forms; no forms where one is gone."""
     kinds = list(map(type, tensors))
-    return kinds, [] if type(None) in kinds else list(map(_form, tensors))
+    return kinds, [] if type(None) in kinds else [form_of(one) for one in tensors if one is not None]
 
 
 def _columns(rows: Sequence[tuple[Any, str, Any]]) -> tuple[Any, Any, Any]:

@@ -401,7 +401,15 @@ def _tied(model: nn.Module) -> set[int]:
 
 def _spec(tensor: Tensor | Part) -> Any:
     is_plain = type(tensor) in (Tensor, nn.Parameter, Part)
-    return None if is_plain else type(tensor), tensor.shape, tensor.dtype, tensor.device
+    return None if is_plain else type(tensor), *form_of(tensor)
+
+
+def form_of(tensor: Tensor | Part) -> tuple[Any, ...]:
+    """All that can be asked of a tensor's memory: shape, dtype, device and strides, or what it has in place of these."""
+    if isinstance(tensor, Part):  # they lie one behind the other
+        return tensor.shape, tensor.dtype, tensor.device
+    strides = tensor.stride() if tensor.layout is torch.strided else tensor.layout
+    return tensor.shape, tensor.dtype, tensor.device, strides
 
 
 def _sources(node: fx.Node) -> set[fx.Node]:

@@ -25,6 +25,13 @@ class Asking(ResidualNet):
         return factor * super().forward(x.to(self.stem.weight.dtype))
 
 
+class AskingForStrides(ResidualNet):
+    """Computes something else where its weights lie in another order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (2.0 if self.head.weight.is_contiguous() else 1.0) * super().forward(x)
+
+
 class Special(nn.Parameter):
     pass
 
@@ -57,6 +64,17 @@ def test_data_that_is_put_into_listed_parameters_is_seen(pack: bool) -> None:
                 parameter.data = parameter.data.to(dtype)
         torch.testing.assert_close(fast(x), model(x))
         assert fast(x).dtype == dtype
+
+
+def test_another_order_in_memory_is_seen() -> None:
+    torch.manual_seed(0)
+    model, x = AskingForStrides(9), torch.randn(2, 3)
+    fast = pcr_fx.transform(model, x, QUICK)
+    torch.testing.assert_close(fast(x), model(x))
+    for parameter in fast.parameters():
+        parameter.data = parameter.data.t().contiguous().t() if parameter.dim() == 2 else parameter.data
+    assert not model.head.weight.is_contiguous()
+    torch.testing.assert_close(fast(x), model(x))
 
 
 def test_listed_parameters_that_are_of_another_class_now_are_not_read_in_place() -> None:
