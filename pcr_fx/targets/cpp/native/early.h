@@ -4,7 +4,7 @@
 // Numbers that are held of such: those of some blocks, in the second cache.
 constexpr int64_t k_held_early = 1 << 15;
 
-// As many numbers of each row, of whose rows each is a lane.
+// So many numbers of some rows, each of which is a lane.
 INLINE void k_gather(vec* RESTRICT tile, const real* const* rows, int size) {
   int i = 0;
   for (; i + k_lanes <= size; i += k_lanes) {
@@ -15,6 +15,7 @@ INLINE void k_gather(vec* RESTRICT tile, const real* const* rows, int size) {
     for (int w = 0; w < k_lanes; ++w) tile[i][w] = rows[w][i];
 }
 
+// Numbers of a block's own inputs that are read so.
 constexpr int k_read_early() {
   int size = 0;
   for (int k = 0; k < Body::inputs; ++k)
@@ -31,6 +32,7 @@ template <class V> class Early {
       const int64_t fit = k_held_early / std::max<int64_t>(1, many * Body::early_numbers) / k_lanes * k_lanes;
       blocks = std::min(std::max<int64_t>(fit, k_lanes), call.length);
       numbers.resize(blocks * many * Body::early_numbers);
+      state.resize(Body::dimension), inputs.resize(k_read_early()), made.resize(Body::early_numbers);
     }
   }
 
@@ -74,14 +76,13 @@ template <class V> class Early {
 
   // Of `count` blocks from `l` on, and a sample. Lanes beyond the last block repeat it.
   void compute(int64_t l, int64_t count, int64_t n, real* out) {
-    constexpr int d = Body::dimension;
     const auto block = [&](int w) ALWAYS_INLINE { return l + (w < count ? w : count - 1); };
     const real* rows[k_lanes];
-    vec state[d], tiles[k_read_early() + 1], made[Body::early_numbers + 1], *tile = tiles;
+    vec* tile = inputs.data();
     const void* pointers[Body::inputs + 1];
     if (Body::early_state) {
       for (int w = 0; w < k_lanes; ++w) rows[w] = state_before(block(w), n);
-      k_gather(state, rows, d);
+      k_gather(state.data(), rows, Body::dimension);
     }
     for (int k = 0; k < Body::inputs; ++k) {
       if (!Body::read_early[k]) continue;
@@ -92,8 +93,8 @@ template <class V> class Early {
       pointers[k] = tile;
       tile += Body::sizes[k];
     }
-    Body::early<vec>(state, pointers, made);
-    k_write<vec>(made, out, Body::early_numbers, count, many * Body::early_numbers);
+    Body::early<vec>(state.data(), pointers, made.data());
+    k_write<vec>(made.data(), out, Body::early_numbers, count, many * Body::early_numbers);
   }
 
   const Call& call;
@@ -101,4 +102,6 @@ template <class V> class Early {
   const int64_t many;
   int64_t blocks = 0, first = 0, last = 0;  // as many as are held, and which
   std::vector<real> numbers;
+  // Of a vector of blocks. An operand of a block may be larger than there is room for on the stack.
+  std::vector<vec> state, inputs, made;
 };

@@ -4,8 +4,9 @@
 // hundred of each, and then multiplied as two matrices, a part of whose product stays in registers from the first pair to the
 // last.
 
-// Pairs of vectors that are kept: with those of a layer of some hundred numbers they stay in the second cache.
-constexpr int k_most_factors = 256;
+// Pairs of vectors that are kept: those of a layer of some hundred numbers stay in the second cache. Of long ones fewer are, so
+// that they take 4 MB at the most (8 in double precision), until they are too few to be worth it.
+constexpr int64_t k_most_factors = 256, k_least_factors = 32, k_most_numbers = 1 << 20;
 
 // Rows of a product that are in registers at a time: as many as leave few over. The registers hold twice as many sums, or
 // with AVX-512 four times, and of both factors one number or vector each.
@@ -31,7 +32,7 @@ struct Factors {
 
   // For a sum of so many rows and columns, of so many pairs.
   Factors(int rows, int columns, int64_t pairs)
-      : most(pairs < k_most_factors ? (pairs + k_lanes - 1) / k_lanes * k_lanes : k_most_factors),
+      : most(in_lanes(std::min(pairs, std::clamp(k_most_numbers / (rows + columns + 1), k_least_factors, k_most_factors)))),
         left(new vec[vectors(rows, k_high(rows))]), right(new vec[vectors(columns, k_wide(columns) * k_lanes)]) {}
   // Numbers from one strip to the next, of so many of each vector. Strips that began at a power of two's distance would share
   // the few places that the nearest cache has for them.
@@ -43,6 +44,7 @@ struct Factors {
   }
 
  private:
+  static int in_lanes(int64_t pairs) { return (pairs + k_lanes - 1) / k_lanes * k_lanes; }
   int64_t vectors(int size, int some) const { return size ? (size + some - 1) / some * strip(some) / k_lanes : 0; }
 };
 
@@ -103,7 +105,8 @@ OUTLINE void k_collect(Factors& factors, const A* RESTRICT a, const B* RESTRICT 
   const ivec wanted = k_first_lanes(count);
   real* left = reinterpret_cast<real*>(factors.left.get()) + factors.count * high;
   constexpr int whole = rows / high;
-  for (int i = 0; i < whole; ++i) k_copy_numbers<V, a_stride>(left + i * factors.strip(high), a + i * high * a_stride, high, wanted);
+  for (int i = 0; i < whole; ++i)
+    k_copy_numbers<V, a_stride>(left + i * factors.strip(high), a + i * high * a_stride, high, wanted);
   if constexpr (rows > whole * high)
     k_copy_numbers<V, a_stride>(left + whole * factors.strip(high), a + whole * high * a_stride, rows - whole * high, wanted);
   real* right = reinterpret_cast<real*>(factors.right.get()) + factors.count * width;
