@@ -1,7 +1,7 @@
 """Chains that several tests of the GPU's kernels share, and how they are checked against the model in float64."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -41,6 +41,12 @@ def attention(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 
 BODIES = {body.__name__: body for body in (coupled, gated, normed, piecewise, attention)}
+
+
+def in_turn(names: Iterable[str], sizes: Sequence[tuple[int, ...]]) -> list[tuple[Any, ...]]:
+    """Each body with one of the sizes, in turn, and the first with all of them: the interpreter takes seconds for each."""
+    first, *others = names
+    return [*((first, *size) for size in sizes), *((name, *sizes[n % len(sizes)]) for n, name in enumerate(others))]
 
 
 class Block(nn.Module):

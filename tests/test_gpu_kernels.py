@@ -22,6 +22,7 @@ from gpu_chains import (
     check,
     check_stats,
     coupled,
+    in_turn,
     logistic,
     net,
     normal,
@@ -39,8 +40,7 @@ pytestmark = pytest.mark.usefixtures("gpu_kernels")
 
 
 @pytest.mark.parametrize("solver", ["newton", "sequential"])
-@pytest.mark.parametrize("width, length, samples", [(2, 13, 1), (4, 7, 3), (2, 70, 2)])
-@pytest.mark.parametrize("name", BODIES)
+@pytest.mark.parametrize("name, width, length, samples", in_turn(BODIES, [(2, 13, 1), (4, 7, 3), (2, 70, 2)]))
 def test_a_chain_agrees_with_the_model(name: str, width: int, length: int, samples: int, solver: str) -> None:
     model = net(BODIES[name], width, length).double()
     x = normal(samples, width, dtype=torch.float64)

@@ -14,6 +14,7 @@ from gpu_chains import (
     check,
     check_stats,
     coupled,
+    in_turn,
     net,
     normal,
     normed,
@@ -33,8 +34,7 @@ def states(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("solver", ["newton", "sequential"])
-@pytest.mark.parametrize("width, length, samples", [(6, 4, 2), (12, 2, 1)])
-@pytest.mark.parametrize("name", POINTWISE_AND_NORMS)
+@pytest.mark.parametrize("name, width, length, samples", in_turn(POINTWISE_AND_NORMS, [(6, 4, 2), (12, 2, 1)]))
 def test_a_chain_agrees_with_the_model(name: str, width: int, length: int, samples: int, solver: str) -> None:
     model = net(BODIES[name], width, length).double()
     transformed = check(model, states(samples, width), {**NEWTON, "solver": solver}, 1e-12)
