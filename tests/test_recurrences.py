@@ -54,9 +54,7 @@ def numbers(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    ("kind", "width", "batch"), [("GRU", 5, 1), ("GRU", 33, 3), ("LSTM", 16, 1), ("RNN", 46, 33)]
-)
+@pytest.mark.parametrize(("kind", "width", "batch"), [("GRU", 5, 1), ("GRU", 33, 3), ("LSTM", 16, 1), ("RNN", 46, 33)])
 def test_cells(kind: str, width: int, batch: int, adjoints: list[CppKernel]) -> None:
     """One kernel for every length; vectors are kept for some hundred steps or rows at a time."""
     torch.manual_seed(width)

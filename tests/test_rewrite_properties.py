@@ -160,13 +160,13 @@ def changed_words(rng: random.Random) -> tuple[Program, int, bool]:
     return program, rng.randint(2, 5), rng.randrange(4) > 0
 
 
-@many(800)
+@many(400)
 @given(RANDOM)
 def test_chains_with_something_changed(rng: random.Random) -> None:
     check(*changed_chain(rng))
 
 
-@many(300)
+@many(150)
 @given(RANDOM)
 def test_words_of_ops(rng: random.Random) -> None:
     check(*changed_words(rng))
