@@ -15,13 +15,13 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from pcr_fx import ops
-from pcr_fx.batches import batch_of_gradients, batch_of_trajectories
+from pcr_fx.batches import Batch, each_with_its_own
 from pcr_fx.body import OutputProgram, wanted_among
 from pcr_fx.body.isolation import is_watched_by_a_mode
 from pcr_fx.planner import Plan, plan_by_key
 from pcr_fx.record import record_of
 from pcr_fx.tangents import Tangents
-from pcr_fx.transformed import is_transformed
+from pcr_fx.transformed import is_of_transformed_blocks
 from pcr_fx.unrolled import active_of, function_of, gradients_of_function, pushforward
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -80,16 +80,15 @@ class Solve(torch.autograd.Function):
     @staticmethod
     @nesting
     def jvp(ctx: Any, saved: Sequence[Tensor], d_initial: Tensor | None, *rest: Any) -> Tensor:  # type: ignore[override]
-        return Tangents(ctx.plan, ctx.record, ctx.num_operands, saved, [d_initial, *rest[3:]]).of_trajectory(
-            Solve.apply
-        )
+        chain = Tangents(ctx.plan, ctx.record, ctx.num_operands, saved, [d_initial, *rest[3:]])
+        return chain.of_trajectory(Solve.apply)
 
     @staticmethod
-    def vmap(  # type: ignore[override]
-        info: Any, in_dims: Any, initial: Tensor, plan: str, record: int, num_operands: int, *tensors: Tensor
-    ) -> tuple[Tensor, int]:
-        dims, every = (in_dims[0], *in_dims[4:]), (initial, *tensors)
-        return batch_of_trajectories(plan_by_key(plan), record, num_operands, info.batch_size, dims, every, Solve.apply)
+    def vmap(info: Any, in_dims: Any, *given: Any) -> tuple[Tensor, int]:  # type: ignore[override]
+        initial, plan, record, num_operands, *tensors = given
+        dims = in_dims[0], *in_dims[4:]
+        many = Batch(plan_by_key(plan), record, num_operands, info.batch_size, dims, [initial, *tensors])
+        return many.of_trajectory(Solve.apply)
 
 
 class Outputs(torch.autograd.Function):
@@ -141,6 +140,8 @@ class Outputs(torch.autograd.Function):
             for one, tangent in zip(tensors, given, strict=True)
         ]
         active = [index for index, is_active in enumerate(ctx.program.active) if is_active]
+        if not active:
+            return tuple(None for _ in moving)
 
         def outputs(*some: Tensor) -> tuple[Tensor, ...]:
             every = dict(zip(active, some, strict=True))
@@ -170,7 +171,7 @@ def gradients_of(
     """Those of the initial state, then of the operands and shared operands that have any and are wanted."""
     watched = is_watched_by_a_mode()
     if not (watched or is_legacy_batchedtensor(cotangents)):
-        found: Sequence[Tensor] = _Adjoint.apply(
+        found: Sequence[Tensor] = Adjoint.apply(
             initial, trajectory, cotangents, plan.key, record, num_operands, wanted or (), *tensors
         )
         return found
@@ -191,7 +192,7 @@ def gradients_of(
     return [next(gradients) if leaf.requires_grad else None for leaf in leaves]
 
 
-class _Adjoint(torch.autograd.Function):
+class Adjoint(torch.autograd.Function):
     """The gradients of a chain, as a differentiable function themselves: their derivatives are adjoints of a chain, too."""
 
     @staticmethod
@@ -225,7 +226,7 @@ class _Adjoint(torch.autograd.Function):
         moving = [seconds[0], *(next(waiting) if need else None for need in ctx.wanted)]
         program, count = ctx.plan.program.wanting(ctx.wanted), ctx.num_operands
         record, chain = record_of(ctx.record), None
-        if is_transformed(ctx.plan) or ctx.plan.serves_twice(ctx.plan.samples(initial)):
+        if is_of_transformed_blocks(ctx.plan) or ctx.plan.serves_twice(ctx.plan.samples(initial)):
             chain = Tangents(ctx.plan, ctx.record, count, [initial, *tensors], moving)
         if chain is None or chain.found is None:
             # Later calls are left to the model's own ops.
@@ -236,7 +237,7 @@ class _Adjoint(torch.autograd.Function):
             )
             needs = ctx.plan.program.differentiable
         else:
-            d_cotangents, found = chain.of_gradients(cotangents, None, ctx.wanted, Solve.apply, _Adjoint.apply)
+            d_cotangents, found = chain.of_gradients(cotangents, None, ctx.wanted, Solve.apply, Adjoint.apply)
             needs = ctx.wanted
         rest = iter(found[1:])
         # The trajectory is a function of the other inputs.
@@ -249,7 +250,7 @@ class _Adjoint(torch.autograd.Function):
         moving, count = [given[0], *given[7:]], ctx.num_operands
         chain = Tangents(ctx.plan, ctx.record, count, [initial, *tensors], moving)
         if chain.found is not None:
-            return tuple(chain.of_gradients(cotangents, given[2], ctx.wanted, Solve.apply, _Adjoint.apply)[1])
+            return tuple(chain.of_gradients(cotangents, given[2], ctx.wanted, Solve.apply, Adjoint.apply)[1])
         gradients = gradients_of_function(ctx.plan.program.wanting(ctx.wanted), count, initial, tensors)
         primals = [cotangents, *active_of(initial, tensors)]
         active = [
@@ -260,18 +261,9 @@ class _Adjoint(torch.autograd.Function):
         return pushforward(gradients, primals, zeroed)[1]
 
     @staticmethod
-    def vmap(  # type: ignore[override]
-        info: Any,
-        in_dims: Any,
-        initial: Tensor,
-        trajectory: Tensor,
-        cotangents: Tensor,
-        plan: str,
-        record: int,
-        num_operands: int,
-        wanted: tuple[bool, ...],
-        *tensors: Tensor,
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        dims, every = (*in_dims[:3], *in_dims[7:]), (initial, trajectory, cotangents, *tensors)
-        named = plan_by_key(plan)
-        return batch_of_gradients(named, record, num_operands, info.batch_size, dims, every, wanted, _Adjoint.apply)
+    def vmap(info: Any, in_dims: Any, *given: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:  # type: ignore[override]
+        initial, *along, key, record, num_operands, wanted = given[:7]
+        plan, size = plan_by_key(key), info.batch_size
+        dims = in_dims[0], *in_dims[7:]
+        own = each_with_its_own(plan, wanted, size, dims, [initial, *given[7:]])
+        return Batch(plan, record, num_operands, size, *own).of_gradients(along, in_dims[1:3], wanted, Adjoint.apply)

@@ -52,11 +52,11 @@ def every_tensor(states: Sequence[Tensor], operands: Sequence[Operand], shared: 
     return [*states, *(part for parts in each for part in parts), *shared]
 
 
-def have_batched_tangents(tensors: Iterable[Tensor]) -> bool:
+def have_batched_tangents(states: Sequence[Tensor], operands: Sequence[Operand], shared: Sequence[Tensor]) -> bool:
     """Whether dual numbers have many tangents at once, as `torch.autograd.functional.jacobian` has them: by a `vmap` of its own."""
     if forward_ad._current_level < 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in tensors)
+    tangents = (forward_ad.unpack_dual(tensor).tangent for tensor in every_tensor(states, operands, shared))
     return any(tangent is not None and is_legacy_batchedtensor(tangent) for tangent in tangents)
 
 

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from pcr_fx.body import Signature
-from pcr_fx.body.isolation import is_plain_call, is_undisturbed, wants_every_op
+from pcr_fx.body.isolation import is_plain_call, is_transformed, is_undisturbed, wants_every_op
 from pcr_fx.body.written_out import may_raise
 from pcr_fx.chain import Chain, Leaving
 from pcr_fx.derivatives import Solve
 from pcr_fx.errors import BodyError
 from pcr_fx.heads import OutputsBehind
-from pcr_fx.looks import every_tensor, have_batched_tangents, plain_look, raised
+from pcr_fx.looks import have_batched_tangents, plain_look, raised
 from pcr_fx.operands import Given, Operand, in_place, look, parts_of, stacked
 from pcr_fx.options import Options
 from pcr_fx.planner import Choice, Plan
 from pcr_fx.record import SolveRecord
 from pcr_fx.routes import ROUTES, Route, Routes, Where
 from pcr_fx.straight import Back, Straight
-from pcr_fx.sweep import Joints, Sweeps
+from pcr_fx.sweeps import Joints, Sweeps
 from pcr_fx.ways import IN_SEQUENCE, evaluate_whole
 
 
@@ -124,7 +124,7 @@ class SolveNode(nn.Module):
         """What leaves the chain, by the route of such tensors."""
         is_plain = is_plain_call()
         states, operands, shared, *_ = given
-        if not is_plain and (wants_every_op() or have_batched_tangents(every_tensor(*given[:3]))):
+        if not is_plain and self._is_for_the_blocks(given):
             return self.as_written(given)
         seen = [look(operand) for operand in operands] if is_plain else []
         key = plain_look(states, seen, shared) if is_plain else None
@@ -154,6 +154,12 @@ class SolveNode(nn.Module):
         if self._outputs is not None:
             solved = self._with_outputs(self._outputs, given, solved)
         return self.placed(solved) if self.has_places else solved
+
+    def _is_for_the_blocks(self, given: Given) -> bool:
+        """Whether something looks on that only the blocks themselves can serve; results under a transform may not be looked at."""
+        if wants_every_op() or (self._may_raise and is_transformed()):
+            return True
+        return have_batched_tangents(*given[:3])
 
     def _straight_by(self, key: Any, route: Route, states: Sequence[Tensor]) -> Straight:
         """How calls of a route go straight to native code; made anew where there is another route than there was."""

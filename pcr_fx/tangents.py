@@ -63,9 +63,8 @@ class Tangents:
         """
         if self.found is None:
             trajectory = function_of(self.plan.program, self.num_operands, self.primals, self.moves)
-            return pushforward(lambda *moving: (trajectory(*moving),), chosen(self.primals, self.moves), self.moving)[
-                1
-            ][0]
+            primals = chosen(self.primals, self.moves)
+            return pushforward(lambda *moving: (trajectory(*moving),), primals, self.moving)[1][0]
         return self._second(self.solved(solve))
 
     def _second(self, both: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ which have plans and kernels like any other. Where such a chain cannot be planne
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from itertools import islice
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from pcr_fx.body import Signature
+from pcr_fx.body.isolation import isolated
+from pcr_fx.body.written_out import write_out_fused
 from pcr_fx.chain import Chain, TensorSpec
 from pcr_fx.errors import BodyError
 from pcr_fx.graphs.parts import holds_derivatives
 from pcr_fx.planner import Plan, make_plan
 from pcr_fx.record import record_of
-from pcr_fx.unrolled import pushforward
+from pcr_fx.unrolled import pushforward, second_order_fault
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +36,7 @@ _made: weakref.WeakKeyDictionary[Plan, dict[Hashable, Plan | None]] = weakref.We
 _all: weakref.WeakSet[Plan] = weakref.WeakSet()
 
 
-def is_transformed(plan: Plan) -> bool:
+def is_of_transformed_blocks(plan: Plan) -> bool:
     """Whether it is of a chain of transformed blocks, whose derivatives are such chains in turn."""
     return plan in _all
 
@@ -52,28 +55,28 @@ class Inputs(NamedTuple):
         return Signature(tuple(map(_spec, self.states)), tuple(each), tuple(map(_spec, self.shared)))
 
 
-def find(plan: Plan, key: Hashable, chain: Callable[[], Chain], inputs: Inputs) -> Plan | None:
+def find(plan: Plan, key: Hashable, chain_for: Callable[[Signature], Chain], inputs: Inputs) -> Plan | None:
     """The chain of transformed blocks for such tensors; nothing where there is none."""
     signature = inputs.signature
     known = _made.setdefault(plan, {})
     if (key, signature) not in known:
-        known[key, signature] = _planned(plan, chain, signature)
+        known[key, signature] = _planned(plan, chain_for, signature)
         if len(known) > _KEPT:
             known.pop(next(iter(list(known))), None)  # other threads may be at it, too
     return known[key, signature]
 
 
-def _planned(plan: Plan, chain: Callable[[], Chain], signature: Signature) -> Plan | None:
+def _planned(plan: Plan, chain_for: Callable[[Signature], Chain], signature: Signature) -> Plan | None:
     before = plan.program.chain
     name = before.origin.modules or "a chain"
     if holds_derivatives(before.body.graph):  # what a function brings with it is for cotangents alone
         return None
     try:
-        made = make_plan(chain(), signature, plan.options)
+        made = make_plan(isolated(chain_for)(signature), signature, plan.options)
     except BodyError as reason:
         log.info("%s runs block by block under a function transform: %s", name, reason)
         return None
-    _all.add(made)
+    _all.add(made.origin or made)  # which is the one that operators find
     return made
 
 
@@ -87,45 +90,65 @@ def _spec(tensor: Tensor, shape: Sequence[int] | None = None) -> TensorSpec:
     return TensorSpec(tuple(tensor.shape if shape is None else shape), tensor.dtype, tensor.device)
 
 
-def of_tangents(chain: Chain, operands: Sequence[bool], shared: Sequence[bool]) -> Chain:
+def of_tangents(chain: Chain, operands: Sequence[bool], shared: Sequence[bool], signature: Signature) -> Chain:
     """The chain of states and their tangents, called with those operands and then the tangents of some.
 
     Args:
         operands, shared: which have tangents.
+        signature: of its tensors.
+
+    Raises:
+        BodyError: PyTorch's derivatives of the block are not those of one function.
     """
-    count, numbers = chain.num_states, len(chain.literals)
+    count, numbers, body = chain.num_states, len(chain.literals), write_out_fused(chain.body, any_derivative=True)
     sizes = count, count, len(operands), sum(operands), numbers, len(shared), sum(shared)
 
-    def tangents_of_a_block(*given: Any) -> tuple[Tensor, ...]:
-        parts = _parts(given, sizes)
-        states, each, literals, common = parts[0], parts[2], parts[4], parts[5]
+    def parted(given: Sequence[Any]) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], list[Tensor]]:
+        """A block as a function of all that moves, that, and its tangents."""
+        states, d_states, each, d_each, literals, common, d_common = _parts(given, sizes)
 
         def block(*moving: Tensor) -> tuple[Tensor, ...]:
             waiting = iter(moving)
             new = list(islice(waiting, count))
             now = [next(waiting) if moves else one for one, moves in zip(each, operands, strict=True)]
             of_all = [next(waiting) if moves else one for one, moves in zip(common, shared, strict=True)]
-            return tuple(chain.body.forward(*new, *now, *literals, *of_all)[:count])
+            return tuple(body.forward(*new, *now, *literals, *of_all)[:count])
 
-        moving = *states, *chosen(each, operands), *chosen(common, shared)
-        new, tangents = pushforward(block, moving, (*parts[1], *parts[3], *parts[6]))
+        return block, [*states, *chosen(each, operands), *chosen(common, shared)], [*d_states, *d_each, *d_common]
+
+    def tangents_of_a_block(*given: Any) -> tuple[Tensor, ...]:
+        new, tangents = pushforward(*parted(given))
         return *new, *tangents
 
-    body = _body(tangents_of_a_block, sum(sizes))
-    return _with_body(chain, body, 2 * count, len(operands) + sum(operands), len(shared) + sum(shared))
+    literals = [values[0] for values in chain.literals]
+    drawn = [*map(_drawn, (*signature.states, *signature.operands)), *literals, *map(_drawn, signature.shared)]
+    if fault := second_order_fault(*parted(drawn)):
+        raise BodyError(fault)
+    of_both = _body(tangents_of_a_block, sum(sizes))
+    return _with_body(chain, of_both, 2 * count, len(operands) + sum(operands), len(shared) + sum(shared))
 
 
-def of_batches(chain: Chain, operands: Sequence[bool], shared: Sequence[bool]) -> Chain:
+def _drawn(spec: TensorSpec) -> Tensor:
+    """Numbers of any kind, in order to have none twice."""
+    if not spec.is_differentiable:
+        return torch.zeros(spec.shape, dtype=spec.dtype, device=spec.device)
+    count = math.prod(spec.shape)
+    numbers = torch.sin(torch.arange(1, count + 1, dtype=torch.float64) * 12.9898) * 0.9
+    return numbers.reshape(spec.shape).to(spec.dtype).to(spec.device)
+
+
+def of_batches(chain: Chain, operands: Sequence[bool], shared: Sequence[bool], signature: Signature) -> Chain:
     """The chain of many states at once, `[N, ...]`.
 
     Args:
         operands, shared: of which there are as many, `[L, N, ...]` and `[N, ...]`; the others are common to all.
+        signature: of its tensors, whatever these are.
     """
-    count = chain.num_states
+    count, body = chain.num_states, write_out_fused(chain.body)
     dims = [0 if many else None for many in (*operands, *(False for _ in chain.literals), *shared)]
 
     def many_blocks(*given: Any) -> tuple[Tensor, ...]:
-        return torch.vmap(lambda *one: tuple(chain.body.forward(*one)[:count]), (*(0,) * count, *dims))(*given)
+        return torch.vmap(lambda *one: tuple(body.forward(*one)[:count]), (*(0,) * count, *dims))(*given)
 
     return _with_body(chain, _body(many_blocks, count + len(dims)), count, len(operands), len(shared))
 
@@ -154,8 +177,10 @@ def split(num_operands: int) -> tuple[slice, slice]:
 
 
 def present(every: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those that there are."""
     return [one for one in every if one is not None]
 
 
 def chosen(every: Sequence[Any], which: Sequence[bool]) -> list[Any]:
+    """Those that are marked."""
     return [one for one, is_chosen in zip(every, which, strict=True) if is_chosen]

@@ -10,6 +10,9 @@ from torch import Tensor
 from pcr_fx.body import Program
 from pcr_fx.ways import evaluate
 
+# So many roundings of the sum of all numbers are no contradiction.
+_ROUNDINGS = 1e4
+
 
 def function_of(
     program: Program, num_operands: int, primals: Sequence[Tensor], moves: Sequence[bool]
@@ -71,3 +74,23 @@ def pushforward(
     results, pull = torch.func.vjp(function, *primals)  # type: ignore[misc]
     _, push = torch.func.vjp(lambda *cotangents: pull(cotangents), *map(torch.zeros_like, results))  # type: ignore[misc]
     return results, push(tuple(tangents))
+
+
+def second_order_fault(
+    block: Callable[..., tuple[Tensor, ...]], primals: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> str:
+    """How PyTorch's derivatives of a block contradict each other, or nothing.
+
+    The gradient of its tangents has to be the tangent of its gradient. Of some ops (layer norm) one of them is wrong, since
+    what the op keeps for its backward is taken for constant where that is differentiated twice.
+    """
+    with torch.no_grad():
+        cotangents = tuple(torch.cos(3 * one) for one in block(*primals))
+    pulled = torch.func.vjp(lambda *given: pushforward(block, given, tangents)[1], *primals)[1](cotangents)
+    _, pushed = pushforward(lambda *given: torch.func.vjp(block, *given)[1](cotangents), primals, tangents)
+    for ours, theirs in zip(pulled, pushed, strict=True):
+        both = ours.isfinite() & theirs.isfinite()
+        size, error = (float(torch.where(both, one, 0).abs().sum()) for one in (theirs, ours - theirs))
+        if error > _ROUNDINGS * torch.finfo(theirs.dtype).eps * max(size, 1.0):
+            return f"PyTorch's third derivatives of the block are off by {error:.2g}, where they are {size:.2g} in all"
+    return ""

@@ -1,4 +1,4 @@
-"""Loops drawn at random, and a plain Python loop to compare them with."""
+"""Loops, some drawn at random, and a plain Python loop to compare them with."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from comparison import relative_error
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
+F64 = torch.float64
+# What is the same whatever runs the chain is not compiled for it.
+IN_OPS = {"kernels": False, "planning": "estimated"}
 
 
 def plain_loop(
@@ -144,3 +148,40 @@ def draw(seed: int, lengths: tuple[int, ...] = (1, 2, 7, 64)) -> Drawn:
     xs: Any = {"u": x, "k": whole} if shaped == "dict" else x
     words = f"{kind}, {says}, {shaped}, T={length}, batch={batch}, d={size}, dim={dim}, reverse={reverse}"
     return Drawn(step, init, xs, weights, dim, reverse, length, words)
+
+
+def assert_same(got: Any, expected: Any, leaves: list[Tensor] | tuple[Tensor, ...] = (), error: float = 1e-9) -> None:
+    """The same structure, values and gradients."""
+    ours, theirs = pytree.tree_flatten(got), pytree.tree_flatten(expected)
+    assert ours[1] == theirs[1]
+    pairs = [(a, b) for a, b in zip(ours[0], theirs[0], strict=True) if b is not None]
+    assert all(a is None for a, b in zip(ours[0], theirs[0], strict=True) if b is None)
+    for a, b in pairs:
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert relative_error(a, b) < error if b.is_floating_point() else torch.equal(a, b)
+    if not leaves:
+        return
+    moving = [(a, b) for a, b in pairs if b.requires_grad]
+    assert all(a.requires_grad for a, _ in moving)
+    weights = [torch.randn_like(b) for _, b in moving]
+    for gradient, true in zip(
+        torch.autograd.grad([a for a, _ in moving], leaves, weights, allow_unused=True, materialize_grads=True),
+        torch.autograd.grad([b for _, b in moving], leaves, weights, allow_unused=True, materialize_grads=True),
+        strict=True,
+    ):
+        assert relative_error(gradient, true) < error
+
+
+def real(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64).requires_grad_()
+
+
+class Cell(nn.Module):
+    def __init__(self, size: int = 3) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(size, size, dtype=F64) / 3)
+        self.gain = 1.0
+
+    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(h @ self.w.T + self.gain * x)
+        return h, h.sum(-1)

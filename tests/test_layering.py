@@ -35,6 +35,7 @@ FLOORS = (
     {"looks"},
     {"straight"},
     {"sweep", "heads", "routes"},
+    {"sweeps"},
     {"node"},
     {"recurrent", "carried"},
     {"reports"},

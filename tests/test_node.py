@@ -284,6 +284,63 @@ def test_transforms_of_a_chain_are_chains(name: str, options: dict[str, Any]) ->
     assert node.record.solver_forward == node.options.solver
 
 
+# PyTorch's rules for these are wrong: a third derivative, under a name that is not written out, and a batch.
+UNRULY = {
+    "layer norm as it is": Case(
+        lambda z, w: (z + torch.ops.aten.native_layer_norm(z @ w, [D], None, None, 1e-5)[0],), operands=((D, D),)
+    ),
+    "a weight of each channel": Case(lambda z, w, a: (F.prelu(z @ w, a),), operands=((D, D), (D,))),
+}
+
+
+@pytest.mark.parametrize("name", [*CASES, *UNRULY])
+def test_tangents_and_batches_of_every_body(name: str) -> None:
+    """Of all that it is called with; then many of the first state alone, and many gradients of all."""
+    case = {**CASES, **UNRULY}[name]
+    node, inputs = case.node(5, solver="sequential"), case.inputs(5, 2)
+    given = tuple(tensor.detach() for tensor in inputs.every)
+    several = tuple(torch.stack([tensor, 0.5 * tensor, -tensor]) for tensor in given)
+
+    def results(run: Callable[..., tuple[Tensor, ...]]) -> list[Any]:
+        def states(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return run(node, inputs.like(tensors))
+
+        def loss(*tensors: Tensor) -> Tensor:
+            return sum(part.sin().sum() for part in states(*tensors))  # type: ignore[return-value]
+
+        every = tuple(range(len(given)))
+        first = 0, *(None for _ in given[1:])
+        return [
+            torch.func.jvp(states, given, tuple(tensor.cos() for tensor in given)),
+            torch.vmap(states)(*several),
+            torch.vmap(states, first)(several[0], *given[1:]),
+            torch.vmap(torch.func.grad(loss, every), first)(several[0], *given[1:]),
+            torch.func.jvp(torch.func.grad(loss, every), given, tuple(tensor.cos() for tensor in given)),
+        ]
+
+    torch.testing.assert_close(results(_called), results(reference), rtol=1e-10, atol=1e-12)
+    assert node.record.solver_forward == "sequential"
+
+
+def test_a_block_whose_third_derivatives_are_wrong_has_no_chain_of_tangents(caplog: pytest.LogCaptureFixture) -> None:
+    norm = torch.ops.aten.native_layer_norm
+    case = Case(lambda z, w: (norm(torch.sin(z @ w), [D], None, None, 0.1)[0],), operands=((D, D),))
+    node, inputs = case.node(5, solver="sequential"), case.inputs(5, 2)
+    x = inputs.states[0].detach()
+    with caplog.at_level("INFO", "pcr_fx"):
+        torch.func.jvp(lambda x: _called(node, Inputs([x], inputs.operands, []))[0], (x,), (x,))
+    assert "third derivatives" in caplog.text
+
+
+def test_a_singular_matrix_raises_under_a_transform() -> None:
+    """As it does in the blocks: what is not finite cannot be looked at there."""
+    case = Case(lambda z, w: (torch.linalg.solve(w, z),), states=((D,),), operands=((D, D),))
+    node, inputs = case.node(5, solver="sequential"), case.inputs(5, 1)
+    weights = torch.stack([inputs.operands[0].detach(), torch.zeros(5, D, D, dtype=torch.float64)])
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.vmap(lambda w: _called(node, Inputs([inputs.states[0].detach()], [w], []))[0])(weights)
+
+
 @pytest.mark.parametrize("name", ["jvp", "hessian", "jvp of a batch", "batch of gradients", "dual numbers"])
 def test_transforms_of_blocks_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (tangents, batches):

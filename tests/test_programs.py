@@ -141,9 +141,16 @@ def test_what_depends_on_the_batch_size_otherwise_is_not_made_general(function) 
         generalised(function, 1, 0, 3)
 
 
-def test_a_number_times_a_mask_has_the_default_dtype() -> None:
+MASKED = {
+    "operator": lambda z, m, k: (torch.tanh(z + m + (m > 0) * k),),
+    "method": lambda z, m, k: (torch.tanh(z + m + (m > 0).mul(k)),),
+}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_number_times_a_mask_has_the_default_dtype(name: str) -> None:
     """Whatever the state's is, so that a tensor may not stand for it."""
-    case = Case(lambda z, m, k: (torch.tanh(z + m + (m > 0) * k),), operands=((D,),), literals=1)
+    case = Case(MASKED[name], operands=((D,),), literals=1)
     node, inputs = case.node(6), case.inputs(6, 2)
     got = node(inputs.states, inputs.operands, inputs.shared)
     assert isinstance(node.outcome, BodyError) and "mul" in str(node.outcome)

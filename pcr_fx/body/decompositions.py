@@ -97,11 +97,6 @@ def _trilinear(
     return (first * second * third).sum(list(summed))
 
 
-def _new_zeros_like_another(x: Tensor, other: Tensor, *, self_num_batch_dims: int = 0) -> Tensor:
-    """What a tangent is written into, of numbers like those of `x`."""
-    return x.new_zeros((*x.shape[:self_num_batch_dims], *other.shape))
-
-
 # --- all of them --------------------------------------------------------------------------------------------------------
 
 _PYTORCHS = """native_layer_norm native_layer_norm_backward _fused_rms_norm _fused_rms_norm_backward native_group_norm
@@ -132,7 +127,6 @@ _OWN: dict[Any, Callable[..., Any]] = {
     aten.embedding.default: _embedding,
     aten.embedding_dense_backward.default: _embedding_backward,
     aten._trilinear.default: _trilinear,
-    aten._new_zeros_with_same_feature_meta.default: _new_zeros_like_another,
 }
 
 

@@ -74,7 +74,7 @@ def _check_numbers(chain: Chain, body: fx.GraphModule, arguments: Sequence[Any])
     except Exception:  # what is wrong is told where the block is traced
         return
     for node, dtype in by_numbers.found.items():
-        if node.op == "call_function" and by_tensors.found.get(node, dtype) != dtype:
+        if by_tensors.found.get(node, dtype) != dtype:
             name = getattr(node.target, "__name__", str(node.target))
             raise BodyError(f"{name} with a number that differs from block to block is {dtype}, whatever the state is")
 

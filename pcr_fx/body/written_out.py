@@ -10,7 +10,7 @@ finite then, and who called it has to look (`may_raise`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,17 @@ def batch_norm(
     shift = (0.0 if bias is None else bias) - running_mean * scale
     channels = (-1, *(1 for _ in x.shape[2:]))
     return x * scale.view(channels) + shift.view(channels)
+
+
+def layer_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Weights = None, bias: Weights = None, eps: float = 1e-5
+) -> Tensor:
+    """`F.layer_norm`."""
+    dims = [-1 - dim for dim in range(len(normalized_shape))]
+    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    normed = (x - mean) * torch.rsqrt(variance + eps)
+    normed = normed if weight is None else normed * weight
+    return normed if bias is None else normed + bias
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -271,6 +282,13 @@ _WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
 }
 
 
+# PyTorch's derivatives of these are right twice, and no more often.
+_TWICE_DIFFERENTIABLE: dict[Any, Callable[..., Any]] = {
+    F.layer_norm: layer_norm,
+    torch.layer_norm: lambda *args, cudnn_enable=True, **kwargs: layer_norm(*args[:5], **kwargs),
+}
+
+
 def may_raise(body: fx.GraphModule) -> bool:
     """Whether a body has ops that raise for some matrices, where what is written out is not finite."""
     return any(
@@ -279,9 +297,18 @@ def may_raise(body: fx.GraphModule) -> bool:
     )
 
 
-def write_out_fused(body: fx.GraphModule) -> fx.GraphModule:
-    """`body` with its fused ops written out; it is left as it is."""
-    changed = {node.target: _written_out(node.target) for node in body.graph.nodes}
+def write_out_fused(body: fx.GraphModule, any_derivative: bool = False) -> fx.GraphModule:
+    """`body` with its fused ops written out; it is left as it is.
+
+    Args:
+        any_derivative: whether it is to be differentiated more than twice.
+    """
+    table = _WRITTEN_OUT | _TWICE_DIFFERENTIABLE if any_derivative else _WRITTEN_OUT
+    return _write_out(body, table)
+
+
+def _write_out(body: fx.GraphModule, table: Mapping[Any, Callable[..., Any]]) -> fx.GraphModule:
+    changed = {node.target: _written_out(node.target, table) for node in body.graph.nodes}
     if all(target is new for target, new in changed.items()):
         return body
     graph = fx.Graph()
@@ -293,9 +320,9 @@ def write_out_fused(body: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(body, graph)
 
 
-def _written_out(target: Any) -> Any:
+def _written_out(target: Any, table: Mapping[Any, Callable[..., Any]]) -> Any:
     """What stands for an op, or the op itself."""
     if type(target) is not Part:
-        return _WRITTEN_OUT.get(target, target)
-    graph = write_out_fused(target.graph)
+        return table.get(target, target)
+    graph = _write_out(target.graph, table)
     return target if graph is target.graph else Part(graph, target.__name__, target.with_gradients)

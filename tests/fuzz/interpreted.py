@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pcr_fx.call import Call
 from pcr_fx.codegen.interpreter import interpret
-from pcr_fx.sweep import Sweeps
+from pcr_fx.sweeps import Sweeps
 from pcr_fx.targets import CppKernel
 from pcr_fx.targets.cpp.launches import gradient_shapes
 from pcr_fx.targets.kernel import as_real
