@@ -30,6 +30,24 @@ get_default_dtype get_default_device is_autocast_cache_enabled is_autocast_cpu_e
 is_inference_mode_enabled""".split()
 _ASKED = [getattr(torch, name) for name in _SETTINGS if hasattr(torch, name)]
 _ASKED_NAMES = frozenset(_SETTINGS)
+AUTOCAST_DEVICES = "cpu", "cuda"
+# What warns when it is called, and what answers the same.
+_DEPRECATED: dict[Callable[..., Any], tuple[Callable[..., Any], tuple[str]]] = {
+    torch.is_autocast_cpu_enabled: (torch.is_autocast_enabled, ("cpu",)),
+    torch.get_autocast_cpu_dtype: (torch.get_autocast_dtype, ("cpu",)),
+    torch.get_autocast_gpu_dtype: (torch.get_autocast_dtype, ("cuda",)),
+}
+
+
+def _answers() -> dict[tuple[Callable[..., Any], tuple[Any, ...]], Any]:
+    """What the settings are now, by what is asked of PyTorch."""
+    found: dict[tuple[Callable[..., Any], tuple[Any, ...]], Any] = {}
+    for asked in _ASKED:
+        if asked not in _DEPRECATED:
+            for given in ((), *((device,) for device in AUTOCAST_DEVICES)):
+                with contextlib.suppress(TypeError):  # it takes no such argument
+                    found[asked, given] = asked(*given)
+    return found | {(old, ()): found[new, given] for old, (new, given) in _DEPRECATED.items()}
 
 
 _WRAPPERS = (
@@ -96,6 +114,7 @@ class Reading:
         self.copies: list[tuple[Any, Any]] = []
         self.codes: set[tuple[FunctionType, type | None]] = set()
         self.stores = Stores()
+        self._usual = _answers()
         self._listens = False
         self.asked_for_shapes = False
         for module in model.modules():
@@ -138,7 +157,8 @@ class Reading:
         @functools.wraps(function)
         def ask(*given: Any) -> Any:
             value = function(*given)
-            if self._listens:
+            # Where the forward has switched the setting itself, the answer says nothing of whoever calls it.
+            if self._listens and self._usual.get((function, given), value) == value:
                 self.settings[function, given] = value
             return value
 
@@ -251,8 +271,8 @@ class Reading:
                     if isinstance(within[inner], (*LASTING, FunctionType, staticmethod, classmethod)):
                         self._note(within, inner, value)
             elif any(value is setting for setting in _ASKED):  # under a name of the module's own
-                with contextlib.suppress(TypeError):  # it asks for something in particular
-                    self.settings[value, ()] = value()
+                if (value, ()) in self._usual:  # else it asks for something in particular
+                    self.settings[value, ()] = self._usual[value, ()]
             elif not isinstance(value, Tensor):
                 self._note(known, name, known)
 

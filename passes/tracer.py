@@ -34,7 +34,7 @@ from pcr_fx.passes.known_values import TELLING, KnownValues, NotKnown
 from pcr_fx.passes.open_sizes import OpenSize, close_what_repeats, closed, may_stay_open, place_in_argument
 from pcr_fx.passes.own_functions import record_call
 from pcr_fx.passes.raw_tensors import RawTensors
-from pcr_fx.passes.reading import CONSTANT, Reading, depends_on_inputs
+from pcr_fx.passes.reading import AUTOCAST_DEVICES, CONSTANT, Reading, depends_on_inputs
 from pcr_fx.passes.shapes import UNKNOWN, Answers, FakeValues, Questions, whole_shapes
 from pcr_fx.passes.stand_ins import (
     ADVICE,
@@ -46,8 +46,6 @@ from pcr_fx.passes.stand_ins import (
     user_line,
 )
 from pcr_fx.passes.stores import Place, buffers_set, store_of
-
-_DEVICES = "cpu", "cuda"
 
 
 class ModelTracer(fx.Tracer):
@@ -255,7 +253,7 @@ class ModelTracer(fx.Tracer):
         for close, argument in reversed(self.opened):
             self._switch(close, (argument,), line)
         self.opened, self.present = [], now
-        for device, (enabled, dtype), before in zip(_DEVICES, autocast, usually, strict=True):
+        for device, (enabled, dtype), before in zip(AUTOCAST_DEVICES, autocast, usually, strict=True):
             if (enabled, dtype) != before:
                 entered = self._switch(_enter_autocast, (device, dtype, enabled, None), line)
                 self.opened.append((_exit_autocast, entered))
@@ -472,7 +470,7 @@ def _settings() -> tuple[Any, ...]:
     return (
         is_grad_enabled(),
         is_inference_mode_enabled(),
-        *((is_autocast_enabled(device), get_autocast_dtype(device)) for device in _DEVICES),
+        *((is_autocast_enabled(device), get_autocast_dtype(device)) for device in AUTOCAST_DEVICES),
     )
 
 

@@ -327,6 +327,20 @@ def test_modes_of_pytorch_are_asked_for_at_each_call() -> None:
     assert_follows(fast, model)
 
 
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.enable_grad])
+def test_modes_that_the_forward_switches_itself_are_no_facts(switch: Any) -> None:
+    def ask(self: Any, x: Tensor) -> float:
+        with switch(), torch.autocast("cpu", dtype=torch.bfloat16):
+            return 1.0 + is_grad_enabled() + 3 * torch.is_grad_enabled() + torch.is_autocast_enabled("cpu")
+
+    fast, model = pair(Asking(ask))
+    for _ in range(2):
+        assert_follows(fast, model)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(inputs()), model(inputs()))
+    assert len(fast._pcr_variants) <= 2  # entering a mode asks for the one before
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_traced_tensor_is_a_tensor(known: bool) -> None:
     def ask(self: Any, x: Tensor) -> float:
