@@ -96,7 +96,7 @@ class Reading:
         stores: what the forward stores.
         copies: the containers in what was read, each with a copy.
         tied: the ids of parameters and buffers that are in several places, of which a graph reads one.
-        made: lists of modules that the forward makes anew, as `self.blocks[:3]` does; what is in them it has read elsewhere.
+        made: modules that the forward makes anew, as `self.blocks[:3]` does; what is in them it has read elsewhere.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -136,7 +136,7 @@ class Reading:
             return object.__getattribute__(module, name)
 
         def make(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-            if self._listens and type(module) in (nn.ModuleList, nn.Sequential):
+            if self._listens:
                 self.made[id(module)] = module
             init(module, *args, **kwargs)
 
@@ -175,7 +175,11 @@ class Reading:
 
     def _read(self, module: nn.Module, name: str) -> None:
         key = id(module), name
-        if key in self.attributes or id(module) in self.made:
+        if key in self.attributes:
+            return
+        if id(module) in self.made:
+            if attribute_of(module, name) is ABSENT:
+                self.of_class(type(module), name)
             return
         self.modules[id(module)] = module
         if name in CONTENTS:

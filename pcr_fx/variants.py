@@ -101,7 +101,11 @@ def carried(variant: Variant) -> fx.GraphModule:
 
 
 def rehearse(facts: Facts, graph: fx.Graph, report: RewriteReport) -> Rehearsal | None:
-    """How to find out whether a graph follows the hooks that it runs, if there are any."""
+    """How to find out whether a graph follows the hooks that it runs, if there are any; or that no call can be like its trace."""
+    if not facts.hold():
+        never = Rehearsal(facts, [], report.notes)
+        never.blame(f"each call would be traced anew, for {facts.changed()}")
+        return never
     ops = [node.target for node in graph.nodes if isinstance(node.target, HookOp)]
     hooked = {op.path: op.module for op in ops if not isinstance(op, TensorHook)}
     if any(isinstance(op, TensorHook) for op in ops):

@@ -597,3 +597,52 @@ def test_lists_of_modules_that_the_forward_makes(made: Any) -> None:
     fast.blocks[2] = model.blocks[2] = nn.Linear(3, 3)
     torch.testing.assert_close(fast(x), model(x))
     assert fast.report.to_dict()["chains"][0]["length"] == 11
+
+
+class Path(nn.Module):
+    """Numbers that a forward wraps in a module, as interpolations are."""
+
+    scale = 2.0
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("values", values)
+
+    def forward(self, index: int) -> Tensor:
+        return self.scale * self.values[..., index]
+
+
+class Controlled(nn.Module):
+    def __init__(self, wrap: Callable[[Tensor], nn.Module]) -> None:
+        super().__init__()
+        self.wrap, self.inner = wrap, nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        path = self.wrap(x)
+        for index in range(9):
+            x = torch.tanh(self.inner(x)) + path(index % 3)[..., None]
+        return x
+
+
+def test_modules_that_the_forward_makes_are_no_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, model = pair(Controlled(Path))
+    assert_follows(fast, model)
+    assert [chain["length"] for chain in fast.report.to_dict()["chains"]] == [9] and len(fast._pcr_variants) == 1
+    monkeypatch.setattr(Path, "scale", 3.0)  # their class is
+    assert_follows(fast, model)
+    assert len(fast._pcr_variants) == 2
+
+
+def test_a_model_of_which_each_call_would_be_traced_anew_runs_as_it_was_written() -> None:
+    template = Path(torch.zeros(1))
+
+    def wrap(x: Tensor) -> nn.Module:
+        made = copy.copy(template)  # past `__init__`
+        made.__dict__["_buffers"] = {}
+        made.register_buffer("values", x)
+        return made
+
+    fast, model = pair(Controlled(wrap))
+    assert_follows(fast, model)
+    assert len(fast._pcr_variants) == 1
+    assert any("traced anew" in note for note in fast.report.notes)
