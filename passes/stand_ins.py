@@ -50,10 +50,13 @@ class StandIn(fx.Proxy):
         return attribute
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(Tensor, name):
+        if name == "requires_grad" and isinstance(value, bool):
+            self.tracer.create_proxy("call_method", "requires_grad_", (self, value), {})
+        elif hasattr(Tensor, name):
             line = user_line(sys._getframe(1))
             raise CaptureError(f"the model sets {name} of a tensor{at(line)}; {ADVICE}")
-        super().__setattr__(name, value)
+        else:
+            super().__setattr__(name, value)
 
     def register_hook(self, hook: Any) -> Any:
         """The op that does so; `hook` is kept as it is."""

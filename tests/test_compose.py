@@ -119,7 +119,7 @@ def test_a_hook_that_uses_what_the_forward_made_is_refused() -> None:
             pcr_fx.transform(model.double(), some(), QUICK)
 
 
-@pytest.mark.parametrize("name", ["data", "requires_grad", "grad"])
+@pytest.mark.parametrize("name", ["data", "grad"])
 def test_what_sets_attributes_of_tensors_is_refused(name: str) -> None:
     class Sets(ResidualNet):
         def forward(self, x: Tensor) -> Tensor:
@@ -128,6 +128,23 @@ def test_what_sets_attributes_of_tensors_is_refused(name: str) -> None:
 
     with pytest.raises(pcr_fx.CaptureError, match=f"the model sets {name} of a tensor"):
         pcr_fx.transform(Sets(DEPTH).double(), some(), QUICK)
+
+
+def test_what_a_forward_sets_to_require_gradients_does() -> None:
+    class Starting(ResidualNet):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            start = torch.zeros_like(x)
+            start.requires_grad = True
+            return super().forward(x + start), start
+
+    model, x = Starting(DEPTH).double(), some()
+    found = []
+    for run in (pcr_fx.transform(model, x, QUICK), model):
+        y, start = run(x)
+        y.sum().backward()
+        assert start.is_leaf
+        found.append(start.grad)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(

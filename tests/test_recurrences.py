@@ -124,3 +124,33 @@ def test_a_number_that_is_not_finite(bad: float) -> None:
     true, got = gradients(looped), gradients(lambda *given: pcr_fx.scan(*given, options=SEQUENTIAL))
     assert torch.equal(true.isnan(), got.isnan())
     assert torch.equal(true.isinf(), got.isinf())
+
+
+class Leaky(nn.Module):
+    """Neurons that are fed by a product which no state takes part in: it has the size that their dimension has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        voltage = current = torch.zeros(x.shape[1], 5, dtype=x.dtype)
+        for step in x.unbind(0):
+            voltage = voltage + 0.1 * (current - voltage)
+            current = 0.8 * current + self.inner(step) * torch.sigmoid(voltage)
+        return voltage
+
+
+def test_what_is_computed_without_the_state_fixes_no_size_of_the_batch(adjoints: list[CppKernel]) -> None:
+    model = Leaky().double()
+    fast = pcr_fx.transform(model, torch.randn(12, 4, 3, dtype=torch.float64), {"planning": "estimated"})
+    for batch in (4, 3, 7):
+        x = torch.randn(12, batch, 3, dtype=torch.float64, requires_grad=True)
+        leaves = [x, *model.parameters()]
+        y, expected = fast(x), model(x)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-14)
+        got, known = (torch.autograd.grad(one.square().sum(), leaves) for one in (y, expected))
+        torch.testing.assert_close(got, known, rtol=1e-11, atol=1e-13)
+    (chain,) = fast.report.to_dict()["chains"]
+    assert chain["native_forward"] and chain["native_backward"] and chain["batch_dims"] == [0]
+    assert adjoints

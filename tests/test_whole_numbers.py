@@ -36,6 +36,8 @@ KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "where of bools": lambda z, o: torch.where(z > o, True, z > -9) + (z > 0),
     "bools joined": lambda z, o: torch.cat([z > o, (z > 0) + (z > -1)])[1:4] + (z > -9),
     "largest of bools": lambda z, o: ((z > o).amax(-1, keepdim=True) + (z > -9)).amin(0).expand(3, 4),
+    "uint8 moved": lambda z, o: torch.where(z > o, (z > o).to(torch.uint8)[:, :1], 255),
+    "uint8 added": lambda z, o: ((z > o).to(torch.uint8) + 2) * 60,
     "mask filled": lambda z, o: (z > -9).long().masked_fill(z > o, 7),
     "times a real": lambda z, o: ((z > -9) + (z > o)) * z + (z > o).sum() * o,
 }  # fmt: skip
@@ -46,6 +48,9 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "of reals": (lambda z, o: (3 * z).long(), "aten._to_copy.default of torch.int64"),
     "of few bits": (lambda z, o: ((z > o).to(torch.int8) * 100) * 2, "aten.mul.Tensor of torch.int8"),
     "compared in float32": (lambda z, o: (z > o).long() > 0.1, "aten.gt.Scalar in torch.float32 beside torch.float64"),
+    "below zero": (lambda z, o: (z > o).to(torch.uint8) - (z > -9).to(torch.uint8), "aten.sub.Tensor of torch.uint8"),
+    "without a sign": (lambda z, o: (-(z > o).to(torch.int8)).to(torch.uint8), "aten._to_copy.default of torch.uint8"),
+    "padded below zero": (lambda z, o: torch.nn.functional.pad((z > o).byte(), [1, -1], value=-1), "torch.uint8"),
     "bits": (lambda z, o: (z > o).long() & 1, "aten.bitwise_and.Scalar"),
 }
 

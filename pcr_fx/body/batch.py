@@ -46,11 +46,21 @@ class BatchDimensions:
         dims: the dimensions proved, ascending; the same positions in every state.
         reasons: for each other dimension of the first state, what couples it, as in "aten.mm contracts it".
         outputs: for each result behind the new states, in which dimension it has each of `dims`; `None` where it lacks one.
+        most: how many were kept at most; `None` for all that were proved.
     """
 
     dims: tuple[int, ...]
     reasons: Mapping[int, str] = field(default_factory=dict, hash=False)
     outputs: tuple[tuple[int, ...] | None, ...] = ()
+    most: int | None = None
+
+    def leading(self, most: int | None) -> BatchDimensions:
+        """So many of the first ones alone; the others tell no samples apart."""
+        if most is None:
+            return self
+        reasons = {**self.reasons, **dict.fromkeys(self.dims[most:], "its size is fixed")}
+        outputs = tuple(None if found is None else found[:most] for found in self.outputs)
+        return BatchDimensions(self.dims[:most], reasons, outputs, most)
 
 
 def prove_batch_dimensions(

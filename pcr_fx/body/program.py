@@ -153,7 +153,8 @@ class Program(Interface):
         if length not in self._shorter:
             literals = tuple(values[:length] for values in self.chain.literals)
             chain = replace(self.chain, length=length, literals=literals)
-            self._shorter[length] = build_program(chain, self.signature).wanting(self.wanted)
+            made = build_program(chain, self.signature, most_batch_dims=self.batch.most)
+            self._shorter[length] = made.wanting(self.wanted)
         return self._shorter[length]
 
     def for_chain(self, chain: Chain) -> Program:
@@ -257,27 +258,32 @@ def block_key(chain: Chain, signature: Signature, block: fx.GraphModule) -> str 
 
 
 @isolated
-def build_program(chain: Chain, signature: Signature, block: fx.GraphModule | None = None) -> Program:
+def build_program(
+    chain: Chain, signature: Signature, block: fx.GraphModule | None = None, most_batch_dims: int | None = None
+) -> Program:
     """Trace `chain` for `signature`; chains with the same content share one program.
 
     Args:
         block: as `trace_block` makes it, where that was done already.
+        most_batch_dims: how many of the dimensions that could tell samples apart do so; `None` for all.
 
     Raises:
         BodyError: the block is random, mutates, changes the shape or dtype of its state, or cannot be traced.
     """
     block = block or trace_block(chain, signature)
     if holds_derivatives(chain.body.graph):  # the block does not show its pullback
-        return _program_for(chain, signature, block)
-    same_block = _content_key(chain, signature, {"block": block})
+        return _program_for(chain, signature, block, most_batch_dims)
+    same_block = _content_key(chain, (signature, most_batch_dims), {"block": block})
     program = _of_block.get(same_block)
-    return program if program is not None else _of_block.keep(same_block, _program_for(chain, signature, block))
+    if program is None:
+        program = _of_block.keep(same_block, _program_for(chain, signature, block, most_batch_dims))
+    return program
 
 
-def _program_for(chain: Chain, signature: Signature, block: fx.GraphModule) -> Program:
+def _program_for(chain: Chain, signature: Signature, block: fx.GraphModule, most_batch_dims: int | None) -> Program:
     check_pure(block)
     _check_states(block, signature)
-    batch = prove_batch_dimensions(block, chain.num_states)
+    batch = prove_batch_dimensions(block, chain.num_states).leading(most_batch_dims)
     for program in _of_chain.setdefault(chain, weakref.WeakSet()):
         widen = program.generality.widen
         alike = program.batch.dims == batch.dims  # else what follows a batch dimension may follow nothing here

@@ -62,6 +62,7 @@ _SIZES: dict[str, Callable[..., float]] = {
 }
 # Of these a zero may come out as -0, which is no whole number.
 _SIGNED = {"mul", "neg", "pow"}
+_SUBTRACTING = {"neg", "rsub", "sub"}
 
 
 def as_number(value: Any, dtype: torch.dtype) -> float:
@@ -73,6 +74,11 @@ def as_number(value: Any, dtype: torch.dtype) -> float:
     if not math.isfinite(value):
         raise Unprintable(f"no kernel is printed for {value} as {dtype}")
     return float(int(value))
+
+
+def _largest(dtype: torch.dtype) -> float:
+    """The largest absolute value of a whole number."""
+    return float(max(torch.iinfo(dtype).max, -torch.iinfo(dtype).min))
 
 
 def as_truth(value: Expression) -> Expression:
@@ -127,7 +133,7 @@ class WholeNumbers:
             self.sizes[node] = self._magnitude(node.args[0])
         elif node.meta["val"].dtype in SMALL:
             dtype = node.meta["val"].dtype
-            self.sizes[node] = 1.0 if dtype == torch.bool else 1.0 + torch.iinfo(dtype).max
+            self.sizes[node] = 1.0 if dtype == torch.bool else _largest(dtype)
 
     def kept(self, node: fx.Node, expression: Expression) -> Expression:
         """What an op computes, made what its dtype has."""
@@ -147,9 +153,11 @@ class WholeNumbers:
             self.sizes[node] = 1
             return
         size = self._size(node, name)
-        if size is None:
+        if size is None or (dtype == torch.uint8 and _may_be_negative(node, name)):
             raise self._refused(node, f"of {dtype}")
-        if size > min(self.exact, torch.iinfo(dtype).max):
+        # What only chooses among numbers makes none that its dtype has not; -128 has no negative as an int8.
+        largest = _largest(dtype) if name in _CHOOSING | _INDEXING else torch.iinfo(dtype).max
+        if size > min(self.exact, largest):
             raise self._refused(node, f"of {dtype} which may not be exact in {self.real}")
         self.sizes[node] = size
 
@@ -191,6 +199,19 @@ def _chosen(node: fx.Node) -> list[fx.Node]:
         return []
     given = arguments_of(node)
     return list(nodes_in([value for name, value in given.items() if name not in ("condition", "index", "indices")]))
+
+
+def _may_be_negative(node: fx.Node, name: str) -> bool:
+    """Whether an op may compute a number below zero, which a dtype without a sign has not."""
+    given = arguments_of(node)
+    moves = name in _CHOOSING | _INDEXING | _FILLING
+    numbers = [given.get(key) for key in ("value", "fill_value", "s")] if moves else given.values()
+    sources = _chosen(node) if moves else nodes_in(list(given.values()))
+    return (
+        name in _SUBTRACTING
+        or any(isinstance(one, (int, float)) and one < 0 for one in numbers)
+        or any(source.meta["val"].dtype not in (torch.bool, torch.uint8) for source in sources)
+    )
 
 
 def _stand_in(argument: Any) -> Tensor | float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from pcr_fx.body import Program, Signature, block_key, build_program, trace_block, wanted_among
 from pcr_fx.body.isolation import apart, is_undisturbed, isolated
@@ -354,9 +355,31 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
     if like is not None and like.key in _plans and isinstance(like.kernel, str | CppKernel):
         return like.called_with(signature).for_chain(chain)
     found = _plan_of(build_program(chain, signature, block).called_with(signature), options, content)
+    found = _narrower(found, chain, signature, block, options, content) or found
     if of_block[0] is not None:
         _of_block[of_block] = found
     return found.called_with(signature)
+
+
+def _narrower(
+    plan: Plan, chain: Chain, signature: Signature, block: fx.GraphModule, options: Options, content: Options
+) -> Plan | None:
+    """The plan with a kernel in which fewer dimensions tell samples apart, where the block fixes the size of others.
+
+    It may compute with operands alone, and what comes of that has a size. One state is taken so by its kernel itself.
+    """
+    if not options.kernels or not isinstance(plan.kernel, str) or len(signature.states) == 1:
+        return None
+    with contextlib.suppress(BodyError):
+        trace_sample(plan.program)
+        return None  # that there is no kernel has other reasons
+    for count in range(len(plan.program.layout.batch_dims) - 1, 0, -1):
+        program = build_program(chain, signature, block, count)
+        if program.generality.any_batch:
+            narrower = _plan_of(program.called_with(signature), options, content)
+            if not isinstance(narrower.kernel, str):
+                return narrower
+    return None
 
 
 def _plan_of(program: Program, options: Options, content: Options) -> Plan:
