@@ -35,7 +35,7 @@ _SCALED = frozenset("div imul itruediv mul multiply true_divide truediv".split()
 _ENTRIES = "unread entries"
 # In place of an argument that is another one in each block.
 _VARIES = object()
-# Less than this share of a block may be alike by accident.
+# Less than this share of a block may be alike by accident, if nobody reads it together with the block before.
 _SHARE = 1 / 3
 
 
@@ -54,7 +54,7 @@ def complete_last_block(blocks: Blocks, length: int, guarded: bool) -> bool:
         return False
     last = _LastBlock(blocks, length, guarded)
     missing = [index for index in range(blocks.period) if index not in last.ops]
-    if not missing or len(last.ops) < _SHARE * blocks.period or not (last.is_read_alike() and last.keeps_zero(missing)):
+    if not missing or not last.is_a_block() or not (last.is_read_alike() and last.keeps_zero(missing)):
         return False
     for index in missing:
         last.insert(index)
@@ -117,13 +117,27 @@ class _LastBlock:
             if isinstance(usual, fx.Node) and self._expected(index, slot) is _VARIES:
                 self.renamed[usual] = leaf
 
-    def is_read_alike(self) -> bool:
-        """Whether what is read of it outside of the blocks is read of the block before, too: it is no other block then."""
+    def is_a_block(self) -> bool:
+        """Whether it is one by no accident: by how much of it there is, or since it is collected as the block before is."""
+        if len(self.ops) >= _SHARE * self.blocks.period:
+            return True
         within = {*self.ops.values(), *self.blocks.ops(0, self.length)}
-        return all(
-            within.issuperset(node.users) or not within.issuperset(self._usual(index).users)
-            for index, node in self.ops.items()
+        return any(
+            not within.issuperset(node.users.keys() & self._usual(index).users) for index, node in self.ops.items()
         )
+
+    def is_read_alike(self) -> bool:
+        """Whether what is read of it outside of the blocks is read of the block before, too, or as its own blocks read it:
+        it is no other block then.
+        """
+        within, kinds = {*self.ops.values(), *self.blocks.ops(0, self.length)}, self.blocks.sequence.kinds
+
+        def is_alike(node: fx.Node, usual: fx.Node) -> bool:
+            outside = node.users.keys() - within
+            known = {kinds.of(user) for user in usual.users}
+            return not within.issuperset(usual.users) or all(kinds.of(user) in known for user in outside)
+
+        return all(is_alike(node, self._usual(index)) for index, node in self.ops.items())
 
     def keeps_zero(self, missing: list[int]) -> bool:
         """Whether the gradient of what nobody reads is zero, as it is in the model.

@@ -33,6 +33,8 @@ _TUPLE_COST = 1000
 _READ_GAIN = 1 / 1024
 # By how much an attempt may be longer than the chain known so far. So the work is in proportion to what is found.
 _GROWTH = 8
+# Last blocks that are completed one after the other: of two states that wait for each other the last two blocks lack some.
+_COMPLETIONS = 4
 
 
 @dataclass
@@ -52,10 +54,15 @@ def find_chains(graph: fx.Graph, attributes: dict[str, Any], min_length: int, gu
         min_length: the fewest blocks worth a chain.
         guarded: whether the graph is only called with tensors of the sizes that it was captured with, where those are numbers.
     """
-    detector = _Detector(OpSequence(graph, attributes), min_length)
-    detection = detector.run()
-    completed = [complete_last_block(taken.blocks, taken.length, guarded) for taken in detector.taken]
-    return _Detector(OpSequence(graph, attributes), min_length).run() if any(completed) else detection
+    for _ in range(_COMPLETIONS):
+        detector = _Detector(OpSequence(graph, attributes), min_length)
+        detection = detector.run()
+        completed = [complete_last_block(taken.blocks, taken.length, guarded) for taken in detector.taken]
+        if not any(completed):
+            break
+    else:
+        detection = _Detector(OpSequence(graph, attributes), min_length).run()
+    return detection
 
 
 @dataclass(frozen=True, eq=False)

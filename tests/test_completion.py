@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -41,6 +41,11 @@ def reversed_columns(xs: Tensor) -> list[Tensor]:
     return [xs.transpose(0, 1)[:, t] for t in reversed(range(STEPS))]
 
 
+def one_by_one(xs: Tensor) -> Iterator[Tensor]:
+    """Each when its step begins."""
+    return (xs[t] for t in range(STEPS))
+
+
 def unbound(xs: Tensor) -> Any:
     return xs.unbind(0)
 
@@ -57,6 +62,13 @@ def fluxes(m: Any, store: Tensor, x: Tensor) -> tuple[Tensor, Any]:
     """The last input is not read at all."""
     flow, leak = m.rate[1] * torch.relu(store - 0.1), m.rate[2] * store.abs()
     return store + 0.1 * x - flow - leak, flow * leak
+
+
+def biquad(m: Any, states: Any, x: Tensor) -> tuple[Any, Any]:
+    """The last block but one lacks its second state, and the last lacks all but a fifth of its ops."""
+    first, second = states if isinstance(states, tuple) else (states, states)
+    y = m.rate[0] * x + first
+    return (m.rate[1] * x + m.rate[2] * y + second, m.rate[2] * x + m.rate[0] * y), y
 
 
 def own_weights(m: Any, h: Tensor, x: Tensor) -> tuple[Tensor, Any]:
@@ -110,6 +122,11 @@ def check(model: nn.Module, way_in: str, length: int, last: float = 0.0) -> None
 @pytest.mark.parametrize("step", [spikes, fluxes])
 def test_the_last_block_is_completed(step: Step, inputs: Callable[[Tensor], Any], way_in: str) -> None:
     check(Loop(step, inputs), way_in, STEPS)
+
+
+@pytest.mark.parametrize("way_in", ["transform", "compile"])
+def test_the_last_two_blocks_are_completed(way_in: str) -> None:
+    check(Loop(biquad, one_by_one), way_in, STEPS)
 
 
 @pytest.mark.parametrize("last", [float("nan"), float("inf")])
