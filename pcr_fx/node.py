@@ -20,12 +20,14 @@ from pcr_fx.derivatives import Solve
 from pcr_fx.errors import BodyError
 from pcr_fx.heads import OutputsBehind
 from pcr_fx.looks import have_batched_tangents, plain_look, raised
+from pcr_fx.manners import HEAVY, Manner, fastest_manner
 from pcr_fx.operands import Given, Operand, in_place, look, parts_of, stacked
 from pcr_fx.options import Options
 from pcr_fx.planner import Choice, Plan
 from pcr_fx.record import SolveRecord
 from pcr_fx.routes import ROUTES, Route, Routes, Where
 from pcr_fx.straight import Back, Straight
+from pcr_fx.sweep import Sweep
 from pcr_fx.sweeps import Joints, Sweeps
 from pcr_fx.ways import IN_SEQUENCE, evaluate_whole
 
@@ -142,9 +144,9 @@ class SolveNode(nn.Module):
         if route.where is Where.IN_PLACE:
             present = list(map(in_place, operands, seen))
             if self._sweeps.are_wanted and not self._may_raise:
-                swept = self._swept(key, route, given._replace(operands=present))
-                if swept is not None:
-                    return swept
+                leaves = self._whole(key, route, given, present)
+                if leaves is not None:
+                    return leaves
             straight = self._straight_by(key, route, states)
             solved = self._timed(route, states, partial(straight.run, states, present, shared))
         else:
@@ -174,33 +176,71 @@ class SolveNode(nn.Module):
             self._straight.pop(next(iter(list(self._straight))), None)  # other threads may be at it, too
         return straight
 
-    def _swept(self, key: Any, route: Route, given: Given) -> tuple[Any, ...] | None:
-        """What leaves the chain in one sweep, if its kernel can give all of that.
+    def _whole(self, key: Any, route: Route, given: Given, present: Sequence[Any]) -> tuple[Any, ...] | None:
+        """All that leaves the chain, by a sweep or by the blocks; `None` where outputs are to be computed behind the states.
 
         Args:
-            given: per-block operands as kernels take them.
+            present: per-block operands as kernels take them.
         """
         assert isinstance(route.plan, Plan) and route.way is not None
-        ways, states = (route.way, route.way_back or route.way), given.states
+        ways, states, head = (route.way, route.way_back or route.way), given.states, given[3:]
+        judge = partial(self._manner, key, route, given)
+        sweep = self._sweeps.of(key, route.plan, ways, states, *head, judge)
+        if isinstance(sweep, Sweep):
+            run = partial(self._swept, sweep, route, given._replace(operands=present))
+            return self._timed(route, states, run, sweep.joined is not None)
+        return self.as_written(given, left_alone=True) if sweep is Manner.AS_WRITTEN else None
+
+    def _swept(self, sweep: Sweep, route: Route, given: Given) -> tuple[Any, ...]:
+        """What leaves the chain in one sweep."""
+        doubter = self._doubter(route, given.states)
+        back = Back(sweep.way_back, route.watch_back, doubter, sweep.joined is not None)
         own: Any = given.operands, given.shared
-        head = given.head_operands, given.head_shared
-        sweep = self._sweeps.of(key, route.plan, ways, states, *head)
-        if sweep is None:
-            return None
-        back = Back(sweep.way_back, route.watch_back, self._doubter(route, states))
-        return self._timed(route, states, partial(sweep.run, self.record, back, states, own, head))
+        return sweep.run(self.record, back, given.states, own, (given.head_operands, given.head_shared))
+
+    def _manner(self, key: Any, route: Route, given: Given, sweep: Sweep | None) -> Manner:
+        """How outputs are computed: measured where ways are, and where there is much to compute."""
+        usual = Manner.BEHIND if sweep is None else Manner.SWEPT
+        plan = route.plan
+        if self._outputs is None or route.way is None or not isinstance(plan, Plan) or not is_undisturbed():
+            return usual
+        samples = plan.samples_of(given.states)
+        choice = plan.choice(samples)
+        if sweep is not None:
+            operations = sweep.way.kernel.operations[0] - route.way.kernel.operations[0]
+            if operations * samples < HEAVY:
+                return usual
+        if self.options.planning != "measured" or choice.asked_for or not choice.timings:
+            return usual
+        behind, straight = self._outputs, self._straight_by(key, route, given.states)
+
+        def computed_behind(given: Given) -> Sequence[Tensor]:
+            own: Any = given[:3]
+            solved = self._with_outputs(behind, given, straight.run(*own))
+            return self.placed(solved) if self.has_places else solved
+
+        manners: dict[Manner, Any] = {Manner.BEHIND: computed_behind}
+        if sweep is not None:
+            manners[Manner.SWEPT] = partial(self._swept, sweep, route)
+        return fastest_manner(manners, self.as_written, given, choice)
 
     def placed(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What leaves the chain, `[L, ...]` where it is whole, in the places that it is to have."""
         places = [*self.leaving.places, *(None for _ in leaves[len(self.leaving.places) :])]
         return tuple([one if place is None else place.filled(one) for one, place in zip(leaves, places, strict=True)])
 
-    def _timed(self, route: Route, states: Sequence[Tensor], run: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-        """What `run` returns, which is watched now and then."""
+    def _timed(
+        self, route: Route, states: Sequence[Tensor], run: Callable[[], tuple[Any, ...]], has_more: bool = False
+    ) -> tuple[Any, ...]:
+        """What `run` returns, which is watched now and then.
+
+        Args:
+            has_more: whether it does more than was measured of the route.
+        """
         watch = route.watch
         began = perf_counter() if watch is not None and watch.begins() else None
         found = run()
-        if began is not None and watch.ended(perf_counter() - began):  # type: ignore[union-attr]
+        if began is not None and watch.ended(perf_counter() - began, has_more):  # type: ignore[union-attr]
             self._doubter(route, states)()
         return found
 

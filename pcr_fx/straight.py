@@ -28,11 +28,14 @@ from pcr_fx.ways import IN_SEQUENCE, Native
 
 
 class Back(NamedTuple):
-    """The way back of a call, what times some of them, and what is to be done where they take another time than they should."""
+    """The way back of a call, what times some of them, and what is to be done where they take another time than they should;
+    and whether it does more than was measured.
+    """
 
     way: Native
     watch: Watch | None
     doubt: Callable[[], None]
+    has_more: bool = False
 
     def pull(
         self, record: SolveRecord, call: Call, wanted: tuple[bool, ...] | None, *given: Any
@@ -49,7 +52,7 @@ class Back(NamedTuple):
         d_initial, *rest = self.way.kernel.solve_adjoint(
             call, trajectory, cotangents, self.way.threads, results, wanted
         )
-        if began is not None and self.watch.ended(perf_counter() - began):  # type: ignore[union-attr]
+        if began is not None and self.watch.ended(perf_counter() - began, self.has_more):  # type: ignore[union-attr]
             self.doubt()
         record.backward(self.way.solver, False)
         return d_initial, rest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ from pcr_fx.body import Interface, Joined, Signature, join
 from pcr_fx.chain import Chain, Leaving, TensorSpec
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.looks import plain_look, signature_of
+from pcr_fx.manners import Manner
 from pcr_fx.operands import Operand, look
 from pcr_fx.planner import Plan
 from pcr_fx.sweep import Sweep, Taken
@@ -44,7 +45,7 @@ class Sweeps:
         self.chain, self.leaving, self.name = chain, leaving, name
         self.joints: Joints = {} if joints is None else joints
         self.are_wanted = chain.head is not None or any(leaving.places)
-        self._found: dict[Any, Sweep | None] = {}
+        self._found: dict[Any, Sweep | Manner] = {}
 
     def of(
         self,
@@ -54,25 +55,30 @@ class Sweeps:
         states: Sequence[Tensor],
         operands: Sequence[Operand],
         shared: Sequence[Tensor],
-    ) -> Sweep | None:
-        """How a call in place goes; `None` where its kernel cannot give the outputs.
+        judge: Callable[[Sweep | None], Manner],
+    ) -> Sweep | Manner:
+        """How a call in place goes: by a sweep, or what else its outputs are computed by.
 
         Args:
             key: what decides of the chain's own tensors.
             ways: forward and back, of the chain without its head.
             operands, shared: those of the head.
+            judge: asked once for such tensors whether the sweep, if there is one, is what takes the least time.
         """
         seen = plain_look((), [look(operand) for operand in operands], shared) if operands or shared else ()
         known = key, ways, seen
         if known not in self._found:
-            self._found[known] = None if seen is None else self._find(plan, ways, states, operands, shared)
+            sweep = None if seen is None else self._find(plan, ways, states, operands, shared)
+            manner = judge(sweep)
+            self._found[known] = sweep if sweep is not None and manner is Manner.SWEPT else manner
             if len(self._found) > _SWEEPS:
                 self._found.pop(next(iter(list(self._found))), None)  # other threads may be at it, too
         return self._found[known]
 
     def latest(self) -> Sweep | None:
-        """The one that was found last."""
-        return next(reversed(list(self._found.values())), None)
+        """The one that was found last, if a sweep it was."""
+        found = next(reversed(list(self._found.values())), None)
+        return found if isinstance(found, Sweep) else None
 
     def _find(
         self,

@@ -33,7 +33,7 @@ FLOORS = (
     {"tangents", "batches"},
     {"derivatives"},
     {"looks"},
-    {"straight"},
+    {"straight", "manners"},
     {"sweep", "heads", "routes"},
     {"sweeps"},
     {"node"},

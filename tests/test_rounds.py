@@ -132,6 +132,10 @@ def test_a_watch_looks_at_the_least_of_some_calls_now_and_then() -> None:
     assert not any([watch.ended(50.0 if n else 1.0) for n in range(CALLS) if watch.begins()])
     watch = Watch(1.0, share=1.8)
     assert not any([watch.ended(3.5) for _ in range(CALLS) if watch.begins()])
+    # What does more than was measured may take longer, but not less, and what was measured on a busy machine is out.
+    for expected, seconds, is_off in ((1.0, 9.0, False), (1.0, 0.4, True), (0.0, 9.0, True)):
+        watch = Watch(expected)
+        assert [watch.ended(seconds, has_more=True) for _ in range(CALLS) if watch.begins()][-1] is is_off
 
 
 def test_calls_that_take_another_time_than_was_measured_are_measured_anew(

@@ -16,7 +16,7 @@ class Watch:
     """What the calls of one kind take, beside what they should.
 
     Args:
-        seconds: what was measured.
+        seconds: what was measured; 0 where it is out in any case.
         share: samples of these calls by those measured.
     """
 
@@ -27,12 +27,17 @@ class Watch:
         # Whether the call that begins is to be timed; called as it is, since all calls ask.
         self.begins = itertools.cycle((*(True for _ in range(CALLS)), *(False for _ in range(BETWEEN)))).__next__
 
-    def ended(self, seconds: float) -> bool:
-        """Take in a call that was timed; whether it is time to measure anew."""
+    def ended(self, seconds: float, has_more: bool = False) -> bool:
+        """Take in a call that was timed; whether it is time to measure anew.
+
+        Args:
+            has_more: whether such calls do more than was measured, so that they may well take longer.
+        """
         self._least = min(self._least, seconds)
         self._left -= 1
         if self._left > 0:
             return False
-        is_off = not self.least_expected <= self._least <= self.most_expected
+        too_long = self._least > self.most_expected and not (has_more and self.most_expected)
+        is_off = too_long or self._least < self.least_expected
         self._least, self._left = math.inf, CALLS
         return is_off
