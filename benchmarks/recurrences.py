@@ -49,13 +49,13 @@ class Recurrence(nn.Module):
         return state[0] if self.has_two else state
 
 
-def _gru(w: Any, h: Any, x: Any) -> Any:
+def gru(w: Any, h: Any, x: Any) -> Any:
     (r, z, n), (hr, hz, hn) = (jnp.split(part, 3, -1) for part in (_into(w, x, "ih"), _into(w, h, "hh")))
     z = jax.nn.sigmoid(z + hz)
     return (1 - z) * jnp.tanh(n + jax.nn.sigmoid(r + hr) * hn) + z * h
 
 
-def _lstm(w: Any, state: Any, x: Any) -> Any:
+def lstm(w: Any, state: Any, x: Any) -> Any:
     h, c = state
     i, f, g, o = jnp.split(_into(w, x, "ih") + _into(w, h, "hh"), 4, -1)
     c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
@@ -72,7 +72,7 @@ def _into(w: Any, x: Any, name: str) -> Any:
 
 def in_jax(kind: str, cell: nn.Module, xs: Tensor, h: Tensor, trains: bool) -> Callable[[], Any]:
     """The same jitted, or its gradients with respect to the weights."""
-    step = {"GRU": _gru, "LSTM": _lstm, "tanh RNN": _rnn}[kind]
+    step = {"GRU": gru, "LSTM": lstm, "tanh RNN": _rnn}[kind]
     weights = {name: jnp.asarray(one.detach().numpy()) for name, one in cell.named_parameters()}
     given, first = jnp.asarray(xs.numpy()), jnp.asarray(h.numpy())
 
