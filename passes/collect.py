@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from pcr_fx.chain import Leaving, Place
@@ -22,6 +23,8 @@ from pcr_fx.operands import collect, complete, complex_of_parts, stack_operands
 _FEWEST = 4
 # Whether ops that collect tensors join them along a dimension that there is.
 _JOINS = {"stack": False, "cat": True, "concat": True, "concatenate": True}
+# Ops that join tensors along a dimension of their own, from so many dimensions on: those with one less they stack there.
+_BESIDE = {"hstack": (1, 2), "vstack": (0, 2), "row_stack": (0, 2), "column_stack": (1, 2), "dstack": (2, 3)}
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,29 @@ def _collection(node: fx.Node) -> tuple[Sequence[Any], int, bool] | None:
     """The tensors that an op collects, along which dimension, and whether it joins them."""
     if node.target is stack_operands:
         return node.args[0], 0, False  # type: ignore[return-value]
-    joins = _JOINS.get(op_name(node))
-    if node.op != "call_function" or joins is None or not is_pytorchs(node.target) or "out" in node.kwargs:
+    if node.op != "call_function" or not is_pytorchs(node.target) or set(node.kwargs) - {"tensors", "dim"}:
         return None
-    items, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
-    known = isinstance(items, (list, tuple)) and type(dim) is int and not set(node.kwargs) - {"tensors", "dim"}
-    return (items, dim, joins) if known else None
+    name, items = op_name(node), argument(node, 0, "tensors")
+    if not isinstance(items, (list, tuple)):
+        return None
+    if name in _BESIDE:
+        found = _beside(name, items)
+        return None if found is None else (items, *found)
+    dim = argument(node, 1, "dim", 0)
+    return (items, dim, _JOINS[name]) if name in _JOINS and type(dim) is int else None
+
+
+def _beside(name: str, items: Sequence[Any]) -> tuple[int, bool] | None:
+    """Along which dimension an op like `hstack` collects tensors, and whether it joins them there; `None` if that is not known."""
+    values = [item.meta.get("example_value") if isinstance(item, fx.Node) else None for item in items]
+    ranks = {value.dim() if isinstance(value, torch.Tensor) else None for value in values}
+    rank = ranks.pop() if len(ranks) == 1 else None
+    dim, least = _BESIDE[name]
+    if name == "hstack" and rank == 1:  # vectors it joins
+        return 0, True
+    if rank is None or rank < least - 1:
+        return None
+    return dim, rank >= least
 
 
 def _rows(items: Sequence[Any], taps: Mapping[fx.Node, _Tap]) -> Iterator[_Row | fx.Node]:

@@ -34,6 +34,7 @@ COLLECTIONS: dict[str, Collect] = {
     "out of order": lambda x, hs: torch.stack([hs[3], hs[7], hs[1], *hs[:6]]),
     "twice": lambda x, hs: (torch.stack(hs), torch.cat(hs, 1)),
     "with taps": lambda x, hs: (torch.stack(hs).tanh(), hs[3] * 2, hs[-1]),
+    "beside": lambda x, hs: (torch.hstack(hs), torch.vstack(hs), torch.column_stack(hs), torch.dstack(hs)),
     "growing": lambda x, hs: functools.reduce(lambda out, h: torch.cat([out, h], 1), hs, x),
     "growing in front": lambda x, hs: functools.reduce(lambda out, h: torch.cat([h, out]), hs, x),
     "the last alone": lambda x, hs: hs[-1],
@@ -100,6 +101,19 @@ def test_collections(name: str, states: int, way: str) -> None:
 @pytest.mark.parametrize("name", ["stacked second", "two parts", "with taps"])
 def test_collections_of_a_chain_that_is_left_alone(name: str) -> None:
     check(Recurrence(COLLECTIONS[name]), {"solver": "auto", "kernels": False, "planning": "estimated"})
+
+
+def test_vectors_beside_each_other() -> None:
+    class Vectors(Recurrence):
+        def forward(self, x: Tensor, xs: Tensor) -> Any:
+            h, hs = x[0], []
+            for t in range(xs.shape[0]):
+                h = torch.tanh(self.weight @ h + xs[t, 0])
+                hs.append(h)
+            return torch.hstack(hs), torch.vstack(hs), torch.column_stack(hs), torch.dstack(hs)
+
+    (node,) = nodes_of(check(Vectors(COLLECTIONS["beside"]), {"solver": "sequential", "kernels": False}))
+    assert len(node.leaving.whole) == 1 and len(node.leaving.taps) == LENGTH  # dstack makes three dimensions of one
 
 
 def test_a_layer_on_top_of_another_is_given_its_trajectory() -> None:
