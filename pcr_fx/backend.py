@@ -34,7 +34,7 @@ from pcr_fx.passes.plan import PlannedChain, measure_chains
 from pcr_fx.passes.report import warn_without_chains
 from pcr_fx.recurrent import Recurrent
 from pcr_fx.reports import RewriteReport, merge_reports
-from pcr_fx.scans import LoopModule, take_loops
+from pcr_fx.scans import CountedLoop, LoopModule, take_loops
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +67,19 @@ def deeppcr(
     if not report.chains:
         # A training step is several graphs: there need not be a chain in that of the optimiser.
         warn_without_chains(merge_reports(_latest.reports))
-    loops = any(isinstance(module, LoopModule) for module in graph_module.children())
-    others = any(isinstance(module, SolveNode) for module in graph_module.children())
-    if native or (loops and not others and not any(map(is_barrier, graph_module.graph.nodes))):
+    if native or _has_loops_apart(graph_module):
         return compile_around(graph_module, compile_rest)
     nodes = [module for module in graph_module.modules() if isinstance(module, SolveNode)]
     return _holding(nodes, compile_rest(graph_module, example_inputs))
+
+
+def _has_loops_apart(graph_module: fx.GraphModule) -> bool:
+    """Whether loops are to be called apart from the rest; how often one that counts steps is only known where it is called."""
+    modules = list(graph_module.children())
+    if any(isinstance(module, CountedLoop) for module in modules):
+        return True
+    loops, others = (any(isinstance(module, kind) for module in modules) for kind in (LoopModule, SolveNode))
+    return loops and not others and not any(map(is_barrier, graph_module.graph.nodes))
 
 
 # The nodes of callables that take no attributes.
@@ -106,7 +113,9 @@ def rewrite_captured(
             graph_module.add_submodule(name, module)
         graph_module.graph = rewritten.graph
     report = rewritten.report
-    report.chains += take_loops(graph_module, options)
+    chains, near_misses = take_loops(graph_module, options)
+    report.chains += chains
+    report.rejected += near_misses
     graph_module.recompile()
     splits = torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
     if splits and torch.nn.parallel.DistributedDataParallel._get_active_ddp_module() is not None:

@@ -44,7 +44,7 @@ FLOORS = (
     {"variants", "loop_step"},
     {"loops"},
     {"marks", "exports"},
-    {"steps"},
+    {"steps", "counters"},
     {"scans"},
     {"explicit", "backend", "solve", "scan"},
     {"introspect"},
