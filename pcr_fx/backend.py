@@ -143,14 +143,17 @@ def _advise(report: RewriteReport, known: dict[Any, set[int]]) -> None:
     chains = [entry.chain for entry in entries]
     keys = [(chain.body.code, tuple(node.target for node in chain.body.graph.nodes)) for chain in chains]
     for chain, key in zip(chains, keys, strict=True):
-        lengths = known.setdefault(key, set())
-        if chain.length in lengths or keys.count(key) > 1:
+        if keys.count(key) > 1:
             continue
+        lengths = known.setdefault(key, set())
+        before = len(lengths)
         lengths.add(chain.length)
-        if len(lengths) == _MANY_LENGTHS:
-            where = chain.origin.source or chain.origin.modules or "a loop"
-            note = f"{where}: this loop changes its length, and is compiled for each; pcr_fx.scan compiles once for all"
-            report.notes.append(note)
+        if len(lengths) < _MANY_LENGTHS:
+            continue
+        where = chain.origin.source or chain.origin.modules or "a loop"
+        note = f"{where}: this loop changes its length, and is compiled for each; pcr_fx.scan compiles once for all"
+        report.notes.append(note)
+        if before < _MANY_LENGTHS:
             log.warning("%s", note)
 
 

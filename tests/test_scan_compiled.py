@@ -118,6 +118,7 @@ def test_advice_for_loops_that_change_their_length(caplog: pytest.LogCaptureFixt
             compiled(torch.ones(2), torch.ones(length, 2))
     (told,) = (record.message for record in caplog.records if "changes its length" in record.message)
     assert "test_scan_compiled.py:" in told
+    assert told in pcr_fx.report().notes
 
 
 def test_models_of_other_depths_are_no_loops_that_change_their_length(caplog: pytest.LogCaptureFixture) -> None:
