@@ -1,5 +1,6 @@
 """One transformed model called with one length after another: its blocks are the same, and so are their kernel and plan."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from comparison import relative_error
 from torch import Tensor, nn
 
 import pcr_fx
-from pcr_fx.planner import plan
+from pcr_fx.planner import Timing, plan
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")
 
@@ -75,3 +76,16 @@ def test_blocks_that_differ_have_plans_of_their_own(monkeypatch: pytest.MonkeyPa
             expected = step(expected, weight, ())
         torch.testing.assert_close(pcr_fx.solve_chain(step, z, weights, options={"solver": "newton"}).final, expected)
     assert len(lengths) == 2
+
+
+def test_few_blocks_that_are_left_alone_say_nothing_of_many() -> None:
+    fast = pcr_fx.transform(Decay("none"), torch.randn(2, 12, 3, dtype=torch.float64), {"planning": "estimated"})
+    few = pcr_fx.report(fast).chains[0].plan
+    assert few is not None
+    (size,) = few.learnt.choices
+    measured = replace(few.choice(2), timings=(Timing("eager", "forward", 1e-5),), alone=((False, True), (True, False)))
+    few.learnt.choices[size] = measured
+    assert measured.leaves_alone(False)
+    many = few.for_chain(few.program.chain.of_length(200)).choice(2)
+    assert many.alone == ((True, False),)
+    assert not many.leaves_alone(False)

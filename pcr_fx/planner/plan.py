@@ -125,14 +125,19 @@ class Plan:
     def _learnt_of(self, chain: Chain) -> Learnt:
         """What is known of so many blocks: at first, how native code goes that does not depend on their number.
 
-        How iterations go depends on the numbers that blocks differ by.
+        How iterations go depends on the numbers that blocks differ by; and a few blocks may be best left alone, but not many.
         """
         length = chain.length
         self.lengths.setdefault(_bits(self.program.length), self.learnt)
         if _bits(length) not in self.lengths or chain.literals:
             longest = max(length, self.program.length)
             carried_over = {
-                size: replace(choice, timings=(), reason=f"{choice.reason} (of {self.program.length} blocks)")
+                size: replace(
+                    choice,
+                    timings=(),
+                    alone=tuple(one for one in choice.alone if not one[1]),
+                    reason=f"{choice.reason} (of {self.program.length} blocks)",
+                )
                 for size, choice in list(self.learnt.choices.items())
                 if choice.timings
                 and all(isinstance(w, Native) and w.is_alone(longest, choice.samples) for w in choice.needed(True))
