@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fuzz import run
-from fuzz.cases import Case, Line, draw
+from fuzz.cases import Case, Line, draw, draw_body
 from fuzz.run import Call, Verdict, draw_calls, judge
 from fuzz.shrink import script, shrink
 
@@ -16,6 +16,15 @@ pytestmark = pytest.mark.usefixtures("kernel_cache")
 @pytest.mark.parametrize("seed", range(40))
 def test_models_drawn_at_random(seed: int) -> None:
     case = draw(seed)
+    for call in draw_calls(case, kernels=0):
+        verdict = judge(case, call)
+        if verdict.kind not in ("right", "refused"):
+            pytest.fail(script(case, call, verdict))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_bodies_drawn_at_random(seed: int) -> None:
+    case = draw_body(seed)
     for call in draw_calls(case, kernels=0):
         verdict = judge(case, call)
         if verdict.kind not in ("right", "refused"):

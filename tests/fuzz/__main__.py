@@ -28,6 +28,9 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10**9, help="end after so many calls of models")
     parser.add_argument("--seed", type=int, default=0, help="of the first model; the next ones follow")
     parser.add_argument("--kernels", type=float, default=0.01, help="the share of cases that compile native code")
+    parser.add_argument(
+        "--bodies", action="store_true", help="models with what people write inside a block, of bodies.py"
+    )
     parser.add_argument("--sanitize", action="store_true")
     given = parser.parse_args()
     if given.sanitize and "PCR_FX_SANITIZED" not in os.environ:
@@ -37,7 +40,7 @@ def main() -> None:
 
 def fuzz(given: argparse.Namespace) -> int:
     """How many models were found to be wrong or to crash."""
-    from fuzz.cases import draw
+    from fuzz.cases import draw, draw_body
     from fuzz.run import Call, draw_calls, judge
     from fuzz.shrink import script, shrink
     from pcr_fx.targets.cpp import build
@@ -48,7 +51,7 @@ def fuzz(given: argparse.Namespace) -> int:
     counts: collections.Counter[str] = collections.Counter()
     until, seed = time.monotonic() + 60 * given.minutes, given.seed
     while time.monotonic() < until and counts["cases"] < given.cases:
-        case, seen = draw(seed), set[str]()
+        case, seen = draw_body(seed) if given.bodies else draw(seed), set[str]()
         by_kernel = [Call("transform", "kernel"), Call("transform", "kernel newton")][: 1 + seed % 2]
         for call in by_kernel if given.sanitize else draw_calls(case, given.kernels):
             print(f"seed {seed}: {call}", file=sys.stderr, flush=True) if given.sanitize else None

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 import pcr_fx
 from fuzz.cases import Case
 from fuzz.interpreted import interpreted
-from pcr_fx.errors import BodyError
+from pcr_fx.errors import BodyError, CaptureError
 
 SOLVERS = ("newton", "quasi-newton", "picard", "jacobi", "sequential")
 TRANSFORMS = ("jvp", "vmap", "gradients of each", "jvp of gradients")
@@ -58,6 +58,12 @@ def draw_calls(case: Case, kernels: float) -> list[Call]:
     To trace a model takes most of the time, so that each is called in many ways, all planned for one batch.
     """
     rng = random.Random(case.seed)
+    if case.prelude:
+        return [
+            Call("transform", "interpreted", rng.randrange(8) == 0),
+            Call("transform", rng.choice(SOLVERS)),
+            Call("compile", rng.choice(["interpreted", *SOLVERS])),
+        ]
     batch = rng.choice([0, 0, *(other for other in (1, 2, 4, 18) if other != case.batch)])
     solvers = ["interpreted", "newton", *rng.sample(SOLVERS[1:], 3)]
     calls = [Call("transform", solver, batch=batch) for solver in solvers]
@@ -78,7 +84,8 @@ class Verdict:
     """How a call went.
 
     Attributes:
-        kind: "right", "wrong", "crashed"; or "refused", where eager itself raises, or `solve_chain` says that this is no chain.
+        kind: "right", "wrong", "crashed"; or "refused", where eager itself raises, `solve_chain` says that this is no chain, or
+            `transform` that it cannot trace the model and `torch.compile` can.
         chains, kernels: how many chains were found, and how many of these have a kernel.
     """
 
@@ -111,6 +118,8 @@ def judge(case: Case, call: Call) -> Verdict:
             plans = [entry.plan for entry in run.report.chains] if is_module else []
     except Exception as error:
         if call.way_in == "solve_chain" and isinstance(error, BodyError):
+            return Verdict("refused", str(error))
+        if isinstance(error, CaptureError) and "reads such models" in str(error):
             return Verdict("refused", str(error))
         return Verdict("crashed", f"{type(error).__name__}: {str(error)[:500]}")
     found = len(plans), sum(plan is not None and not isinstance(plan.kernel, str) for plan in plans)
@@ -162,7 +171,7 @@ def _way_in(
         blocks = [model.block(t, xs) for t in range(len(xs))]  # type: ignore[operator]
         numbers = [xs.new_tensor(block[-1]) for block in blocks]
         operands = tuple(torch.stack(list(parts)) for parts in zip(*(block[:-1] for block in blocks), strict=True))
-        shared = model.s, model.u, model.order
+        shared = model.s, model.u, model.order, model.table
         solved = pcr_fx.solve_chain(
             step, (x, 0.5 * x, x), (*operands, torch.stack(numbers)), shared=shared, options=options
         )
@@ -179,10 +188,12 @@ def _results(
         return [result.detach().clone() for result in _transformed(run, given, under)]
     x, xs = (tensor.detach().requires_grad_() for tensor in given)
     leaves = [x, xs, *model.parameters()]
+    torch.manual_seed(0)
     outputs = run(x, xs)
+    after = torch.rand(2, dtype=torch.float64)  # as far as the model has drawn from the generator
     loss = _weighted(outputs)
     gradients = torch.autograd.grad(loss, leaves, create_graph=twice, allow_unused=True, materialize_grads=True)
-    results = [*outputs, *gradients]
+    results = [*outputs, after, *gradients]
     if twice:
         again = sum((gradient**2).sum() for gradient in gradients)
         if again.requires_grad:
