@@ -77,6 +77,8 @@ class OpSequence:
         # What may be written to without autograd's knowledge: its backward then reads what was written.
         self.unwatched = {alias for aliases, _ in memory if any(map(_is_data, aliases)) for alias in aliases}
         self.kinds = Kinds(self.value)
+        # Ops that were found to take another number in each block where only a number may stand.
+        self.varying: dict[fx.Node, None] = {}
         self._leaves: dict[fx.Node, list[Any]] = {}
 
     def value(self, node: fx.Node) -> Any:

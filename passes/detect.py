@@ -26,6 +26,7 @@ from pcr_fx.passes.describe import common_modules, describe_node, describe_sourc
 from pcr_fx.passes.isomorphism import Isomorphism
 from pcr_fx.passes.kinds import target_of
 from pcr_fx.passes.periods import Run, find_runs
+from pcr_fx.passes.varying_numbers import write_numbers_out
 
 # A cut through an op that returns several tensors would carry the tuple: any other cut is better.
 _TUPLE_COST = 1000
@@ -35,6 +36,8 @@ _READ_GAIN = 1 / 1024
 _GROWTH = 8
 # Last blocks that are completed one after the other: of two states that wait for each other the last two blocks lack some.
 _COMPLETIONS = 4
+# How many kinds of ops in a block may have to be written out, one after the other is found.
+_MOST_WRITTEN = 6
 
 
 @dataclass
@@ -49,19 +52,25 @@ def find_chains(graph: fx.Graph, attributes: dict[str, Any], min_length: int, gu
     """Every chain of at least `min_length` blocks, and the near misses.
 
     Args:
-        graph: a normalised graph. Where a last block lacks what nobody reads of it, that is put into it.
+        graph: a normalised graph. Where a last block lacks what nobody reads of it, that is put into it; ops whose numbers change
+            from block to block are written out in others (`varying_numbers.py`).
         attributes: the value of each `get_attr` target.
         min_length: the fewest blocks worth a chain.
         guarded: whether the graph is only called with tensors of the sizes that it was captured with, where those are numbers.
     """
-    for _ in range(_COMPLETIONS):
+    detector = _Detector(OpSequence(graph, attributes), min_length)
+    detection = detector.run()
+    for _ in range(_MOST_WRITTEN):
+        if not write_numbers_out(list(detector.sequence.varying)):
+            break
         detector = _Detector(OpSequence(graph, attributes), min_length)
         detection = detector.run()
+    for _ in range(_COMPLETIONS):
         completed = [complete_last_block(taken.blocks, taken.length, guarded) for taken in detector.taken]
         if not any(completed):
             break
-    else:
-        detection = _Detector(OpSequence(graph, attributes), min_length).run()
+        detector = _Detector(OpSequence(graph, attributes), min_length)
+        detection = detector.run()
     return detection
 
 

@@ -26,7 +26,11 @@ from pcr_fx.passes.bindings import (
 from pcr_fx.passes.describe import describe_node
 
 # Ops for which a number that differs from block to block may become a tensor that does.
-_SCALAR_OPS = frozenset("add div mul multiply pow radd rmul rsub rtruediv sub subtract true_divide truediv".split())
+_SCALAR_OPS = frozenset(
+    """add div fmod mod mul multiply pow radd remainder rmod rmul rsub rtruediv sub subtract true_divide truediv""".split()
+)
+# Those that choose: a tensor beside the number, with dimensions, gives the dtype.
+_CHOICES = frozenset("eq ge gt le lt ne where".split())
 
 
 class Isomorphism:
@@ -254,17 +258,23 @@ class Isomorphism:
         if block is None or self._is_scalar_operand(index, slot, values):
             return None
         node = self.blocks.op(block, index)
+        self.blocks.sequence.varying[node] = None
         words = f"{op_name(node)} has the argument {values[block]!r} where the blocks before have {values[0]!r}"
         return Broken(block, words, node)
 
     def _is_scalar_operand(self, index: int, slot: int, values: list[Any]) -> bool:
         node = self.blocks.op(0, index)
         numeric = all(isinstance(value, float) for value in values)
-        if not numeric and self._is_floating(node):
+        is_choice = op_name(node).strip("_") in _CHOICES
+        beside = [source for source in node.all_input_nodes if self._is_floating(source)]
+        if is_choice and not any(self.blocks.sequence.value(source).dim() for source in beside):
+            return False
+        if not numeric and (is_choice or self._is_floating(node)):
             # A whole number stays one beside a tensor of whole numbers.
             numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
         # Slot by slot, positional arguments come first; `alpha=` is a keyword and must stay a number.
-        return numeric and op_name(node).strip("_") in _SCALAR_OPS and slot < len(node.args) <= 2
+        takes_numbers = is_choice or (op_name(node).strip("_") in _SCALAR_OPS and len(node.args) <= 2)
+        return numeric and takes_numbers and slot < len(node.args)
 
     def _is_tensor(self, node: fx.Node) -> bool:
         value = self.blocks.sequence.value(node)
