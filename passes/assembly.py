@@ -30,6 +30,7 @@ class FoundChain:
         values: L nodes, one a block, for each state and, counted behind them, each output; all that the rest of the graph
             may read.
         nodes: every node that the solve node replaces.
+        truths: of each state whether it is of truth values.
     """
 
     chain: Chain
@@ -40,6 +41,7 @@ class FoundChain:
     head_shared: tuple[fx.Node, ...]
     values: Mapping[int, tuple[fx.Node, ...]]
     nodes: frozenset[fx.Node]
+    truths: tuple[bool, ...] = ()
 
     @property
     def leaving(self) -> Leaving:
@@ -141,6 +143,7 @@ class _Assembly:
             tuple(self.head_inputs.shared),
             values,
             nodes,
+            tuple(map(self._is_truth, self.components)),
         )
 
     def _complex(self, outputs: Sequence[int]) -> Complex:
@@ -202,10 +205,21 @@ class _Assembly:
             words = f"{op_name(op)} starts from {value.name}, another op of the block from {known.name}"
             raise Broken(block + 1, words, op)
 
+    def _is_truth(self, component: tuple[int, int]) -> bool:
+        """Whether a state is of truth values, before and after each block."""
+        values = map(self.sequence.value, (self.initial[component], self.blocks.op(0, component[0])))
+        return all(isinstance(value, torch.Tensor) and value.dtype is torch.bool for value in values)
+
+    def _has_reals(self) -> bool:
+        """Whether some state is of real numbers: truth values are carried beside them."""
+        values = [self.sequence.value(node) for node in self.initial.values()]
+        return any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values)
+
     def _check_state(self, component: tuple[int, int]) -> None:
-        """A state is a floating or complex tensor of the same shape before and after each block."""
+        """A state is a floating or complex tensor of the same shape before and after each block, or of truth values."""
         nodes = self.initial[component], self.blocks.op(0, component[0])
-        for value in map(self.sequence.value, nodes):
+        is_truth = self._is_truth(component) and self._has_reals()
+        for value in [] if is_truth else map(self.sequence.value, nodes):
             if value is not None and not (isinstance(value, torch.Tensor) and TensorSpec.of(value).is_differentiable):
                 got = say_spec(self.sequence.kinds.spec(nodes[0]))
                 raise Broken(1, f"the value carried from block to block is no floating tensor but {got}")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from pcr_fx.body.truths import truth_of_number
 from pcr_fx.chain import Leaving, Place
 from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
 from pcr_fx.node import SolveNode
@@ -21,6 +22,7 @@ from pcr_fx.operands import collect, complete, complex_of_parts, stack_operands
 
 # States in a row from which on they are not taken one by one.
 _FEWEST = 4
+_READERS = (complex_of_parts, truth_of_number)
 # Whether ops that collect tensors join them along a dimension that there is.
 _JOINS = {"stack": False, "cat": True, "concat": True, "concatenate": True}
 # Ops that join tensors along a dimension of their own, from so many dimensions on: those with one less they stack there.
@@ -31,13 +33,15 @@ _BESIDE = {"hstack": (1, 2), "vstack": (0, 2), "row_stack": (0, 2), "column_stac
 class _Tap:
     """A state that a solve node returns: the call, which of the chain's states, and after which block.
 
-    Of a complex one the node returns the real and imaginary parts.
+    Attributes:
+        read_by: what makes the state of what the node returns, if it returns another thing: the parts of complex numbers, or
+            numbers for truth values.
     """
 
     call: fx.Node
     index: int
     block: int
-    is_complex: bool = False
+    read_by: Any = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def collect_states(graph: fx.Graph, nodes: Mapping[str, SolveNode]) -> None:
     for call in calls:
         for user in call.users:
             tap = taps[user] = _Tap(call, *nodes[str(call.target)].leaving.taps[user.args[1]])  # type: ignore[index]
-            taps |= {one: replace(tap, is_complex=True) for one in user.users if one.target is complex_of_parts}
+            taps |= {one: replace(tap, read_by=one.target) for one in user.users if one.target in _READERS}
     wholes: dict[tuple[fx.Node, int], fx.Node] = {}
     for node in list(graph.nodes):
         _collect(node, taps, wholes)
@@ -150,16 +154,16 @@ def _cut(row: _Row, wholes: dict[tuple[fx.Node, int], fx.Node]) -> tuple[fx.Node
     if key not in wholes:
         with first.call.graph.inserting_after(first.call):
             wholes[key] = first.call.graph.call_function(operator.getitem, (first.call, len(wholes)))
-    whole = _complex_of(wholes[key]) if first.is_complex else wholes[key]
+    whole = _read_by(first.read_by, wholes[key]) if first.read_by is not None else wholes[key]
     return whole, first.block, len(row.taps), row.step
 
 
-def _complex_of(whole: fx.Node) -> fx.Node:
-    """A trajectory of real and imaginary parts as one of complex numbers."""
+def _read_by(reader: Any, whole: fx.Node) -> fx.Node:
+    """A trajectory of the solve node's as one of the states."""
     for user in whole.users:
         return user
     with whole.graph.inserting_after(whole):
-        return whole.graph.call_function(complex_of_parts, (whole,))
+        return whole.graph.call_function(reader, (whole,))
 
 
 def _place(whole: fx.Node, length: int) -> Place | None:
@@ -168,7 +172,7 @@ def _place(whole: fx.Node, length: int) -> Place | None:
     The result is then what the solve node returns.
     """
     collected, *others = whole.users
-    if collected.target is complex_of_parts:
+    if collected.target in _READERS:
         return None
     parts, dim, joins = collected.args
     at = [index for index, part in enumerate(parts) if isinstance(part, tuple) and part[0] is whole]  # type: ignore[union-attr,arg-type]
@@ -185,7 +189,7 @@ def _renumber(
 ) -> Leaving:
     """Have the users of a solve node read what it is to return, which is what it is told."""
     for user in list(taps):
-        if user.target is complex_of_parts and user.args[0] in call.users and not user.users:
+        if user.target in _READERS and user.args[0] in call.users and not user.users:
             call.graph.erase_node(user)
     singles = [user for user in call.users if user in taps and user.users]
     for user in [user for user in call.users if user in taps and not user.users]:

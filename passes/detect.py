@@ -26,6 +26,7 @@ from pcr_fx.passes.describe import common_modules, describe_node, describe_sourc
 from pcr_fx.passes.isomorphism import Isomorphism
 from pcr_fx.passes.kinds import target_of
 from pcr_fx.passes.periods import Run, find_runs
+from pcr_fx.passes.truths import carry_truths
 from pcr_fx.passes.varying_numbers import write_numbers_out
 
 # A cut through an op that returns several tensors would carry the tuple: any other cut is better.
@@ -71,6 +72,7 @@ def find_chains(graph: fx.Graph, attributes: dict[str, Any], min_length: int, gu
             break
         detector = _Detector(OpSequence(graph, attributes), min_length)
         detection = detector.run()
+    detection.chains = [carry_truths(found, detector.sequence.value) for found in detection.chains]
     return detection
 
 

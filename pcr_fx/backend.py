@@ -13,6 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.passes.split_module import split_module
 
+from pcr_fx.body.truths import number_of_truth, truth_of_number
 from pcr_fx.compilations import Compilations, keep
 from pcr_fx.errors import OptionError
 from pcr_fx.frameworks import introduce
@@ -217,7 +218,10 @@ def _real_inputs(placeholders: Iterable[fx.Node], example_inputs: Sequence[Any])
 
 # Modules that are called as they are, and not compiled.
 _CALLED = (SolveNode, InputOperand, Recurrent, LoopModule)
-_CALLED_FUNCTIONS = (stack_parts, collect, complete, parts_of_complex, complex_of_parts)
+_CALLED_FUNCTIONS = (
+    *(stack_parts, collect, complete, parts_of_complex, complex_of_parts),
+    *(number_of_truth, truth_of_number),
+)
 
 
 def compile_around(graph_module: fx.GraphModule, compile_rest: Callable[..., Any]) -> Callable[..., Any]:

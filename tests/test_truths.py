@@ -1,0 +1,96 @@
+"""Truth values that are carried from block to block: done flags, refractory neurons."""
+
+import pytest
+import torch
+from fuzz.interpreted import interpreted
+from torch import Tensor, nn
+
+import pcr_fx
+
+LENGTH = 9
+
+
+class Episodes(nn.Module):
+    """A recurrence whose samples stay where they are once they are done; what is done is returned, too.
+
+    Args:
+        what: "last", "all", "rows" (a flag each sample), or "first" (the last is not read).
+        start: what is done before the first block: a buffer, or computed.
+    """
+
+    def __init__(self, what: str, start: str = "computed") -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.what, self.start = what, start
+        self.w = nn.Parameter(torch.randn(4, 4, generator=draw, dtype=torch.float64) / 2)
+        self.p = nn.ParameterList(0.4 + torch.rand(4, generator=draw, dtype=torch.float64) for _ in range(LENGTH))
+        self.register_buffer("before", torch.tensor([[True], [False], [False], [False], [False]]))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        size = 1 if self.what == "rows" else 4
+        done = self.before.expand(5, size) if self.start == "a buffer" else x[:, :size] > 0.6
+        flags = []
+        for p in self.p:
+            x = torch.where(done, 0.95 * x, torch.tanh(x @ self.w + p) + 0.5 * x)
+            done = done | (x[:, :size] < -0.4)
+            flags.append(done)
+        return x, {"last": done, "rows": done, "first": flags[0], "all": torch.stack(flags)}[self.what]
+
+
+def results(model: nn.Module, x: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y, done = model(x)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    return [y, done, *torch.autograd.grad((weights * y).sum(), [x, *parameters])]
+
+
+def check(model: Episodes, way: str, options: dict[str, object]) -> pcr_fx.RewriteReport:
+    x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    parameters = list(model.parameters())
+    if way == "transform":
+        fast: nn.Module = pcr_fx.transform(model, x, options=options)
+    else:
+        torch._dynamo.reset()
+        fast = torch.compile(model, backend="deeppcr", options={**options, "inner_backend": "eager"})
+    expected = results(model, x, parameters)
+    assert 0 < expected[1].sum() < expected[1].numel()
+    for _ in range(2):
+        torch.testing.assert_close(results(fast, x, parameters), expected, rtol=1e-10, atol=1e-10)
+    return pcr_fx.report(fast) if way == "transform" else pcr_fx.report()
+
+
+@pytest.mark.parametrize("what", ["last", "all", "rows", "first"])
+@pytest.mark.parametrize("way", ["transform", "compile"])
+def test_flags_are_carried_in_kernels(what: str, way: str) -> None:
+    with interpreted():
+        report = check(Episodes(what), way, {"solver": "sequential", "planning": "estimated"})
+    (chain,) = report.to_dict()["chains"]
+    assert chain["length"] == LENGTH - (what == "first")  # where the last block does without a flag
+    assert chain["native_forward"] and chain["native_backward"], str(report)
+
+
+@pytest.mark.parametrize("solver", ["newton", "quasi-newton", "jacobi"])
+def test_flags_are_carried_by_other_solvers(solver: str) -> None:
+    report = check(Episodes("all", "a buffer"), "transform", {"solver": solver, "kernels": False})
+    (chain,) = report.to_dict()["chains"]
+    assert (chain["length"], chain["fallbacks"]) == (LENGTH, 0)
+
+
+@pytest.mark.usefixtures("kernel_cache")
+def test_flags_are_carried_by_native_code() -> None:
+    (chain,) = check(Episodes("last", "a buffer"), "transform", {"planning": "estimated"}).to_dict()["chains"]
+    assert chain["native_forward"] and chain["native_backward"]
+
+
+def test_flags_alone_are_no_chain() -> None:
+    class Alone(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            done = x[0] > 0
+            for t in range(1, LENGTH):
+                done = done ^ (x[t] > 0)
+            return done
+
+    x = torch.randn(LENGTH, 3)
+    fast = pcr_fx.transform(Alone(), x)
+    assert torch.equal(fast(x), Alone()(x))
+    assert "no floating tensor" in str(fast.report)
