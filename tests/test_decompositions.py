@@ -42,6 +42,9 @@ USES: dict[str, Callable[..., Any]] = {
     "cumsum": lambda x: x.cumsum(-1) * x.cumsum(0),
     "cumprod": lambda x: (2 + x).cumprod(1),
     "logcumsumexp by hand": lambda x: x.exp().cumsum(-1).log(),
+    "logcumsumexp": lambda x: torch.logcumsumexp(x, 1) * torch.logcumsumexp(x, 0),
+    "cummax": lambda x: torch.cummax(x, 1)[0] * x + torch.cummax((x * 2).round(), 0)[1],
+    "cummin": lambda x: torch.cummin(x, 0)[0] * x + torch.cummin((x * 2).round(), 1)[1],
     "prod": lambda x: x.prod(1, keepdim=True) * x + (2 + x).prod(),
     "max": lambda x: x.max(1).values + x.max(0, keepdim=True)[0].sum(),
     "min": lambda x: x.min(1).values * x.min(0).indices[0],
@@ -75,6 +78,15 @@ USES: dict[str, Callable[..., Any]] = {
     ),
     "adaptive_avg_pool2d": lambda x: F.adaptive_avg_pool2d(x[None], (3, 2)) ** 2 + F.adaptive_avg_pool1d(x, 1)[None],
     "adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(x[None], (1, 2)) ** 2 + F.adaptive_max_pool1d(x, 2)[None],
+    "resized to the nearest": lambda x: (
+        F.interpolate(x[None], scale_factor=1.7) ** 2 + F.interpolate(x[None], size=6).exp()
+    ),
+    "resized between": lambda x: (
+        F.interpolate(x[None], size=7, mode="linear") ** 2
+        + F.interpolate(x[None], size=7, mode="linear", align_corners=True).exp()
+        + F.interpolate(x[None, :, :3], scale_factor=2.4, mode="linear").sin()
+    ),
+    "resized to less": lambda x: F.interpolate(x[None], size=3) + F.interpolate(x[None], size=3, mode="linear") ** 2,
     "conv1d": lambda x, y: F.conv1d(x[None], y.reshape(4, 3, 1), x[0]) ** 2,
     "conv1d with a step and gaps": lambda x, y: F.conv1d(
         x.reshape(1, 1, 12), y.reshape(-1)[:6].reshape(2, 1, 3), stride=2, padding=2, dilation=2

@@ -29,6 +29,27 @@ def _running(combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
     return running
 
 
+def _running_best(is_better: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    """The best numbers so far along a dimension, and where they are: the last of equal ones, and NaN before all others."""
+
+    def running(x: Tensor, dim: int) -> Any:
+        if x.dim() == 0 or not 0 < x.shape[dim] <= _MAX_IN_TURN:
+            return NotImplemented
+        best, *others = x.unbind(dim)
+        place = torch.zeros_like(best, dtype=torch.int64)
+        values, places = [best], [place]
+        for index, other in enumerate(others, 1):
+            better = is_better(other, best)
+            if x.is_floating_point():
+                better = other.isnan() | (better & ~best.isnan())
+            best, place = torch.where(better, other, best), torch.where(better, index, place)
+            values.append(best)
+            places.append(place)
+        return torch.stack(values, dim), torch.stack(places, dim)
+
+    return running
+
+
 def _product(x: Tensor, dim: int | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
     if dim is None:
         x, dim = x.reshape(-1), 0
@@ -134,6 +155,9 @@ def _median(x: Tensor, dim: int, keepdim: bool = False) -> Any:
 ORDER_OPS: dict[Any, Callable[..., Any]] = {
     aten.cumsum.default: _running(torch.add),
     aten.cumprod.default: _running(torch.mul),
+    aten.logcumsumexp.default: _running(torch.logaddexp),
+    aten.cummax.default: _running_best(torch.ge),
+    aten.cummin.default: _running_best(torch.le),
     aten.prod.default: lambda x, *, dtype=None: _product(x, dtype=dtype),
     aten.prod.dim_int: _product,
     aten.topk.default: _largest,

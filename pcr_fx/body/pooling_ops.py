@@ -1,7 +1,11 @@
-"""Pooling in two dimensions, and with that in one, written out by windows. Inputs are `[C, H, W]` or `[N, C, H, W]`."""
+"""Pooling in two dimensions, and with that in one, written out by windows. Inputs are `[C, H, W]` or `[N, C, H, W]`.
+
+And the other way: what is resized, in one dimension.
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -192,7 +196,52 @@ def _adaptive_max_pool_backward(cotangent: Tensor, x: Tensor, indices: Tensor) -
     return NotImplemented if kernel is None else _max_pool_backward(cotangent, x, kernel, (), 0, 1, False, indices)
 
 
+# --- one size for another ------------------------------------------------------------------------------------------------
+
+
+def _resized_backward(weights: Callable[..., list[list[float]]]) -> Callable[..., Any]:
+    """The cotangent of `[N, C, size]` of which each number of another size is a sum, with weights."""
+
+    def backward(cotangent: Tensor, output_size: Sequence[int], input_size: Sequence[int], *how: Any) -> Any:
+        if max(output_size[0], input_size[-1]) > _MOST_PLACES:
+            return NotImplemented
+        sums = [torch.zeros_like(cotangent[..., 0]) for _ in range(input_size[-1])]
+        for part, row in zip(cotangent.unbind(-1), weights(output_size[0], input_size[-1], *how), strict=True):
+            sums = [one if weight == 0 else one + part * weight for one, weight in zip(sums, row, strict=True)]
+        return torch.stack(sums, -1)
+
+    return backward
+
+
+def _nearest(outputs: int, inputs: int, scale: float | None = None) -> list[list[float]]:
+    """In single precision, as PyTorch finds the places."""
+    ratio = _single(inputs / outputs if scale is None or scale <= 0 else 1 / scale)
+    places = [min(int(_single(index * ratio)), inputs - 1) for index in range(outputs)]
+    return [[float(place == index) for index in range(inputs)] for place in places]
+
+
+def _single(number: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", number))[0])
+
+
+def _linear(outputs: int, inputs: int, align_corners: bool, scale: float | None = None) -> list[list[float]]:
+    if align_corners:
+        points = [index * (inputs - 1) / (outputs - 1) if outputs > 1 else 0.0 for index in range(outputs)]
+    else:
+        ratio = inputs / outputs if scale is None or scale <= 0 else 1 / scale
+        points = [max((index + 0.5) * ratio - 0.5, 0.0) for index in range(outputs)]
+    rows = [[0.0] * inputs for _ in points]
+    for row, point in zip(rows, points, strict=True):
+        below = min(int(point), inputs - 1)
+        share = min(max(point - below, 0.0), 1.0)
+        row[below] += 1 - share
+        row[min(below + 1, inputs - 1)] += share
+    return rows
+
+
 POOLING_OPS: dict[Any, Callable[..., Any]] = {
+    aten.upsample_nearest1d_backward.default: _resized_backward(_nearest),
+    aten.upsample_linear1d_backward.default: _resized_backward(_linear),
     aten.avg_pool2d.default: _avg_pool,
     aten.avg_pool2d_backward.default: _avg_pool_backward,
     aten.max_pool2d_with_indices.default: _max_pool,
