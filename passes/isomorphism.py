@@ -90,7 +90,26 @@ class Isomorphism:
         carried = {binding.index for row in self.bindings for binding in row if isinstance(binding, Carried)}
         if not carried:
             raise NotCarried(1, "no value is carried from block to block")
-        return self._ancestors(self._recurrent(carried))
+        body = self._ancestors(self._recurrent(carried))
+        return body - self._counters(body)
+
+    def _counters(self, body: set[int]) -> set[int]:
+        """Ops that hand on whole numbers or truth values which no real number decides: they stay outside, as operands.
+
+        Whole numbers among the states would be rounded where they are large.
+        """
+        carried = {b.index for index in body for b in self.bindings[index] if isinstance(b, Carried)}
+        reached = {index for index in carried if not self._is_whole(self.blocks.op(self.template, index))}
+        if not reached or reached == carried:
+            return set()
+        pending = True
+        while pending:
+            pending = False
+            for index in body - reached:
+                if any(isinstance(b, (Inside, Carried)) and b.index in reached for b in self.bindings[index]):
+                    reached.add(index)
+                    pending = True
+        return self._ancestors(carried - reached)
 
     def _recurrent(self, carried: set[int]) -> set[int]:
         """The carried values that the carried values themselves depend on; others only pass by."""
@@ -117,7 +136,8 @@ class Isomorphism:
         dependent: set[int] = set()
         for index in sorted(body):
             for binding in self.bindings[index]:
-                if isinstance(binding, Carried) or (isinstance(binding, Inside) and binding.index in dependent):
+                is_state = isinstance(binding, Carried) and binding.index in body
+                if is_state or (isinstance(binding, Inside) and binding.index in dependent):
                     dependent.add(index)
         return dependent
 
@@ -184,10 +204,7 @@ class Isomorphism:
 
     def may_be_head(self, index: int, read: Collection[int]) -> bool:
         """Whether an op reads any of the ops `read` or a state, and does no more than compute a known result."""
-        reads = any(
-            isinstance(binding, Carried) or (isinstance(binding, Inside) and binding.index in read)
-            for binding in self.bindings[index]
-        )
+        reads = any(isinstance(b, (Inside, Carried)) and b.index in read for b in self.bindings[index])
         column = self.blocks.column(index, self.length)
         known = self.blocks.sequence.value(column[0]) is not None
         return reads and known and not any(self._stays(node) or self._effect(node) for node in column)
@@ -279,6 +296,10 @@ class Isomorphism:
     def _is_tensor(self, node: fx.Node) -> bool:
         value = self.blocks.sequence.value(node)
         return value is None or isinstance(value, (torch.Tensor, tuple, list))
+
+    def _is_whole(self, node: fx.Node) -> bool:
+        value = self.blocks.sequence.value(node)
+        return isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex())
 
     def _is_floating(self, node: fx.Node) -> bool:
         value = self.blocks.sequence.value(node)

@@ -94,3 +94,63 @@ def test_flags_alone_are_no_chain() -> None:
     fast = pcr_fx.transform(Alone(), x)
     assert torch.equal(fast(x), Alone()(x))
     assert "no floating tensor" in str(fast.report)
+
+
+class Counted(nn.Module):
+    """A recurrence with a counter that it may read, before or after it counts."""
+
+    def __init__(self, reads: str) -> None:
+        super().__init__()
+        self.reads = reads
+        self.w = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # Of 32 bits, whole numbers are exact in double precision, and compared as such in kernels.
+        dtype = torch.int32 if self.reads == "compared" else torch.long
+        count, even = torch.zeros((), dtype=dtype), torch.ones(4, dtype=torch.bool)
+        for _ in range(LENGTH):
+            if self.reads == "after":
+                count = count + 1
+            if self.reads in ("before", "after"):
+                x = x + torch.sin(count.to(x.dtype))
+            x = torch.tanh(x @ self.w)
+            x = torch.where(even if self.reads != "compared" else count > 3, x, 0.9 * x)
+            even = ~even
+            if self.reads != "after":
+                count = count + 1
+        return x, count
+
+
+@pytest.mark.parametrize("reads", ["before", "after", "nothing", "compared"])
+@pytest.mark.parametrize("way", ["transform", "compile"])
+def test_what_no_real_number_decides_is_counted_outside(reads: str, way: str) -> None:
+    model, x = Counted(reads), torch.randn(3, 4, dtype=torch.float64)
+    options = {"solver": "sequential", "planning": "estimated"}
+    with interpreted():
+        if way == "transform":
+            fast: nn.Module = pcr_fx.transform(model, x, options=options)
+        else:
+            torch._dynamo.reset()
+            fast = torch.compile(model, backend="deeppcr", options={**options, "inner_backend": "eager"})
+        for _ in range(2):
+            got, expected = results(fast, x, [model.w]), results(model, x, [model.w])
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    report = pcr_fx.report(fast) if way == "transform" else pcr_fx.report()
+    (chain,) = report.to_dict()["chains"]
+    assert chain["length"] == LENGTH
+    assert chain["native_forward"] and chain["native_backward"], str(report)
+
+
+def test_whole_numbers_that_real_ones_decide_are_no_states() -> None:
+    class Refractory(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            rest = torch.zeros_like(x, dtype=torch.long)
+            for _ in range(LENGTH):
+                x = torch.where(rest > 0, 0.5 * x, x.sin() + 0.3)
+                rest = torch.where(x > 1, 3, rest - 1)
+            return x
+
+    fast, x = pcr_fx.transform(Refractory(), torch.randn(3, 4)), torch.randn(3, 4)
+    torch.testing.assert_close(fast(x), Refractory()(x))
+    (miss,) = fast.report.rejected
+    assert "no floating tensor but shape [3, 4] and torch.int64" in miss.reason

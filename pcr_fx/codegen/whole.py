@@ -131,9 +131,10 @@ class WholeNumbers:
         """Take note of an input, or one part of a result with several."""
         if node.op == "call_function":
             self.sizes[node] = self._magnitude(node.args[0])
-        elif node.meta["val"].dtype in SMALL:
-            dtype = node.meta["val"].dtype
-            self.sizes[node] = 1.0 if dtype == torch.bool else _largest(dtype)
+        elif (dtype := node.meta["val"].dtype) in WHOLE:
+            size = 1.0 if dtype == torch.bool else _largest(dtype)
+            if dtype in SMALL or size <= self.exact:
+                self.sizes[node] = size
 
     def kept(self, node: fx.Node, expression: Expression) -> Expression:
         """What an op computes, made what its dtype has."""
