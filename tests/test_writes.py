@@ -176,6 +176,13 @@ def masked(x: Tensor) -> Tensor:
     return h * x
 
 
+def masked_as_far_as_it_goes(x: Tensor) -> Tensor:
+    """What only takes its shape of the memory is no view of it."""
+    h = x.clone()
+    h[(x.sum(-1, keepdim=True) > 0).expand_as(h)] = 0.5
+    return h * x
+
+
 def of_other_types(x: Tensor) -> tuple[Tensor, Tensor]:
     counts, flags = torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.bool)
     for t in range(4):
@@ -221,6 +228,7 @@ def two_names(x: Tensor) -> list[Tensor]:
         slices,
         copies_of_what_was_written,
         masked,
+        masked_as_far_as_it_goes,
         of_other_types,
         by_whole_numbers,
     ],

@@ -284,6 +284,10 @@ def _aliases(node: fx.Node, same: Mapping[fx.Node, Sequence[fx.Node]]) -> set[fx
     return aliases
 
 
+# Methods whose second argument only says what shape or dtype the result has.
+_LIKE_ANOTHER = frozenset("expand_as reshape_as type_as view_as".split())
+
+
 def shared_inputs(node: fx.Node) -> list[fx.Node]:
     """The inputs whose memory the result may lie in."""
     if not node.op.startswith("call_") or is_fresh(node):
@@ -293,4 +297,6 @@ def shared_inputs(node: fx.Node) -> list[fx.Node]:
     if in_place and name not in RESHAPING_METHODS and node.args and isinstance(node.args[0], fx.Node):
         # What is written is copied from the other arguments.
         return [node.args[0]]
+    if node.op == "call_method" and name in _LIKE_ANOTHER and len(node.args) == 2:
+        return [one for one in node.args[:1] if isinstance(one, fx.Node)]
     return list(node.all_input_nodes)
