@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from pcr_fx.chain import NearMiss
-from pcr_fx.graphs.effects import writes
+from pcr_fx.graphs.effects import updates_statistics, writes
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.assembly import FoundChain, assemble_chain
 from pcr_fx.passes.bindings import Blocks, Broken, Carried, NotCarried, OpSequence, names_of
@@ -26,6 +26,7 @@ from pcr_fx.passes.describe import common_modules, describe_node, describe_sourc
 from pcr_fx.passes.isomorphism import Isomorphism
 from pcr_fx.passes.kinds import target_of
 from pcr_fx.passes.periods import Run, find_runs
+from pcr_fx.passes.statistics import update_apart
 from pcr_fx.passes.truths import carry_truths
 from pcr_fx.passes.varying_numbers import write_numbers_out
 
@@ -54,7 +55,7 @@ def find_chains(graph: fx.Graph, attributes: dict[str, Any], min_length: int, gu
 
     Args:
         graph: a normalised graph. Where a last block lacks what nobody reads of it, that is put into it; ops whose numbers change
-            from block to block are written out in others (`varying_numbers.py`).
+            from block to block are written out in others (`varying_numbers.py`), and running statistics updated apart.
         attributes: the value of each `get_attr` target.
         min_length: the fewest blocks worth a chain.
         guarded: whether the graph is only called with tensors of the sizes that it was captured with, where those are numbers.
@@ -62,7 +63,8 @@ def find_chains(graph: fx.Graph, attributes: dict[str, Any], min_length: int, gu
     detector = _Detector(OpSequence(graph, attributes), min_length)
     detection = detector.run()
     for _ in range(_MOST_WRITTEN):
-        if not write_numbers_out(list(detector.sequence.varying)):
+        is_written = write_numbers_out(list(detector.sequence.varying))
+        if not update_apart(detector.updating) and not is_written:
             break
         detector = _Detector(OpSequence(graph, attributes), min_length)
         detection = detector.run()
@@ -100,6 +102,8 @@ class _Detector:
         self.taken: list[_Taken] = []
         # Near misses by where they start and stop: a longer period may yet make a chain of the same ops.
         self.misses: dict[tuple[int, int], NearMiss] = {}
+        # Ops of blocks that are no chain because of the running statistics that they update.
+        self.updating: list[fx.Node] = []
 
     def run(self) -> Detection:
         kinds = [self.sequence.kinds.of(node) for node in self.sequence.ops]
@@ -231,6 +235,8 @@ class _Detector:
                 return
         else:
             reason = broken.reason
+            if broken.node is not None and updates_statistics(broken.node):
+                self.updating += filter(updates_statistics, blocks.ops(0, blocks.count))
         modules = blocks.modules(0, length if length >= 2 else blocks.count)
         self.misses[start, stop] = NearMiss(modules, reason, blocks.count, blocks.source())
 

@@ -189,10 +189,6 @@ NEGATIVE: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "random op alpha_drop",
     ),
     "noise": (lambda: Loop(linears(10), noisy), "random op bernoulli"),
-    "batch norm in training": (
-        lambda: sequence(*[[nn.Linear(4, 4), nn.BatchNorm1d(4)] for _ in range(10)]),
-        "mutation|statistics",
-    ),
     "written": (Written, "mutation"),
     "too short": (lambda: plain_mlp(5), "too short: 5 blocks, min_length=8"),
 }
