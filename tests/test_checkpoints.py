@@ -124,3 +124,19 @@ def test_a_compiler_behind_a_chain_computes_again_what_it_was_to() -> None:
     fast = torch.compile(model, backend="deeppcr", options=options)
     torch.testing.assert_close(gradients(model, fast, x), gradients(model, model, x), rtol=1e-11, atol=1e-11)
     assert kept == [True, True]
+
+
+@pytest.mark.parametrize("solver", ["sequential", "newton"])
+def test_gradients_of_gradients(solver: str) -> None:
+    """Checkpoints have hooks on saved tensors, which the transforms that second derivatives are made by do not allow."""
+    model, x = Model(STEPS["a whole block"]), torch.randn(3, 4, dtype=torch.float64)
+    fast = pcr_fx.transform(model, x, options={"solver": solver, "kernels": False})
+    results = []
+    for run in (fast, model):
+        given = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(run(given).square().sum(), given, create_graph=True)
+        results.append(
+            torch.autograd.grad(gradient.square().sum(), [given, *model.parameters()], materialize_grads=True)
+        )
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    assert len(fast.report.chains) == 1

@@ -206,6 +206,11 @@ def is_transformed() -> bool:
     )
 
 
+def allows_hooks() -> bool:
+    """Whether saved tensors may have hooks, as those of checkpoints do: function transforms of PyTorch's allow none."""
+    return not get_interpreter_stack()
+
+
 def wants_every_op() -> bool:
     """Whether something looks on that has to see each op of the model: counts them, or writes them down for another process.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pcr_fx.body.isolation import is_transformed, wants_every_op
+from pcr_fx.body.isolation import allows_hooks, is_transformed, wants_every_op
 from pcr_fx.body.reals import to_complex, to_real
 from pcr_fx.chain import Chain
 from pcr_fx.solvers import blocks
@@ -115,5 +115,7 @@ def evaluate(
 
 def _run(chain: Chain, block: Callable[..., Any], *tensors: Any) -> Any:
     """One block; what lies between its states is let go if the model's author wanted that."""
-    is_kept = not chain.is_checkpoint or not torch.is_grad_enabled() or is_transformed() or wants_every_op()
-    return block(*tensors) if is_kept else checkpoint(block, *tensors, use_reentrant=False, preserve_rng_state=False)
+    is_plain = torch.is_grad_enabled() and allows_hooks() and not is_transformed() and not wants_every_op()
+    if not chain.is_checkpoint or not is_plain:
+        return block(*tensors)
+    return checkpoint(block, *tensors, use_reentrant=False, preserve_rng_state=False)
