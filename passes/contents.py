@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections import deque
+import operator
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,9 +49,27 @@ def copies_of(value: Any) -> list[tuple[Any, Any]]:
 
 
 def put_back(container: Any, copy: Any) -> None:
-    """Have a container hold again what its copy holds."""
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(copy)
+    """Have a container hold again what its copy holds, past methods of its own, which may refuse to be written to."""
+    if _holds_the_same(container, copy):
+        return
+    kind: Any = next(one for one in (list, deque, set, OrderedDict, dict) if isinstance(container, one))
+    kind.clear(container)
+    if isinstance(container, dict):
+        for key, value in copy.items():
+            kind.__setitem__(container, key, value)
+    elif isinstance(container, set):
+        set.update(container, copy)
+    else:
+        kind.extend(container, copy)
+
+
+def _holds_the_same(container: Any, copy: Any) -> bool:
+    """Whether there are the same objects in the same order."""
+    if isinstance(container, dict):
+        return list(dict.keys(container)) == list(copy) and all(
+            map(operator.is_, dict.values(container), copy.values())
+        )
+    return len(container) == len(copy) and all(map(operator.is_, container, copy))
 
 
 def only_grew(container: Any, copy: Any, evolves: Callable[[Any], bool]) -> bool:

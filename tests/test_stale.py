@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -646,3 +647,30 @@ def test_a_model_of_which_each_call_would_be_traced_anew_runs_as_it_was_written(
     assert_follows(fast, model)
     assert len(fast._pcr_variants) == 1
     assert any("traced anew" in note for note in fast.report.notes)
+
+
+class Frozen(OrderedDict[str, float]):
+    """A configuration that refuses to be written to, as diffusers' is."""
+
+    def __setitem__(self, *_: Any) -> None:
+        raise TypeError("it is frozen")
+
+    clear = update = __setitem__  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: Any) -> Frozen:
+        return self
+
+
+def test_a_container_that_refuses_writes_is_left_as_it_is() -> None:
+    settings = Frozen()
+    OrderedDict.__setitem__(settings, "rate", 2.0)
+
+    def ask(self: Any, x: Tensor) -> float:
+        return self.settings["rate"]
+
+    model = Asking(ask)
+    model.settings = settings
+    fast, model = pair(model)
+    assert_follows(fast, model)
+    OrderedDict.__setitem__(settings, "rate", 3.0)
+    assert_follows(fast, model)
