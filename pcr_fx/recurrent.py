@@ -17,6 +17,7 @@ from pcr_fx.body.isolation import is_plain_call, is_undisturbed
 from pcr_fx.chain import Chain, Leaving, Origin
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
+from pcr_fx.planner.rounds import once
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,12 @@ CELLS = {
 # Numbers of steps that a network has chains for: each is traced and measured, and who has more is served by the op itself.
 _LENGTHS = 8
 _DTYPES = (torch.float32, torch.float64)
-# Sizes of which it is remembered that PyTorch's op is the fastest for them.
+# Sizes of which it is remembered what is the fastest for them.
 _LOOKS = 256
-# Every so many calls it is asked again.
-_AGAIN = 16
+# After so many calls it is asked again, and each time after four times as many as the time before.
+_AGAIN, _RARER = 16, 4
+# Calls of either, which take turns; and what chains have to gain.
+_ROUNDS, _WORTHWHILE = 5, 0.95
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,21 @@ class OwnOp:
         flags = self.form.has_biases, 1, 0.0, self.form.training, False, False
         steps, _, *cells = self.form.op(operands[0], given if len(given) > 1 else given[0], list(shared), *flags)
         return steps, *(one[0] for one in cells)
+
+
+@dataclass
+class Known:
+    """What was found out of calls that look alike.
+
+    Attributes:
+        alone: whether PyTorch's op for the whole network is the fastest.
+        until: the call at which that is asked again.
+        times: how often it was asked.
+    """
+
+    alone: bool
+    until: int
+    times: int
 
 
 class Layer:
@@ -171,28 +189,61 @@ class Recurrent(nn.Module):
         ]
         for layer in self.layers:
             layer.node(length)
-        # Looks of calls that PyTorch's op is the fastest for.
-        self._alone: set[Any] = set()
+        self._known: dict[Any, Known] = {}
         self._calls = 0
 
     def forward(self, x: Tensor, hx: Any, weights: Sequence[Tensor]) -> Any:
         if not self._may_be_chains(x, hx):
             return self.form.run(x, hx, weights)
         look = x.shape, x.device, x.dtype, torch.is_grad_enabled()
-        # Now and then layers are called one by one all the same, which are watched, and may find themselves faster by now.
         self._calls += 1
-        if look in self._alone and (self._calls % _AGAIN or not is_undisturbed()):
+        # In a checkpoint, which compares what is saved, the way stays what it is.
+        known, may_change = self._known.get(look), is_undisturbed()
+        is_due = may_change and (known is None or self._calls >= known.until)
+        if known is not None and known.alone and not is_due:
             return self.form.run(x, hx, weights)
         every = [layer.node(self._steps(x)) for layer in self.layers]
         nodes = [node for node in every if node is not None]
         if len(nodes) < len(every):
             return self.form.run(x, hx, weights)
         found = self._by_layers(x, hx, weights, nodes)
-        # In a checkpoint, which compares what is saved, the way stays what it is.
-        if is_undisturbed():
-            others = [one for one in self._alone if one != look][:_LOOKS]
-            self._alone = {look, *others} if all(node.record.left_alone for node in nodes) else set(others)
+        if is_due:
+            self._note(look, self._is_faster_alone(x, hx, weights, nodes))
         return found
+
+    def _note(self, look: Any, alone: bool) -> None:
+        known = self._known.get(look)
+        times = 0 if known is None else known.times + 1
+        others = [(key, one) for key, one in self._known.items() if key != look][: _LOOKS - 1]
+        self._known = {look: Known(alone, self._calls + _AGAIN * _RARER**times, times), **dict(others)}
+
+    def _is_faster_alone(self, x: Tensor, hx: Any, weights: Sequence[Tensor], nodes: Sequence[SolveNode]) -> bool:
+        """Whether PyTorch's op for the whole network is no slower than its layers: what lies between their chains counts, too.
+
+        A call of either is timed, with its backward where gradients are on.
+        """
+        records = [node.record for node in nodes]
+        if all(record.left_alone for record in records):
+            return True
+        if self.options.solver != "auto" or self.options.planning != "measured":
+            return False
+        own = [
+            one.detach().requires_grad_(one.requires_grad and torch.is_grad_enabled())
+            for one in (x, *_states_in(hx), *weights)
+        ]
+        runs: dict[bool, Callable[..., Any]] = {
+            True: self.form.run,
+            False: functools.partial(self._by_layers, nodes=nodes),
+        }
+        taken = dict.fromkeys(runs, math.inf)
+        with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+            for _ in range(_ROUNDS):
+                for alone, run in runs.items():
+                    taken[alone] = min(taken[alone], once(functools.partial(_call, run, own, hx), x.device))
+        alone = taken[False] > _WORTHWHILE * taken[True]
+        for record in records:
+            record.left_alone |= alone
+        return alone
 
     def _steps(self, x: Tensor) -> int:
         return x.shape[int(self.form.batch_first)]
@@ -202,16 +253,16 @@ class Recurrent(nn.Module):
         if not is_plain_call() or x.dim() != 3 or x.dtype not in _DTYPES or not math.prod(x.shape):
             return False
         batch = x.shape[1 - int(self.form.batch_first)]
-        given = (hx,) if self.form.cell.states == 1 else tuple(hx)
         fits = all(
-            one.dim() == 3 and one.shape[:2] == (len(self.layers), batch) and one.dtype == x.dtype for one in given
+            one.dim() == 3 and one.shape[:2] == (len(self.layers), batch) and one.dtype == x.dtype
+            for one in _states_in(hx)
         )
         return fits and self._steps(x) >= self.options.min_length
 
     def _by_layers(self, x: Tensor, hx: Any, weights: Sequence[Tensor], nodes: Sequence[SolveNode]) -> Any:
         form = self.form
         steps = x.transpose(0, 1).contiguous() if form.batch_first else x
-        given = (hx,) if form.cell.states == 1 else hx
+        given = _states_in(hx)
         last: list[list[Tensor]] = [[] for _ in given]
         for first in range(0, len(nodes), form.directions):
             outputs = []
@@ -227,6 +278,22 @@ class Recurrent(nn.Module):
             if form.training and form.dropout and first + form.directions < len(nodes):
                 steps = F.dropout(steps, form.dropout)
         return (steps.transpose(0, 1) if form.batch_first else steps), *map(torch.stack, last)
+
+
+def _states_in(hx: Any) -> tuple[Tensor, ...]:
+    """The states of all layers as PyTorch's op takes them, of which a cell of one has no tuple."""
+    return (hx,) if isinstance(hx, Tensor) else tuple(hx)
+
+
+def _call(run: Callable[..., Any], given: Sequence[Tensor], hx: Any) -> None:
+    """A call of a network, and its backward if anything asks for gradients."""
+    x, states, weights = given[0], given[1 : 1 + len(_states_in(hx))], given[1 + len(_states_in(hx)) :]
+    results = [
+        one for one in run(x, states[0] if isinstance(hx, Tensor) else tuple(states), weights) if one.requires_grad
+    ]
+    leaves = [one for one in given if one.requires_grad]
+    if results and leaves:
+        torch.autograd.grad(results, leaves, [torch.ones_like(one) for one in results], allow_unused=True)
 
 
 def _named(origin: Origin, form: Form, index: int) -> Origin:

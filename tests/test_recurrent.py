@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from planner_cases import rigged
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import pcr_fx
 from pcr_fx import recurrent
 from pcr_fx.errors import CaptureError
+from pcr_fx.planner import plan
 
 # Block by block in PyTorch's ops: nothing is compiled.
 IN_OPS = {"solver": "sequential", "kernels": False}
@@ -116,6 +118,30 @@ def test_what_is_no_faster_as_a_chain_stays_one_op() -> None:
         results, expected = tensors_in(fast(x)), tensors_in(module(x))
         assert all(torch.equal(got, one) for got, one in zip(results, expected, strict=True))
     assert all(chain["left_alone"] for chain in fast.report.to_dict()["chains"])
+
+
+@pytest.mark.parametrize("gains", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_lies_between_chains_counts(gains: bool, training: bool, plan_cache: Any, monkeypatch: Any) -> None:
+    """Its own chains are faster than PyTorch's op for each; whether that pays is found out by calling all of it."""
+    measured, _ = rigged(forward_eager=2.0, forward_sequential=1.0, backward_eager=2.0, backward_sequential=1.0)
+    monkeypatch.setattr(plan, "measure", measured)
+    called: list[bool] = []
+
+    def timed(run: Any, device: Any) -> float:
+        run()
+        called.append(run.args[0] == form.run)
+        return 1.0 if called[-1] == gains else 0.5
+
+    module, x = nn.LSTM(3, 4, num_layers=2, dropout=0.5), torch.randn(12, 2, 3)
+    fast = pcr_fx.transform(module.train(training), example_inputs=x, options={"kernels": False})
+    form = next(one.form for one in fast._pcr_variants[0].run.modules() if isinstance(one, recurrent.Recurrent))
+    monkeypatch.setattr(recurrent, "once", timed)
+    for _ in range(3):
+        results, expected = (all_of(run, (x,), list(module.parameters())) for run in (fast, module))
+        torch.testing.assert_close(results, expected)
+    assert called == [True, False] * 5
+    assert [chain["left_alone"] for chain in fast.report.to_dict()["chains"]] == [not gains] * 2
 
 
 def test_other_lengths_are_other_chains_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
