@@ -1,5 +1,6 @@
 """Functions with derivatives of their own within blocks: their backward is what is computed, by any solver and either way in."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -245,3 +246,59 @@ def test_functions_that_differ_in_their_backward_alone() -> None:
         parameters = list(model.parameters())
         wanted = gradients(model, parameters, example())
         torch.testing.assert_close(gradients(fast, parameters, example()), wanted, rtol=1e-12, atol=1e-12)
+
+
+class Partly(nn.Module):
+    """Blocks of which a part may lie in `no_grad`: the forward is the same, and the gradients are not."""
+
+    def __init__(self, switch: Callable[[], Any]) -> None:
+        super().__init__()
+        self.switch = switch
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(12))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = []
+        for layer in self.layers:
+            with self.switch():
+                y = 0.5 * torch.sin(x)
+            x = torch.tanh(layer(x)) + y
+            outputs.append(x.sum(-1) * y[:, 0])
+        return x, torch.stack(outputs)
+
+
+@pytest.mark.parametrize("solver", ["sequential", "newton"])
+def test_blocks_that_differ_in_a_mode_alone_are_not_taken_for_each_other(solver: str) -> None:
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    kept = []  # what is known of the first one is known when the second is made
+    for switch in (contextlib.nullcontext, torch.no_grad, contextlib.nullcontext):
+        torch.manual_seed(0)
+        model = Partly(switch).double()
+        fast = pcr_fx.transform(model, x, {"solver": solver, "kernels": False})
+        kept.append(fast)
+        for results in (0, 1):
+            got, expected = (
+                torch.autograd.grad(run(x)[results].sum(), [x, *model.parameters()]) for run in (fast, model)
+            )
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_first_call_without_gradients_says_nothing_of_those_of_a_transformed_step() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 1, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight
+            for _ in range(9):
+                weight = weight - 0.1 * torch.func.grad(lambda w: (x @ w).square().mean())(weight)
+            return weight.sum()
+
+    torch._dynamo.reset()
+    model, x = Inner(), torch.randn(6, 4, dtype=torch.float64)
+    fast = torch.compile(model, backend="deeppcr", options={"kernels": False, "inner_backend": "eager"})
+    with torch.no_grad():
+        fast(x)
+    got, expected = (torch.autograd.grad(run(x), model.weight)[0] for run in (fast, model))
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    assert [chain["length"] for chain in pcr_fx.report().to_dict()["chains"]] == [9]

@@ -28,7 +28,7 @@ from pcr_fx.call import Call
 from pcr_fx.chain import Chain
 from pcr_fx.errors import BodyError, is_out_of_memory
 from pcr_fx.graphs.nodes import qualified_name
-from pcr_fx.graphs.parts import holds_derivatives
+from pcr_fx.graphs.parts import shows_pullback
 from pcr_fx.registry import Registry
 
 
@@ -251,7 +251,7 @@ def block_key(chain: Chain, signature: Signature, block: fx.GraphModule) -> str 
     Args:
         block: as `trace_block` makes it.
     """
-    if holds_derivatives(chain.body.graph):  # the block does not show its pullback
+    if not shows_pullback(chain.body.graph):
         return None
     any_number = replace(chain, length=1, literals=tuple((0.0,) for _ in chain.literals))
     return _content_key(any_number, signature, {"block": block})
@@ -271,7 +271,7 @@ def build_program(
         BodyError: the block is random, mutates, changes the shape or dtype of its state, or cannot be traced.
     """
     block = block or trace_block(chain, signature)
-    if holds_derivatives(chain.body.graph):  # the block does not show its pullback
+    if not shows_pullback(chain.body.graph):
         return _program_for(chain, signature, block, most_batch_dims)
     same_block = _content_key(chain, (signature, most_batch_dims), {"block": block})
     program = _of_block.get(same_block)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from pcr_fx.graphs.nodes import hashable
+from pcr_fx.graphs.nodes import hashable, op_name
 from pcr_fx.registry import Registry
 
 
@@ -234,6 +234,17 @@ def holds_derivatives(graph: fx.Graph) -> bool:
     """Whether any op is a function with a derivative of its own, or is made of such."""
     targets = [node.target for node in graph.nodes if isinstance(node.target, Part)]
     return any(isinstance(one, OwnDerivative | OwnFunction) or holds_derivatives(one.graph.graph) for one in targets)
+
+
+def shows_pullback(graph: fx.Graph) -> bool:
+    """Whether the ops of a graph say what its cotangents are: no function brings a derivative, and none is cut off by a mode."""
+    parts = [node.target for node in graph.nodes if isinstance(node.target, Part)]
+    switches = any(node.op == "call_function" and op_name(node) == "set_grad_enabled" for node in graph.nodes)
+    return not (
+        switches
+        or holds_derivatives(graph)
+        or any(not one.with_gradients or not shows_pullback(one.graph.graph) for one in parts)
+    )
 
 
 def content_of(graph: fx.Graph) -> Hashable:
