@@ -23,10 +23,16 @@ class Denoiser(nn.Module):
         return self.outer(F.silu(self.inner(x) + self.time(t)))
 
 
-def _scheduler(name: str) -> Made:
+def _scheduler(name: str, counts: bool) -> Made:
+    """
+    Args:
+        counts: whether it counts its steps, and has to be set back before each call.
+    """
     import diffusers
 
     def run(self: Any, x: Tensor) -> Tensor:
+        if counts:
+            self.scheduler.set_timesteps(_SIGMAS)
         for t in self.scheduler.timesteps:
             scaled = self.scheduler.scale_model_input(x, t)
             x = self.scheduler.step(self.denoiser(scaled, t.long()), t, x).prev_sample
@@ -37,8 +43,9 @@ def _scheduler(name: str) -> Made:
     return Calling(run, denoiser=Denoiser(), scheduler=scheduler), (torch.randn(4, 8),)
 
 
-for _name in ("DDIM", "DDPM", "EulerDiscrete", "DPMSolverMultistep"):
-    exhibit(f"diffusers.{_name}Scheduler", _SIGMAS - 5, "diffusers")(partial(_scheduler, f"{_name}Scheduler"))
+for _name, _counts in {"DDIM": False, "DDPM": False, "EulerDiscrete": True, "DPMSolverMultistep": True}.items():
+    _title = f"{_name}Scheduler"
+    exhibit(f"diffusers.{_title}", _SIGMAS - 5, "diffusers")(partial(_scheduler, _title, _counts))
 
 
 def _sampler(run: Any) -> Made:
