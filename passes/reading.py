@@ -430,8 +430,8 @@ def _spec(tensor: Tensor | Part) -> Any:
 
 def form_of(tensor: Tensor | Part) -> tuple[Any, ...]:
     """All that can be asked of a tensor's memory: shape, dtype, device and strides, or what it has in place of these."""
-    if isinstance(tensor, Part):  # they lie one behind the other
-        return tensor.shape, tensor.dtype, tensor.device
+    if isinstance(tensor, Part):
+        return tensor.shape, tensor.dtype, tensor.device, tensor.holder[tensor.name].stride()[1:]
     strides = tensor.stride() if tensor.layout is torch.strided else tensor.layout
     return tensor.shape, tensor.dtype, tensor.device, strides
 

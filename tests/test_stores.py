@@ -105,6 +105,7 @@ def test_what_is_stored_is_stored_at_each_call(name: str, pack: bool) -> None:
         torch.testing.assert_close(fast(inputs(batch)), model(inputs(batch)))
         torch.testing.assert_close(found(fast), found(model))
     assert fast.report.chains and not fast.report.notes
+    assert len(fast._pcr_variants) <= 3  # one before there is anything stored, and one for each batch size
 
 
 def test_gradients_of_what_is_stored() -> None:

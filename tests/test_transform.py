@@ -170,20 +170,12 @@ def test_functions_with_derivatives_of_their_own_that_do_more_are_refused_by_nam
     assert torch.autograd.Function.__dict__["apply"] is apply
 
 
-@pytest.mark.parametrize(
-    "blocks_and_reason",
-    [
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), "batch_norm"),
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(0.5)), "random op alpha_dropout"),
-    ],
-)
-def test_what_cannot_be_a_chain_runs_as_it_was(blocks_and_reason) -> None:
-    make, reason = blocks_and_reason
-    model = nn.Sequential(*(make() for _ in range(10))).double()
+def test_what_cannot_be_a_chain_runs_as_it_was() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.AlphaDropout(0.5)) for _ in range(10))).double()
     twin, x = copy.deepcopy(model), torch.randn(6, 4, dtype=torch.float64)
     fast = pcr_fx.transform(model, x, NEWTON)
     assert not fast.report.chains
-    assert reason in str(fast.report)
+    assert "random op alpha_dropout" in str(fast.report)
     torch.manual_seed(3)
     got = fast(x)
     torch.manual_seed(3)
