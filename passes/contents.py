@@ -65,11 +65,12 @@ def put_back(container: Any, copy: Any) -> None:
 
 def _holds_the_same(container: Any, copy: Any) -> bool:
     """Whether there are the same objects in the same order."""
+    if len(container) != len(copy):
+        return False
     if isinstance(container, dict):
-        return list(dict.keys(container)) == list(copy) and all(
-            map(operator.is_, dict.values(container), copy.values())
-        )
-    return len(container) == len(copy) and all(map(operator.is_, container, copy))
+        pairs = zip(dict.items(container), copy.items(), strict=True)
+        return all(key is other and value is known for (key, value), (other, known) in pairs)
+    return all(map(operator.is_, container, copy))
 
 
 def only_grew(container: Any, copy: Any, evolves: Callable[[Any], bool]) -> bool:

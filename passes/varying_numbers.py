@@ -108,56 +108,65 @@ def _lerp(write: _Writer, node: fx.Node) -> fx.Node | None:
     start, end, weight = _given(node, "input", "end", "weight")
     if not _is_number(weight):
         return None
-    return write(operator.add, start, write(operator.mul, write(operator.sub, end, start), weight))
+    # As PyTorch has it, from the nearer end: so both are what they are at their own weight, however large the other one.
+    share = write(operator.mul, write(torch.ones_like, start), weight)
+    change = write(operator.sub, end, start)
+    from_start = write(operator.add, start, write(operator.mul, change, share))
+    from_end = write(operator.sub, end, write(operator.mul, change, write(operator.sub, 1, share)))
+    return write(torch.where, write(operator.lt, write(torch.abs, share), 0.5), from_start, from_end)
 
 
 def _full_like(write: _Writer, node: fx.Node) -> fx.Node | None:
     like, value = _given(node, "input", "fill_value")
     if set(node.kwargs) - {"input", "fill_value"} or not _is_number(value):
         return None
-    return write(operator.add, write(torch.zeros_like, like), value)
+    return write(operator.mul, write(torch.ones_like, like), value)
 
 
 def _new_full(write: _Writer, node: fx.Node) -> fx.Node | None:
     like, size, value = _given(node, "input", "size", "fill_value")
     if node.op != "call_method" or len(node.args) != 3 or node.kwargs or not _is_number(value):
         return None
-    return write(operator.add, write(torch.Tensor.new_zeros, like, size), value)
+    return write(operator.mul, write(torch.Tensor.new_ones, like, size), value)
 
 
 # --- choices ---------------------------------------------------------------------------------------------------------------
 
 
-def _bounded(write: _Writer, x: fx.Node, low: Any, high: Any, beyond: tuple[Any, Any]) -> fx.Node | None:
+def _clamped(write: _Writer, x: fx.Node, low: Any, high: Any) -> fx.Node | None:
+    """The derivative at a bound is that within; NaN lies on neither side, is kept, and has none."""
     if not all(bound is None or _is_number(bound) for bound in (low, high)):
         return None
-    for bound, is_beyond in zip((low, high), beyond, strict=True):
+    for bound, is_within, is_beyond in ((low, operator.ge, operator.lt), (high, operator.le, operator.gt)):
         if bound is not None:
-            x = write(torch.where, write(is_beyond, x, bound), bound, x)
+            fixed = write(torch.where, write(is_beyond, x, bound), bound, write(torch.Tensor.detach, x))
+            x = write(torch.where, write(is_within, x, bound), x, fixed)
     return x
 
 
 def _clamp(write: _Writer, node: fx.Node) -> fx.Node | None:
-    """The derivative at a bound is that within."""
     x, low, high = _given(node, "input", "min", "max")
-    return _bounded(write, x, low, high, (operator.lt, operator.gt))
+    return _clamped(write, x, low, high)
 
 
 def _clamp_min(write: _Writer, node: fx.Node) -> fx.Node | None:
     x, low = _given(node, "input", "min")
-    return _bounded(write, x, low, None, (operator.lt, operator.gt))
+    return _clamped(write, x, low, None)
 
 
 def _clamp_max(write: _Writer, node: fx.Node) -> fx.Node | None:
     x, high = _given(node, "input", "max")
-    return _bounded(write, x, None, high, (operator.lt, operator.gt))
+    return _clamped(write, x, None, high)
 
 
 def _hardtanh(write: _Writer, node: fx.Node) -> fx.Node | None:
-    """The derivative at a bound is that beyond."""
+    """The derivative at a bound is that beyond; that of NaN is that within."""
     x, low, high = _given(node, "input", "min_val", "max_val")
     low, high = -1.0 if low is None else low, 1.0 if high is None else high
-    return _bounded(write, x, low, high, (operator.le, operator.ge))
+    if not _is_number(low) or not _is_number(high):
+        return None
+    x = write(torch.where, write(operator.le, x, low), low, x)
+    return write(torch.where, write(operator.ge, x, high), high, x)
 
 
 def _masked_fill(write: _Writer, node: fx.Node) -> fx.Node | None:
@@ -183,8 +192,9 @@ def _elu(write: _Writer, node: fx.Node) -> fx.Node | None:
     x, alpha = _given(node, "input", "alpha")
     if not _is_number(alpha):
         return None
-    below = write(operator.mul, write(torch.expm1, write(torch.clamp_max, x, 0.0)), alpha)
-    return write(torch.where, write(operator.gt, x, 0), x, below)
+    is_below = write(operator.le, x, 0)
+    below = write(torch.expm1, write(torch.where, is_below, x, 0.0))  # no infinity where it is not chosen
+    return write(torch.where, is_below, write(operator.mul, below, alpha), x)
 
 
 def _softplus(write: _Writer, node: fx.Node) -> fx.Node | None:

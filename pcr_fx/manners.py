@@ -10,12 +10,14 @@ import enum
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pcr_fx.operands import Given, Operand, first_part, parts_of, stacked
 from pcr_fx.planner import Choice
+from pcr_fx.planner.rounds import least_in_turn
 from pcr_fx.ways import EAGER
 
 # Scalar operations of a block's outputs, over all samples, below which a sweep is fastest in any case.
@@ -37,7 +39,9 @@ class Manner(enum.Enum):
 Run = Callable[[Given], Sequence[Tensor | list[Tensor]]]
 
 
-def fastest_manner(manners: Mapping[Manner, Run], as_written: Run, given: Given, choice: Choice) -> Manner:
+def fastest_manner(
+    manners: Mapping[Manner, Run], as_written: Run, given: Given, choice: Choice, budget: float
+) -> Manner:
     """The manner that takes the least time: a forward, and its backward where gradients are on.
 
     Args:
@@ -45,17 +49,16 @@ def fastest_manner(manners: Mapping[Manner, Run], as_written: Run, given: Given,
         as_written: called only where these take longer than what was measured of the model's own ops, which is without outputs.
         given: what a call was given.
         choice: of the chain's ways.
+        budget: seconds after which no further round begins.
     """
     own = _apart(given)
-    taken = {manner: math.inf for manner in manners}
-    for _ in range(_ROUNDS):
-        for manner, run in manners.items():
-            taken[manner] = min(taken[manner], _seconds(run, own))
+    taken = least_in_turn({manner: partial(_seconds, run, own) for manner, run in manners.items()}, _ROUNDS, budget)
     fastest = min(taken, key=taken.__getitem__)
     if taken[fastest] > _WORTHWHILE * _without_outputs(choice):
-        seconds = min(_seconds(as_written, own) for _ in range(_ROUNDS - 1))
-        if taken[fastest] > _WORTHWHILE * seconds:
-            return Manner.AS_WRITTEN
+        manner = Manner.AS_WRITTEN
+        written = least_in_turn({manner: partial(_seconds, as_written, own)}, _ROUNDS - 1, budget)
+        if taken[fastest] > _WORTHWHILE * written[manner]:
+            return manner
     return fastest
 
 

@@ -222,7 +222,7 @@ class SolveNode(nn.Module):
         manners: dict[Manner, Any] = {Manner.BEHIND: computed_behind}
         if sweep is not None:
             manners[Manner.SWEPT] = partial(self._swept, sweep, route)
-        return fastest_manner(manners, self.as_written, given, choice)
+        return fastest_manner(manners, self.as_written, given, choice, self.options.planning_budget)
 
     def placed(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What leaves the chain, `[L, ...]` where it is whole, in the places that it is to have."""

@@ -17,7 +17,7 @@ from pcr_fx.body.isolation import is_plain_call, is_undisturbed
 from pcr_fx.chain import Chain, Leaving, Origin
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
-from pcr_fx.planner.rounds import once
+from pcr_fx.planner.rounds import least_in_turn, once
 
 
 @dataclass(frozen=True)
@@ -235,11 +235,12 @@ class Recurrent(nn.Module):
             True: self.form.run,
             False: functools.partial(self._by_layers, nodes=nodes),
         }
-        taken = dict.fromkeys(runs, math.inf)
+        timed = {
+            alone: functools.partial(once, functools.partial(_call, run, own, hx), x.device)
+            for alone, run in runs.items()
+        }
         with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-            for _ in range(_ROUNDS):
-                for alone, run in runs.items():
-                    taken[alone] = min(taken[alone], once(functools.partial(_call, run, own, hx), x.device))
+            taken = least_in_turn(timed, _ROUNDS, self.options.planning_budget)
         alone = taken[False] > _WORTHWHILE * taken[True]
         for record in records:
             record.left_alone |= alone

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from comparison import value_and_gradients
 from torch import Tensor, nn
 
 import pcr_fx
@@ -73,11 +74,7 @@ BLOCKS: dict[str, Callable[..., Tensor]] = {
 
 
 def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
-    x = x.clone().requires_grad_()
-    y = model(x)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    inputs = [x, *model.parameters()]
-    return [y, *torch.autograd.grad((weights * y).sum(), inputs, materialize_grads=True, allow_unused=True)]
+    return value_and_gradients(model, list(model.parameters()), x)
 
 
 @pytest.mark.parametrize("name", BLOCKS)

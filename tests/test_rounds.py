@@ -9,7 +9,7 @@ from planner_cases import Net, in_ops
 
 import pcr_fx
 from pcr_fx.planner import measure, plan, rounds
-from pcr_fx.planner.rounds import Entrant, Series, along, compete
+from pcr_fx.planner.rounds import Entrant, Series, along, compete, least_in_turn
 from pcr_fx.planner.watch import BETWEEN, CALLS, Watch
 from pcr_fx.targets.cpp import threads
 
@@ -155,6 +155,16 @@ def test_calls_that_take_another_time_than_was_measured_are_measured_anew(
         for _ in range(2 * CALLS):
             torch.testing.assert_close(fast(x), model(x))
     assert len(calls) == 1
+
+
+def test_no_round_begins_behind_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    calls = {
+        name: clock.entrant(name, lambda _, n, step=step: step / n).make(LENGTH) for name, step in (("a", 4), ("b", 2))
+    }
+    timed = {name: lambda name=name: calls[name]()[name] for name in calls}
+    assert least_in_turn(timed, 3, 100.0) == {"a": 4 / 3, "b": 2 / 3}
+    assert least_in_turn(timed, 3, 1e-3) == {"a": 4 / 4, "b": 2 / 4}  # one in any case
 
 
 @pytest.mark.parametrize("factor", [200.0, 0.005])

@@ -1,7 +1,10 @@
 """Truth values that are carried from block to block: done flags, refractory neurons."""
 
+from typing import Any
+
 import pytest
 import torch
+from comparison import chains_of, rewritten
 from fuzz.interpreted import interpreted
 from torch import Tensor, nn
 
@@ -44,41 +47,36 @@ def results(model: nn.Module, x: Tensor, parameters: list[nn.Parameter]) -> list
     return [y, done, *torch.autograd.grad((weights * y).sum(), [x, *parameters])]
 
 
-def check(model: Episodes, way: str, options: dict[str, object]) -> pcr_fx.RewriteReport:
+def check(model: Episodes, way: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chains of a model that computes what it should, by one of the ways in."""
     x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     parameters = list(model.parameters())
-    if way == "transform":
-        fast: nn.Module = pcr_fx.transform(model, x, options=options)
-    else:
-        torch._dynamo.reset()
-        fast = torch.compile(model, backend="deeppcr", options={**options, "inner_backend": "eager"})
+    fast = rewritten(model, x, way, options)
     expected = results(model, x, parameters)
     assert 0 < expected[1].sum() < expected[1].numel()
     for _ in range(2):
         torch.testing.assert_close(results(fast, x, parameters), expected, rtol=1e-10, atol=1e-10)
-    return pcr_fx.report(fast) if way == "transform" else pcr_fx.report()
+    return chains_of(fast)
 
 
 @pytest.mark.parametrize("what", ["last", "all", "rows", "first"])
 @pytest.mark.parametrize("way", ["transform", "compile"])
 def test_flags_are_carried_in_kernels(what: str, way: str) -> None:
     with interpreted():
-        report = check(Episodes(what), way, {"solver": "sequential", "planning": "estimated"})
-    (chain,) = report.to_dict()["chains"]
+        (chain,) = check(Episodes(what), way, {"solver": "sequential", "planning": "estimated"})
     assert chain["length"] == LENGTH - (what == "first")  # where the last block does without a flag
-    assert chain["native_forward"] and chain["native_backward"], str(report)
+    assert chain["native_forward"] and chain["native_backward"], chain["reason"]
 
 
 @pytest.mark.parametrize("solver", ["newton", "quasi-newton", "jacobi"])
 def test_flags_are_carried_by_other_solvers(solver: str) -> None:
-    report = check(Episodes("all", "a buffer"), "transform", {"solver": solver, "kernels": False})
-    (chain,) = report.to_dict()["chains"]
+    (chain,) = check(Episodes("all", "a buffer"), "transform", {"solver": solver, "kernels": False})
     assert (chain["length"], chain["fallbacks"]) == (LENGTH, 0)
 
 
 @pytest.mark.usefixtures("kernel_cache")
 def test_flags_are_carried_by_native_code() -> None:
-    (chain,) = check(Episodes("last", "a buffer"), "transform", {"planning": "estimated"}).to_dict()["chains"]
+    (chain,) = check(Episodes("last", "a buffer"), "transform", {"planning": "estimated"})
     assert chain["native_forward"] and chain["native_backward"]
 
 
@@ -127,18 +125,13 @@ def test_what_no_real_number_decides_is_counted_outside(reads: str, way: str) ->
     model, x = Counted(reads), torch.randn(3, 4, dtype=torch.float64)
     options = {"solver": "sequential", "planning": "estimated"}
     with interpreted():
-        if way == "transform":
-            fast: nn.Module = pcr_fx.transform(model, x, options=options)
-        else:
-            torch._dynamo.reset()
-            fast = torch.compile(model, backend="deeppcr", options={**options, "inner_backend": "eager"})
+        fast = rewritten(model, x, way, options)
         for _ in range(2):
             got, expected = results(fast, x, [model.w]), results(model, x, [model.w])
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
-    report = pcr_fx.report(fast) if way == "transform" else pcr_fx.report()
-    (chain,) = report.to_dict()["chains"]
+    (chain,) = chains_of(fast)
     assert chain["length"] == LENGTH
-    assert chain["native_forward"] and chain["native_backward"], str(report)
+    assert chain["native_forward"] and chain["native_backward"], chain["reason"]
 
 
 def test_whole_numbers_that_real_ones_decide_are_no_states() -> None:

@@ -48,6 +48,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "of reals": (lambda z, o: (3 * z).long(), "aten._to_copy.default of torch.int64"),
     "of few bits": (lambda z, o: ((z > o).to(torch.int8) * 100) * 2, "aten.mul.Tensor of torch.int8"),
     "compared in float32": (lambda z, o: (z > o).long() > 0.1, "aten.gt.Scalar in torch.float32 beside torch.float64"),
+    "beyond": (lambda z, o: ((z > o).to(torch.int16) * 128).to(torch.int8), "aten._to_copy.default of torch.int8"),
     "below zero": (lambda z, o: (z > o).to(torch.uint8) - (z > -9).to(torch.uint8), "aten.sub.Tensor of torch.uint8"),
     "without a sign": (lambda z, o: (-(z > o).to(torch.int8)).to(torch.uint8), "aten._to_copy.default of torch.uint8"),
     "padded below zero": (lambda z, o: torch.nn.functional.pad((z > o).byte(), [1, -1], value=-1), "torch.uint8"),

@@ -156,9 +156,10 @@ class WholeNumbers:
         size = self._size(node, name)
         if size is None or (dtype == torch.uint8 and _may_be_negative(node, name)):
             raise self._refused(node, f"of {dtype}")
-        # What only chooses among numbers makes none that its dtype has not; -128 has no negative as an int8.
-        largest = _largest(dtype) if name in _CHOOSING | _INDEXING else torch.iinfo(dtype).max
-        if size > min(self.exact, largest):
+        # What only hands on numbers of its dtype makes none that this has not; -128 has no negative as an int8.
+        sources = _chosen(node)
+        hands_on = bool(sources) and all(source.meta["val"].dtype == dtype for source in sources)
+        if size > min(self.exact, _largest(dtype) if hands_on else torch.iinfo(dtype).max):
             raise self._refused(node, f"of {dtype} which may not be exact in {self.real}")
         self.sizes[node] = size
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Name = TypeVar("Name")
 
 # Rounds that are made at the least and at the most.
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 25
@@ -225,6 +227,22 @@ def _is_hopeless(one: Series, best: float, bar: float, is_shared: bool) -> bool:
     if is_shared or known < 2:  # a team may be stalled time and again
         return False
     return one.seconds > min(FAR * best, bar) or (one.is_steady and one.seconds > HOPELESS * best)
+
+
+def least_in_turn(timed: Mapping[Name, Callable[[], float]], rounds: int, budget: float) -> dict[Name, float]:
+    """The least seconds of each of some things, which are called in turn: so many rounds, as far as they begin within the budget.
+
+    Args:
+        timed: each returns the seconds that it took.
+        budget: seconds; one round is made in any case.
+    """
+    ends = time.perf_counter() + budget
+    least = {name: call() for name, call in timed.items()}
+    for _ in range(rounds - 1):
+        if time.perf_counter() > ends:
+            break
+        least = {name: min(least[name], call()) for name, call in timed.items()}
+    return least
 
 
 def once(run: Callable[[], Any], device: torch.device) -> float:

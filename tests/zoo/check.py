@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from comparison import relative_error
+from comparison import relative_error, value_and_gradients
 from torch import Tensor, nn
 
 import pcr_fx
@@ -55,11 +55,6 @@ def examine(exhibit: Exhibit, dialect: str, solver: str = "sequential") -> Seen:
 
 def _results(run: Callable[..., Any], model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """The output, and the gradients of a fixed weighting of it in the inputs and all parameters."""
-    inputs = tuple(t.detach().requires_grad_(t.is_floating_point()) for t in inputs)
-    leaves = [*(t for t in inputs if t.requires_grad), *model.parameters()]
     torch.manual_seed(1)
-    output = run(*inputs)
-    weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).view(output.shape)
-    gradients = torch.autograd.grad((output * weights).sum(), leaves, allow_unused=True)
-    known = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
-    return [output.detach(), torch.cat([g.flatten() for g in known])]
+    output, *gradients = value_and_gradients(run, list(model.parameters()), *inputs)
+    return [output, torch.cat([one.flatten() for one in gradients])]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from comparison import relative_error, value_and_gradients
 from torch import Tensor, nn
 
 import pcr_fx
@@ -89,19 +90,15 @@ def _seeded(run: Callable[..., Any], inputs: Sequence[Tensor]) -> Tensor:
 
 def _results(run: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The result and the gradients of a weighting of it, as far as there are any."""
-    result = _seeded(run, inputs)
-    leaves = [one for one in (*inputs, *model.parameters()) if one.requires_grad]
-    if not result.requires_grad or not leaves:
-        return [result]
-    weights = torch.linspace(-1, 2, result.numel(), dtype=result.dtype).view(result.shape)
-    gradients = torch.autograd.grad((result * weights).sum(), leaves, allow_unused=True)
-    known = [torch.zeros_like(leaf) if one is None else one for one, leaf in zip(gradients, leaves, strict=True)]
-    return [result.detach(), *known]
+    torch.manual_seed(5)
+    return value_and_gradients(run, [one for one in model.parameters() if one.requires_grad], *inputs)
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
-    scale = max(float(expected.abs().max()), 1e-3) if expected.numel() else 1.0
-    return float((got - expected).abs().max()) / scale if expected.numel() else 0.0
+    """As `relative_error`; of what is nearly nothing, the difference itself."""
+    if not expected.numel() or expected.abs().max() > 1e-3:
+        return relative_error(got, expected)
+    return float((got - expected).abs().max().detach())
 
 
 def _speeds(
