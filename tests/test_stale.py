@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -14,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from changes import run_script
+from stale_models import QUICK, Asking, assert_follows, inputs, pair
 from torch import Tensor, is_grad_enabled, nn
 from torch.nn.utils import parametrize, prune
 
 import pcr_fx
 
-QUICK = {"kernels": False, "planning": "estimated"}
 SCALE = 1.0
 
 
@@ -55,30 +54,6 @@ class Net(nn.Module):
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
-
-
-def inputs() -> Tensor:
-    return torch.randn(2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def pair(model: nn.Module | None = None, **settings: Any) -> tuple[Any, nn.Module]:
-    """A transformed module and a copy of its model, with the same changes to come."""
-    model = (model or Net()).double()
-    fast = pcr_fx.transform(copy.deepcopy(model), inputs(), QUICK, **settings)
-    fast(inputs())
-    return fast, model
-
-
-def assert_follows(fast: nn.Module, model: nn.Module) -> None:
-    """Values, gradients of inputs and of parameters are the model's."""
-    results = []
-    for module in (fast, model):
-        x = inputs().requires_grad_()
-        y = module(x)
-        y.square().sum().backward()
-        results.append([y, x.grad, *(parameter.grad for _, parameter in module.named_parameters())])
-        module.zero_grad()
-    torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)
 
 
 def double(module: nn.Module, given: Any, result: Any = None) -> Any:
@@ -211,7 +186,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_is_changed_is_seen(name: str) -> None:
-    fast, model = pair()
+    fast, model = pair(Net())
     for module in (fast, model):
         torch.manual_seed(2)
         CHANGES[name](module)
@@ -245,7 +220,7 @@ def test_the_model_stays_parametrized_where_what_was_made_of_it_no_longer_is() -
 
 
 def test_what_is_as_it_was_is_not_traced_again() -> None:
-    fast, model = pair()
+    fast, model = pair(Net())
     graph = fast._pcr_variants[0]
     fast.blocks[3].unread = 3
     fast.blocks[3].scale = 0.25 + 0.25
@@ -260,7 +235,7 @@ def test_what_is_as_it_was_is_not_traced_again() -> None:
 
 
 def test_what_the_class_and_the_module_of_python_say_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, model = pair()
+    fast, model = pair(Net())
     monkeypatch.setattr(Block, "usual", 2.0)
     assert_follows(fast, model)
     forward = Block.forward
@@ -285,7 +260,7 @@ def test_a_hook_that_looks_on_looks_on_at_each_call() -> None:
 
 
 def test_global_hooks_run() -> None:
-    fast, model = pair()
+    fast, model = pair(Net())
     handle = nn.modules.module.register_module_forward_hook(
         lambda module, given, result: 2 * result if isinstance(module, nn.Linear) else None
     )
@@ -297,25 +272,10 @@ def test_global_hooks_run() -> None:
 
 
 def test_a_hook_of_the_old_kind_is_refused() -> None:
-    fast, _ = pair()
+    fast, _ = pair(Net())
     fast.blocks[3].register_backward_hook(lambda module, to, by: None)
     with pytest.raises(pcr_fx.CaptureError, match="register_full_backward_hook hooks the module"):
         fast(inputs())
-
-
-class Asking(nn.Module):
-    """Runs blocks; `ask` is called first, and what it returns is a factor."""
-
-    def __init__(self, ask: Callable[[Any, Tensor], float]) -> None:
-        super().__init__()
-        self.ask = ask
-        self.layers = nn.ModuleList([nn.Linear(3, 3) for _ in range(9)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x * self.ask(self, x)
-        for layer in self.layers:
-            x = torch.tanh(layer(x))
-        return x
 
 
 def test_modes_of_pytorch_are_asked_for_at_each_call() -> None:
@@ -354,182 +314,6 @@ def test_a_traced_tensor_is_a_tensor(known: bool) -> None:
     torch.testing.assert_close(fast(inputs()), model(inputs()))
 
 
-class InContainers(nn.Module):
-    """Parameters and tensors that are found in lists, dicts and closures."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept = {"leak": nn.Parameter(torch.full((3,), 0.3)), "table": torch.arange(9.0)}
-        self.leak = self.kept["leak"]
-        self.listed = [nn.Parameter(torch.randn(3)) for _ in range(9)]
-        self.outside = [nn.Linear(3, 3).double()]
-        shift = torch.ones(3)
-        self.shift = lambda: shift
-
-    def forward(self, x: Tensor) -> Tensor:
-        for index, weight in enumerate(self.listed):
-            x = (
-                x
-                - nn.functional.softplus(self.kept["leak"]) * x
-                + torch.tanh(weight * 2) * float(self.kept["table"][index])
-            )
-        return self.outside[0](x + torch.exp(self.shift()))
-
-
-def test_tensors_in_containers_are_read_at_each_call() -> None:
-    model = InContainers()
-    fast = pcr_fx.transform(model, inputs(), QUICK)
-    assert_follows(fast, model)
-    with torch.no_grad():
-        for tensor in (model.leak, model.listed[3], model.kept["table"], model.shift(), model.outside[0].weight):
-            tensor.mul_(2)
-            torch.testing.assert_close(fast(inputs()), model(inputs()))
-        model.listed[4] = nn.Parameter(torch.ones(3))
-        torch.testing.assert_close(fast(inputs()), model(inputs()))
-        model.outside[0].bias = None
-        torch.testing.assert_close(fast(inputs()), model(inputs()))
-        fast.leak = nn.Parameter(torch.ones(3))  # which the dict does not hear of
-        torch.testing.assert_close(fast(inputs()), model(inputs()))
-    model.kept["leak"].grad = model.listed[3].grad = None
-    for _ in range(2):
-        fast(inputs()).sum().backward()
-        got = model.kept["leak"].grad, model.listed[3].grad
-        model.kept["leak"].grad = model.listed[3].grad = None
-        model(inputs()).sum().backward()
-        torch.testing.assert_close(got, (model.kept["leak"].grad, model.listed[3].grad))
-        model.kept["leak"].grad = model.listed[3].grad = None
-
-
-class Adapted(nn.Module):
-    """As adapters for fine-tuning are written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base, self.down, self.up = (
-            nn.Linear(3, 3),
-            nn.ModuleDict({"a": nn.Linear(3, 1)}),
-            nn.ModuleDict({"a": nn.Linear(1, 3)}),
-        )
-        self.scaling, self.active, self.merged = {"a": 0.5}, ["a"], []
-
-    def forward(self, x: Tensor) -> Tensor:
-        result = self.base(x)
-        for name in self.active:
-            if name in self.down and name not in self.merged:
-                result = result + self.up[name](self.down[name](x)) * self.scaling[name]
-        return torch.tanh(result)
-
-
-def test_adapters_are_switched_scaled_and_merged() -> None:
-    fast, model = pair(nn.Sequential(*(Adapted() for _ in range(9))))
-
-    def add(module: Any) -> None:
-        torch.manual_seed(3)
-        module.down["b"], module.up["b"] = nn.Linear(3, 1).double(), nn.Linear(1, 3).double()
-        module.scaling["b"] = 2.0
-
-    steps: list[Callable[[Any], Any]] = [
-        lambda module: module.scaling.update(a=0.25),
-        lambda module: module.active.clear(),
-        lambda module: module.active.extend(["a", "b"]),
-        add,
-        lambda module: module.merged.append("a"),
-    ]
-    for step in steps:
-        for network in (fast, model):
-            for module in network.children():
-                step(module)
-        assert_follows(fast, model)
-    assert fast.report.chains
-
-
-def test_a_forward_that_counts_its_calls_is_refused() -> None:
-    class Counting(Asking):
-        calls = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls = self.calls + 1
-            return super().forward(x * self.calls)
-
-    with pytest.raises(pcr_fx.CaptureError, match=r"the model keeps Counting\.calls from call to call"):
-        pcr_fx.transform(Counting(lambda self, x: 1.0).double(), inputs())
-    listing = Asking(lambda self, x: float(len(self.listed))).double()
-    listing.listed, append = [1], listing.ask
-    listing.ask = lambda self, x: (self.listed.append(2), append(self, x))[1]
-    with pytest.raises(pcr_fx.CaptureError, match=r"the model keeps Asking\.listed from call to call"):
-        pcr_fx.transform(listing, inputs())
-    assert listing.listed == [1]
-
-
-class Remembering(Asking):
-    """Keeps a buffer and two other tensors from call to call."""
-
-    last: Any = None
-
-    def __init__(self) -> None:
-        super().__init__(lambda self, x: 1.0)
-        self.register_buffer("mean", torch.zeros(3))
-        self.sum = torch.zeros(3, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
-        self.sum = self.sum + self.mean
-        before = self.last if self.last is not None else torch.zeros_like(x)
-        self.last = x.detach() * 0.5
-        return super().forward(x) + self.mean + self.sum + before
-
-
-def test_what_a_forward_keeps_for_its_next_call_is_kept() -> None:
-    model = Remembering().double()
-    fast, graphs = pcr_fx.transform(copy.deepcopy(model), inputs(), QUICK), []
-    for _ in range(4):
-        torch.testing.assert_close(fast(inputs()), model(inputs()))
-        torch.testing.assert_close((fast.mean, fast.sum, fast.last), (model.mean, model.sum, model.last))
-        graphs.append(fast._pcr_variants[0])
-    assert graphs[1] is graphs[3]
-    assert all(type(value) is Tensor for value in fast.buffers())
-
-
-def test_an_object_that_is_an_argument_is_looked_into() -> None:
-    class Given(Asking):
-        def forward(self, x: Tensor, given: Any) -> Tensor:
-            return super().forward(x) * given.factor
-
-    model, given = Given(lambda self, x: 1.0).double(), SimpleNamespace(factor=1.0)
-    fast = pcr_fx.transform(model, (inputs(), given), QUICK)
-    for given.factor in (1.0, 2.0, 3.0, 1.0):
-        torch.testing.assert_close(fast(inputs(), given), model(inputs(), given))
-    torch.testing.assert_close(
-        fast(inputs(), SimpleNamespace(factor=3.0)), model(inputs(), SimpleNamespace(factor=3.0))
-    )
-    assert len(fast._pcr_variants) == 3
-
-
-def test_what_a_forward_keeps_to_save_time_is_no_hindrance() -> None:
-    class Caching(Asking):
-        mask: Any = None
-
-        def forward(self, x: Tensor) -> Tensor:
-            if self.mask is None or self.mask.shape != x.shape:
-                self.mask = torch.ones(x.shape, dtype=x.dtype).tril()
-            return super().forward(x * self.mask)
-
-    model = Caching(lambda self, x: 1.0).double()
-    fast = pcr_fx.transform(model, inputs(), QUICK)
-    for _ in range(2):
-        torch.testing.assert_close(fast(inputs()), model(inputs()))
-
-
-def test_moves_and_dtypes_that_a_forward_asked_for() -> None:
-    fast, model = pair(Asking(lambda self, x: 1.0 + (self.layers[0].weight.dtype is torch.float32)))
-    for module in (fast, model):
-        module.float()
-    torch.testing.assert_close(fast(inputs().float()), model(inputs().float()))
-    for module in (fast, model):
-        module.layers.double()
-    torch.testing.assert_close(fast(inputs()), model(inputs()))
-
-
 def test_bound_methods_and_partial_functions_are_the_copys_own() -> None:
     model = Net().double()
     for block in model.blocks:
@@ -548,7 +332,7 @@ def test_bound_methods_and_partial_functions_are_the_copys_own() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, -0.0, 1, True])
 def test_values_that_are_equal_and_not_the_same(value: Any) -> None:
-    fast, model = pair()
+    fast, model = pair(Net())
     for module in (fast, model):
         module.blocks[3].scale = {math.nan: math.nan, -0.0: 0.0}.get(value, 1.0)
         module(inputs())
@@ -560,7 +344,7 @@ def test_values_that_are_equal_and_not_the_same(value: Any) -> None:
 
 
 def test_copies_and_pickles_see_changes_of_their_own() -> None:
-    fast, model = pair()
+    fast, model = pair(Net())
     copied = copy.deepcopy(fast)
     for module in (copied, model):
         module.blocks[3].scale = 3.0
@@ -574,103 +358,3 @@ def test_copies_and_pickles_see_changes_of_their_own() -> None:
 def test_random_changes(number: int) -> None:
     """`python -m tests.changes` runs as many as are wanted."""
     assert run_script(number, seed=2)
-
-
-@pytest.mark.parametrize(
-    "made", [lambda blocks, count: blocks[:count], lambda blocks, count: nn.Sequential(*blocks[:count])]
-)
-def test_lists_of_modules_that_the_forward_makes(made: Any) -> None:
-    class Sliced(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks, self.count = nn.ModuleList(nn.Linear(3, 3) for _ in range(12)), 9
-
-        def forward(self, x: Tensor) -> Tensor:
-            for block in made(self.blocks, self.count):
-                x = x + torch.tanh(block(x))
-            return x
-
-    model, x = Sliced(), torch.randn(2, 3)
-    fast = pcr_fx.transform(model, x, {"solver": "sequential", "kernels": False})
-    torch.testing.assert_close(fast(x), model(x))
-    assert fast.report.to_dict()["chains"][0]["length"] == 9
-    fast.count = model.count = 11
-    fast.blocks[2] = model.blocks[2] = nn.Linear(3, 3)
-    torch.testing.assert_close(fast(x), model(x))
-    assert fast.report.to_dict()["chains"][0]["length"] == 11
-
-
-class Path(nn.Module):
-    """Numbers that a forward wraps in a module, as interpolations are."""
-
-    scale = 2.0
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("values", values)
-
-    def forward(self, index: int) -> Tensor:
-        return self.scale * self.values[..., index]
-
-
-class Controlled(nn.Module):
-    def __init__(self, wrap: Callable[[Tensor], nn.Module]) -> None:
-        super().__init__()
-        self.wrap, self.inner = wrap, nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        path = self.wrap(x)
-        for index in range(9):
-            x = torch.tanh(self.inner(x)) + path(index % 3)[..., None]
-        return x
-
-
-def test_modules_that_the_forward_makes_are_no_facts(monkeypatch: pytest.MonkeyPatch) -> None:
-    fast, model = pair(Controlled(Path))
-    assert_follows(fast, model)
-    assert [chain["length"] for chain in fast.report.to_dict()["chains"]] == [9] and len(fast._pcr_variants) == 1
-    monkeypatch.setattr(Path, "scale", 3.0)  # their class is
-    assert_follows(fast, model)
-    assert len(fast._pcr_variants) == 2
-
-
-def test_a_model_of_which_each_call_would_be_traced_anew_runs_as_it_was_written() -> None:
-    template = Path(torch.zeros(1))
-
-    def wrap(x: Tensor) -> nn.Module:
-        made = copy.copy(template)  # past `__init__`
-        made.__dict__["_buffers"] = {}
-        made.register_buffer("values", x)
-        return made
-
-    fast, model = pair(Controlled(wrap))
-    assert_follows(fast, model)
-    assert len(fast._pcr_variants) == 1
-    assert any("traced anew" in note for note in fast.report.notes)
-
-
-class Frozen(OrderedDict[str, float]):
-    """A configuration that refuses to be written to, as diffusers' is."""
-
-    def __setitem__(self, *_: Any) -> None:
-        raise TypeError("it is frozen")
-
-    clear = update = __setitem__  # type: ignore[assignment]
-
-    def __deepcopy__(self, memo: Any) -> Frozen:
-        return self
-
-
-def test_a_container_that_refuses_writes_is_left_as_it_is() -> None:
-    settings = Frozen()
-    OrderedDict.__setitem__(settings, "rate", 2.0)
-
-    def ask(self: Any, x: Tensor) -> float:
-        return self.settings["rate"]
-
-    model = Asking(ask)
-    model.settings = settings
-    fast, model = pair(model)
-    assert_follows(fast, model)
-    OrderedDict.__setitem__(settings, "rate", 3.0)
-    assert_follows(fast, model)
