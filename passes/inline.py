@@ -16,7 +16,7 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch.utils.checkpoint import CheckpointPolicy
 
-from pcr_fx.graphs.effects import hides_ops, is_barrier, is_random, writes
+from pcr_fx.graphs.effects import does_more
 from pcr_fx.graphs.parts import Part, own_derivative
 from pcr_fx.passes.writes import write_out
 
@@ -132,13 +132,9 @@ def _without_grad_modes(graph: fx.Graph) -> fx.Graph | None:
         copy.erase_node(node)
     write_out(copy)
     ops = [node for node in copy.nodes if node.op not in ("placeholder", "output")]
-    if any(node.op == "get_attr" or _does_more(node) for node in ops):
+    if any(node.op == "get_attr" or does_more(node) for node in ops):
         return None
     return copy
-
-
-def _does_more(node: fx.Node) -> bool:
-    return hides_ops(node) or is_barrier(node) or is_random(node) or bool(writes(node))
 
 
 def _join(*names: Any) -> str:

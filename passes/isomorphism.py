@@ -11,6 +11,7 @@ from torch import fx
 
 from pcr_fx.graphs.effects import hides_ops, is_random, updates_statistics, writes
 from pcr_fx.graphs.nodes import lookup, op_name
+from pcr_fx.graphs.parts import OwnDerivative
 from pcr_fx.passes.bindings import (
     Binding,
     Blocks,
@@ -26,11 +27,11 @@ from pcr_fx.passes.bindings import (
 from pcr_fx.passes.describe import describe_node
 
 # Ops for which a number that differs from block to block may become a tensor that does.
-_SCALAR_OPS = frozenset(
+SCALAR_OPS = frozenset(
     """add div fmod mod mul multiply pow radd remainder rmod rmul rsub rtruediv sub subtract true_divide truediv""".split()
 )
 # Those that choose: a tensor beside the number, with dimensions, gives the dtype.
-_CHOICES = frozenset("eq ge gt le lt ne where".split())
+CHOICES = frozenset("eq ge gt le lt ne where".split())
 
 
 class Isomorphism:
@@ -282,7 +283,9 @@ class Isomorphism:
     def _is_scalar_operand(self, index: int, slot: int, values: list[Any]) -> bool:
         node = self.blocks.op(0, index)
         numeric = all(isinstance(value, float) for value in values)
-        is_choice = op_name(node).strip("_") in _CHOICES
+        if isinstance(node.target, OwnDerivative):
+            return numeric  # made to take them
+        is_choice = op_name(node).strip("_") in CHOICES
         beside = [source for source in node.all_input_nodes if self._is_floating(source)]
         if is_choice and not any(self.blocks.sequence.value(source).dim() for source in beside):
             return False
@@ -290,7 +293,7 @@ class Isomorphism:
             # A whole number stays one beside a tensor of whole numbers.
             numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
         # Slot by slot, positional arguments come first; `alpha=` is a keyword and must stay a number.
-        takes_numbers = is_choice or (op_name(node).strip("_") in _SCALAR_OPS and len(node.args) <= 2)
+        takes_numbers = is_choice or (op_name(node).strip("_") in SCALAR_OPS and len(node.args) <= 2)
         return numeric and takes_numbers and slot < len(node.args)
 
     def _is_tensor(self, node: fx.Node) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from pcr_fx.graphs.nodes import op_name
+from pcr_fx.graphs.parts import OwnDerivative, OwnFunction, say_call
 
 Value = Callable[[fx.Node], Any]
 
@@ -88,6 +89,8 @@ class Kinds:
             return f"{name} stands where the other blocks have {op_name(usual)}"
         if self.of(odd) == self.of(usual):
             return ""
+        if odd.target is not usual.target and (words := say_call(usual.target, odd.target)):
+            return words
         expected, got = flatten_arguments(usual), flatten_arguments(odd)
         if len(expected) == len(got):
             for a, b in zip(expected, got, strict=True):
@@ -116,5 +119,7 @@ class Kinds:
 
 
 def target_of(node: fx.Node) -> tuple[str, Any]:
-    """The op itself, whatever it is given."""
-    return node.op, node.target
+    """The op itself, whatever it is given, and a function with a derivative of its own whatever it is called with."""
+    if isinstance(node.target, OwnFunction):
+        return node.op, node.target.function
+    return node.op, OwnDerivative if isinstance(node.target, OwnDerivative) else node.target

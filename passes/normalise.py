@@ -23,6 +23,7 @@ from pcr_fx.graphs.effects import (
 from pcr_fx.graphs.nodes import argument, hashable, is_pytorchs, op_name
 from pcr_fx.passes.completion import note_entry
 from pcr_fx.passes.fold import fold_stretches
+from pcr_fx.passes.varying_functions import take_numbers_over
 from pcr_fx.passes.writes import write_out
 
 # Ops that do no more than compute or view, beside those that give fresh results. One that nobody reads would set its
@@ -38,6 +39,7 @@ _CELL_NAMES = frozenset("lstm_cell lstm gru rnn_tanh rnn_relu".split())
 
 def normalise_graph(graph: fx.Graph) -> None:
     """Remove what does nothing, and write in-place ops as ordinary ones where nobody can tell the difference."""
+    take_numbers_over(graph)
     fold_stretches(graph)
     write_out(graph)
     _join_at_once(graph)

@@ -211,6 +211,11 @@ def is_barrier(node: fx.Node) -> bool:
     return isinstance(node.target, HookOp) or name in _BARRIERS or name.endswith("crement_nesting")
 
 
+def does_more(node: fx.Node) -> bool:
+    """Whether the op does, or may do, more than compute a result."""
+    return hides_ops(node) or is_barrier(node) or is_random(node) or bool(writes(node))
+
+
 def is_of_transform(node: fx.Node) -> bool:
     """Whether the op is part of how a `torch.func` transform runs: it means something only with all others of that one."""
     if node.op != "call_function":

@@ -7,7 +7,7 @@ Parts of one content are one object, so that the blocks they stand in are alike.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -93,9 +93,12 @@ class OwnFunction(Part):
     def __call__(self, *tensors: Any) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is None:
             return self.function.apply(*self.filled(tensors))
-        call = _Call(self)
+        call = self.call()
         results = _Derived.apply(call, *tensors)
         return results[0] if call.is_single else results[: call.count]
+
+    def call(self) -> _Call:
+        return _Call(self)
 
     def filled(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         waiting = iter(tensors)
@@ -247,12 +250,30 @@ def shows_pullback(graph: fx.Graph) -> bool:
     )
 
 
-def content_of(graph: fx.Graph) -> Hashable:
-    """What a graph computes, as a key; whatever its nodes are called."""
+def say_call(usual: Any, odd: Any) -> str:
+    """What one of two functions with derivatives of their own is called with in place of the other's arguments, in words."""
+    if not isinstance(odd, OwnFunction):
+        return "a function with a derivative of its own computes otherwise than in the other blocks"
+    for ours, theirs in zip(odd.arguments, usual.arguments, strict=False):
+        if ours is not theirs and hashable(ours) != hashable(theirs):
+            return f"{odd.__name__} is called with {_said(ours)} where the other blocks have {_said(theirs)}"
+    return f"{odd.__name__} is called with other arguments than in the other blocks"
+
+
+def _said(argument: Any) -> str:
+    return "a tensor" if argument is HOLE else repr(argument)
+
+
+def content_of(graph: fx.Graph, literal: Callable[[Any], Any] = lambda one: one) -> Hashable:
+    """What a graph computes, as a key; whatever its nodes are called.
+
+    Args:
+        literal: what stands for whatever is no node.
+    """
     number = {node: index for index, node in enumerate(graph.nodes)}
 
     def key(value: Any) -> Hashable:
-        return _Place(number[value]) if isinstance(value, fx.Node) else value
+        return _Place(number[value]) if isinstance(value, fx.Node) else literal(value)
 
     return tuple(
         (
