@@ -252,7 +252,9 @@ FUNCTIONS: dict[str, tuple[Function, list[Shape], Shape]] = {
     "pad the batch": (lambda x: F.pad(x, (0, 0, 1, -1)), [(3, 4)], ()),
     "replicate the edge": (lambda x: F.pad(x, (1, 1), mode="replicate")[..., 1:-1], [(3, 5, 4)], (0, 1)),
     # elementwise
-    "mask": (lambda x: x.masked_fill(mask, 0.5).tril().triu(-1), [(5, 5)], (0, 1)),
+    "mask": (lambda x: x.masked_fill(mask, 0.5), [(5, 5)], (0, 1)),
+    "triangle": (lambda x: x.tril().triu(-1), [(3, 5, 5)], (0,)),
+    "triangle of the batch": (lambda x: torch.sin(x).triu(), [(3, 4)], ()),
     "where": (lambda x: torch.where(x > 0, x, x.exp()).clamp(-1, 1) ** 2, [(3, 4)], (0, 1)),
     "operands of every shape": (lambda x: torch.addcmul(rows, x, vector).lerp(x, 0.3), [(3, 4)], (0, 1)),
     "casts": (lambda x: x.float().contiguous().clone().double().detach(), [(3, 4)], (0, 1)),
@@ -448,7 +450,7 @@ OPS: dict[str, tuple[Function, list[Shape], Shape]] = {
         (),
     ),
     "written": (
-        lambda x: aten.tril_.default(aten.triu_.default(aten.floor_divide_.Scalar(aten.fill.Scalar(x, 3), 2))),
+        lambda x: aten.floor_divide_.Scalar(aten.fill.Scalar(x, 3), 2),
         [(4, 4)],
         (0, 1),
     ),

@@ -236,7 +236,7 @@ RULES: dict[str, Rule] = {
             "_conj _neg_view complex polar resolve_conj resolve_neg real imag angle abs sgn "
             "_prelu_kernel _to_copy alias celu_ clone copy copy_ detach elu_ expand fill fill_ floor_divide "
             "floor_divide_ gelu_ hardsigmoid_ hardswish hardswish_ hardtanh_ leaky_relu leaky_relu_ "
-            "log_sigmoid_forward masked_fill masked_fill_ mish_ selu_ threshold_ tril tril_ triu triu_",
+            "log_sigmoid_forward masked_fill masked_fill_ mish_ selu_ threshold_",
             POINTWISE,
         ),
         (
@@ -252,6 +252,8 @@ RULES: dict[str, Rule] = {
         ("view_as_complex", Rule(_of_parts, "drops it")),
         ("_fft_c2c _fft_r2c _fft_c2r", Rule(_along, "transforms it")),
         ("repeat", Rule(_elementwise, "repeats it")),
+        # Each number by itself, but by its place.
+        ("tril triu", Rule(_mixing_last(2), "takes a triangle of it")),
         (
             "sum mean prod amax amin aminmax argmax argmin max min median kthvalue all any var std var_mean std_mean "
             "logsumexp norm linalg_vector_norm",

@@ -125,6 +125,7 @@ OPS: list[tuple[str, str, str]] = [
     ("{0}.cumsum(-1) * 0.3", "r", "r"),
     ("{0}.repeat_interleave(2, -1)[..., ::2]", "r", "r"),
     ("{0}.unfold(-1, 2, 2).reshape(z.shape)", "r", "r"),
+    ("{0}.tril()", "r", "r"),
     ("torch.tril({0}.unsqueeze(-1) * {0}.unsqueeze(-2)).sum(-1)", "r", "r"),
     ("({0}.unsqueeze(-1) * {1}.unsqueeze(-2)).mean(-1)", "rr", "r"),
     ("torch.diagonal({0}.unsqueeze(-1) * {1}.unsqueeze(-2), 0, -2, -1)", "rr", "r"),
