@@ -17,6 +17,9 @@ from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.isomorphism import Isomorphism, same_literal
 from pcr_fx.passes.kinds import say_spec
 
+# What may be carried beside real numbers.
+_WHOLE = (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclass(frozen=True, eq=False)
 class FoundChain:
@@ -30,7 +33,7 @@ class FoundChain:
         values: L nodes, one a block, for each state and, counted behind them, each output; all that the rest of the graph
             may read.
         nodes: every node that the solve node replaces.
-        truths: of each state whether it is of truth values.
+        wholes: the dtype of each state of truth values or whole numbers.
     """
 
     chain: Chain
@@ -41,7 +44,7 @@ class FoundChain:
     head_shared: tuple[fx.Node, ...]
     values: Mapping[int, tuple[fx.Node, ...]]
     nodes: frozenset[fx.Node]
-    truths: tuple[bool, ...] = ()
+    wholes: tuple[torch.dtype | None, ...] = ()
 
     @property
     def leaving(self) -> Leaving:
@@ -143,7 +146,7 @@ class _Assembly:
             tuple(self.head_inputs.shared),
             values,
             nodes,
-            tuple(map(self._is_truth, self.components)),
+            tuple(map(self._whole_dtype, self.components)),
         )
 
     def _complex(self, outputs: Sequence[int]) -> Complex:
@@ -205,21 +208,23 @@ class _Assembly:
             words = f"{op_name(op)} starts from {value.name}, another op of the block from {known.name}"
             raise Broken(block + 1, words, op)
 
-    def _is_truth(self, component: tuple[int, int]) -> bool:
-        """Whether a state is of truth values, before and after each block."""
+    def _whole_dtype(self, component: tuple[int, int]) -> torch.dtype | None:
+        """The dtype of a state of truth values or whole numbers, the same before and after each block."""
         values = map(self.sequence.value, (self.initial[component], self.blocks.op(0, component[0])))
-        return all(isinstance(value, torch.Tensor) and value.dtype is torch.bool for value in values)
+        dtypes = {value.dtype if isinstance(value, torch.Tensor) else None for value in values}
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
+        return dtype if dtype in _WHOLE else None
 
     def _has_reals(self) -> bool:
-        """Whether some state is of real numbers: truth values are carried beside them."""
+        """Whether some state is of real numbers: truth values and whole ones are carried beside them."""
         values = [self.sequence.value(node) for node in self.initial.values()]
         return any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values)
 
     def _check_state(self, component: tuple[int, int]) -> None:
-        """A state is a floating or complex tensor of the same shape before and after each block, or of truth values."""
+        """A state has one shape before and after each block, and is floating or complex, or of truth values or whole numbers."""
         nodes = self.initial[component], self.blocks.op(0, component[0])
-        is_truth = self._is_truth(component) and self._has_reals()
-        for value in [] if is_truth else map(self.sequence.value, nodes):
+        is_whole = self._whole_dtype(component) is not None and self._has_reals()
+        for value in [] if is_whole else map(self.sequence.value, nodes):
             if value is not None and not (isinstance(value, torch.Tensor) and TensorSpec.of(value).is_differentiable):
                 got = say_spec(self.sequence.kinds.spec(nodes[0]))
                 raise Broken(1, f"the value carried from block to block is no floating tensor but {got}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcr_fx.body.truths import truth_of_number
+from pcr_fx.body.truths import whole_of_number
 from pcr_fx.chain import Leaving, Place
 from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
 from pcr_fx.node import SolveNode
@@ -22,7 +22,7 @@ from pcr_fx.operands import collect, complete, complex_of_parts, stack_operands
 
 # States in a row from which on they are not taken one by one.
 _FEWEST = 4
-_READERS = (complex_of_parts, truth_of_number)
+_READERS = (complex_of_parts, whole_of_number)
 # Whether ops that collect tensors join them along a dimension that there is.
 _JOINS = {"stack": False, "cat": True, "concat": True, "concatenate": True}
 # Ops that join tensors along a dimension of their own, from so many dimensions on: those with one less they stack there.
@@ -35,7 +35,7 @@ class _Tap:
 
     Attributes:
         read_by: what makes the state of what the node returns, if it returns another thing: the parts of complex numbers, or
-            numbers for truth values.
+            numbers for truth values and whole ones; with its further arguments.
     """
 
     call: fx.Node
@@ -64,7 +64,9 @@ def collect_states(graph: fx.Graph, nodes: Mapping[str, SolveNode]) -> None:
     for call in calls:
         for user in call.users:
             tap = taps[user] = _Tap(call, *nodes[str(call.target)].leaving.taps[user.args[1]])  # type: ignore[index]
-            taps |= {one: replace(tap, read_by=one.target) for one in user.users if one.target in _READERS}
+            taps |= {
+                one: replace(tap, read_by=(one.target, *one.args[1:])) for one in user.users if one.target in _READERS
+            }
     wholes: dict[tuple[fx.Node, int], fx.Node] = {}
     for node in list(graph.nodes):
         _collect(node, taps, wholes)
@@ -163,7 +165,7 @@ def _read_by(reader: Any, whole: fx.Node) -> fx.Node:
     for user in whole.users:
         return user
     with whole.graph.inserting_after(whole):
-        return whole.graph.call_function(reader, (whole,))
+        return whole.graph.call_function(reader[0], (whole, *reader[1:]))
 
 
 def _place(whole: fx.Node, length: int) -> Place | None:

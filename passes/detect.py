@@ -27,7 +27,7 @@ from pcr_fx.passes.isomorphism import Isomorphism
 from pcr_fx.passes.kinds import target_of
 from pcr_fx.passes.periods import Run, find_runs
 from pcr_fx.passes.statistics import update_apart
-from pcr_fx.passes.truths import carry_truths
+from pcr_fx.passes.truths import carry_wholes
 from pcr_fx.passes.varying_numbers import write_numbers_out
 
 # A cut through an op that returns several tensors would carry the tuple: any other cut is better.
@@ -74,7 +74,13 @@ def find_chains(graph: fx.Graph, attributes: dict[str, Any], min_length: int, gu
             break
         detector = _Detector(OpSequence(graph, attributes), min_length)
         detection = detector.run()
-    detection.chains = [carry_truths(found, detector.sequence.value) for found in detection.chains]
+    carried = [carry_wholes(taken.found, detector.sequence.value, guarded) for taken in detector.taken]
+    detection.chains = [found for found in carried if not isinstance(found, str)]
+    detection.near_misses += [
+        NearMiss(taken.found.chain.origin.modules, reason, taken.length, taken.blocks.source())
+        for taken, reason in zip(detector.taken, carried, strict=True)
+        if isinstance(reason, str)
+    ]
     return detection
 
 

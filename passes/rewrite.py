@@ -11,7 +11,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from pcr_fx.body.truths import number_of_truth, truth_of_number
+from pcr_fx.body.truths import number_of_whole, whole_of_number
 from pcr_fx.graphs.effects import hides_ops, is_barrier, is_random, written_memory
 from pcr_fx.graphs.nodes import argument, is_pytorchs, lookup, op_name
 from pcr_fx.operands import complex_of_parts, parts_of_complex, stack_operands, stack_parts
@@ -70,7 +70,7 @@ def rewrite_chains(graph: fx.Graph, chains: Sequence[FoundChain], names: Sequenc
     for node in reversed(list(new.nodes)):
         if not node.users and (
             node.op == "get_attr"
-            or node.target is number_of_truth
+            or node.target is number_of_whole
             or any(_is(node, name) for name in ("unbind", "getitem", "select", "embedding"))
         ):
             new.erase_node(node)
@@ -146,8 +146,8 @@ def _emit(
         part = new.call_function(operator.getitem, (taken, position))
         if which is not None and (*which.states, *which.outputs)[index]:
             part = new.call_function(complex_of_parts, (part,))
-        if index < len(found.truths) and found.truths[index]:
-            part = new.call_function(truth_of_number, (part,))
+        if index < len(found.wholes) and found.wholes[index] is not None:
+            part = new.call_function(whole_of_number, (part, found.wholes[index]))
         copies[value] = part
         copies[value].meta = dict(value.meta)
 

@@ -13,7 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.passes.split_module import split_module
 
-from pcr_fx.body.truths import number_of_truth, truth_of_number
+from pcr_fx.body.truths import number_of_whole, whole_of_number
 from pcr_fx.compilations import Compilations, keep
 from pcr_fx.errors import OptionError
 from pcr_fx.frameworks import introduce
@@ -220,7 +220,7 @@ def _real_inputs(placeholders: Iterable[fx.Node], example_inputs: Sequence[Any])
 _CALLED = (SolveNode, InputOperand, Recurrent, LoopModule)
 _CALLED_FUNCTIONS = (
     *(stack_parts, collect, complete, parts_of_complex, complex_of_parts),
-    *(number_of_truth, truth_of_number),
+    *(number_of_whole, whole_of_number),
 )
 
 

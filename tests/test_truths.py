@@ -1,4 +1,4 @@
-"""Truth values that are carried from block to block: done flags, refractory neurons."""
+"""Truth values and whole numbers that are carried from block to block: done flags, refractory neurons, counters, tokens."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import pcr_fx
 
 LENGTH = 9
+OPTIONS = {"solver": "sequential", "planning": "estimated"}
 
 
 class Episodes(nn.Module):
@@ -134,16 +135,121 @@ def test_what_no_real_number_decides_is_counted_outside(reads: str, way: str) ->
     assert chain["native_forward"] and chain["native_backward"], chain["reason"]
 
 
-def test_whole_numbers_that_real_ones_decide_are_no_states() -> None:
-    class Refractory(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            rest = torch.zeros_like(x, dtype=torch.long)
-            for _ in range(LENGTH):
-                x = torch.where(rest > 0, 0.5 * x, x.sin() + 0.3)
-                rest = torch.where(x > 1, 3, rest - 1)
-            return x
+class Refractory(nn.Module):
+    """Neurons that rest for some steps after each spike, and how many spikes there were.
 
-    fast, x = pcr_fx.transform(Refractory(), torch.randn(3, 4)), torch.randn(3, 4)
-    torch.testing.assert_close(fast(x), Refractory()(x))
-    (miss,) = fast.report.rejected
-    assert "no floating tensor but shape [3, 4] and torch.int64" in miss.reason
+    Args:
+        start: of the numbers: made of the state, or an argument.
+        counts: "each" (a number for each neuron), or "all" (one, of all neurons of a sample).
+    """
+
+    def __init__(self, dtype: torch.dtype, start: str = "made", counts: str = "each") -> None:
+        super().__init__()
+        self.dtype, self.start, self.counts = dtype, start, counts
+        self.w = nn.Parameter(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        rest, spikes = torch.zeros_like(x, dtype=self.dtype), []
+        count = torch.zeros_like(rest) if before is None else before
+        if self.counts == "all":
+            count = count[..., :1]
+        for _ in range(LENGTH):
+            x = torch.where(rest > 0, 0.5 * x, torch.tanh(x @ self.w) + 0.6 * x)
+            spike = x > 0.9
+            rest = torch.where(spike, 3, (rest - 1).clamp(min=0))
+            count = count + (spike if self.counts == "each" else spike.sum(-1, keepdim=True))
+            spikes.append(count)
+        return x, torch.stack(spikes)
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype", "counts"),
+    [("transform", torch.int64, "each"), ("compile", torch.int32, "each"), ("compile", torch.int64, "all")],
+)
+def test_whole_numbers_that_real_ones_decide_are_carried(way: str, dtype: torch.dtype, counts: str) -> None:
+    model, draw = Refractory(dtype, counts=counts), torch.Generator().manual_seed(1)
+    with interpreted():
+        fast = rewritten(model, torch.randn(3, 4, generator=draw, dtype=torch.float64), way, OPTIONS)
+        for batch in (3, 5):
+            x = torch.randn(batch, 4, generator=draw, dtype=torch.float64)
+            expected, got = (results(run, x, [model.w]) for run in (model, fast))
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+            assert expected[1].max() >= 2
+            (chain,) = chains_of(fast)
+            assert chain["length"] == LENGTH - 1  # the last block does without how long neurons rest
+            assert chain["native_forward"] and chain["native_backward"], chain["reason"]
+
+
+@pytest.mark.parametrize("solver", ["newton", "quasi-newton"])
+def test_whole_numbers_are_carried_by_other_solvers(solver: str) -> None:
+    model, x = (
+        Refractory(torch.int64),
+        torch.randn(5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+    )
+    fast = rewritten(model, x, "transform", {"solver": solver, "kernels": False})
+    torch.testing.assert_close(results(fast, x, [model.w]), results(model, x, [model.w]), rtol=1e-10, atol=1e-10)
+    (chain,) = chains_of(fast)
+    assert (chain["length"], chain["fallbacks"]) == (LENGTH - 1, 0)
+
+
+class Tokens(nn.Module):
+    """Each step reads the row of a table that the step before chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(14)
+        shapes = {"table": (5, 4), "w": (4, 4), "out": (4, 5)}
+        for name, shape in shapes.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape, generator=draw, dtype=torch.float64)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        token, tokens = torch.zeros(len(x), dtype=torch.long), []
+        for _ in range(LENGTH):
+            x = torch.tanh(x @ self.w + nn.functional.embedding(token, self.table))
+            scores = x @ self.out
+            x, token = x + 0.1 * scores[:, 1:], scores.argmax(-1)
+            tokens.append(token)
+        return x, torch.stack(tokens)
+
+
+@pytest.mark.parametrize("way", ["transform", "compile"])
+def test_tokens_that_are_fed_back_are_carried(way: str) -> None:
+    model, x = Tokens(), torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with interpreted():
+        fast = rewritten(model, x, way, OPTIONS)
+        got, expected = (results(run, x, list(model.parameters())) for run in (fast, model))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert len(expected[1].unique()) > 2
+    (chain,) = chains_of(fast)
+    assert chain["length"] >= LENGTH - 1
+    assert chain["native_forward"] and chain["native_backward"], chain["reason"]
+
+
+def test_whole_numbers_that_may_be_large_are_no_states() -> None:
+    model, x = (
+        Refractory(torch.int64),
+        torch.randn(3, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
+    )
+    before = torch.full((3, 4), 2**60 + 1)
+    fast = pcr_fx.transform(model, (x, before), OPTIONS)
+    assert torch.equal(fast(x, before)[1], model(x, before)[1])
+    reasons = [miss.reason for miss in fast.report.rejected]
+    assert any("carries, torch.int64, may not be exact as torch.float64" in reason for reason in reasons)
+
+
+def test_how_large_they_get_may_hang_on_sizes() -> None:
+    """What is counted of all neurons, however many there are in another call."""
+
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            count = torch.zeros_like(x[:, :1], dtype=torch.long)
+            for _ in range(LENGTH):
+                x = torch.sin(1.5 * x) + 0.1 * (count % 2 == 0).to(x.dtype)
+                count = count + (x > -9).sum(-1, keepdim=True)
+            return x, count
+
+    model, draw = Counting(), torch.Generator().manual_seed(1)
+    fast = pcr_fx.transform(model, torch.randn(3, 4, generator=draw, dtype=torch.float64), OPTIONS)
+    for width in (4, 40):
+        x = torch.randn(3, width, generator=draw, dtype=torch.float64)
+        torch.testing.assert_close(results(fast, x, []), results(model, x, []), rtol=1e-12, atol=1e-12)

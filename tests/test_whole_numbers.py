@@ -39,6 +39,8 @@ KEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "uint8 moved": lambda z, o: torch.where(z > o, (z > o).to(torch.uint8)[:, :1], 255),
     "uint8 added": lambda z, o: ((z > o).to(torch.uint8) + 2) * 60,
     "mask filled": lambda z, o: (z > -9).long().masked_fill(z > o, 7),
+    "of reals, between two numbers": lambda z, o: (3 * z).long().clamp(-2, 3) * 2,
+    "of what is no number": lambda z, o: torch.where(o > 0, z / 0.0, z * 1e30 - 0 / (z - z)).long().clamp(-5, 7),
     "times a real": lambda z, o: ((z > -9) + (z > o)) * z + (z > o).sum() * o,
 }  # fmt: skip
 REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {

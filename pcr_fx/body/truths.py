@@ -1,66 +1,95 @@
-"""Truth values that are carried from block to block, as numbers: a chain as it is solved.
+"""Truth values and whole numbers that are carried from block to block, as real numbers: a chain as it is solved.
 
-States are solved as real numbers. A truth value is 1 or 0 among them, and anything but 0 is true; it has no derivative either way.
+A truth value is 1 or 0 among its states, and anything but 0 is true. Neither has a derivative either way.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from pcr_fx.chain import Chain
 
 
-def carry_numbers(chain: Chain, truths: Sequence[bool], like: int) -> Chain:
-    """`chain` with numbers in place of those of its states that are truth values.
+@dataclass(frozen=True)
+class Whole:
+    """A state of truth values or whole numbers.
+
+    Attributes:
+        size: the largest absolute value that there may be.
+    """
+
+    dtype: torch.dtype
+    size: int = 1
+
+
+def carry_numbers(chain: Chain, wholes: Sequence[Whole | None], like: int) -> Chain:
+    """`chain` with real numbers in place of those of its states that are truth values or whole numbers.
 
     Args:
-        truths: of each state whether it is one.
+        wholes: of each state what it is, if it is one.
         like: a state of real numbers, whose dtype they get.
     """
 
-    def between(body: fx.GraphModule, groups: int, returned: Sequence[bool]) -> fx.GraphModule:
-        return _between_numbers(body, tuple(truths) * groups, returned, like)
+    def between(body: fx.GraphModule, groups: int, returned: Sequence[Whole | None]) -> fx.GraphModule:
+        return _between_numbers(body, tuple(wholes) * groups, returned, like)
 
     head, written = chain.head, chain.as_written
     if head is not None:
-        head = replace(head, body=between(head.body, 2, ()), block=between(head.block, 1, truths))
+        head = replace(head, body=between(head.body, 2, ()), block=between(head.block, 1, wholes))
     if written is not None:
-        written = carry_numbers(written[0], truths, like), written[1]
-    return replace(chain, body=between(chain.body, 1, truths), head=head, as_written=written)
+        written = carry_numbers(written[0], wholes, like), written[1]
+    return replace(chain, body=between(chain.body, 1, wholes), head=head, as_written=written)
 
 
-def number_of_truth(truth: Tensor, like: Tensor) -> Tensor:
-    """1 and 0 for what is true and false, in the dtype of another tensor."""
-    return truth.type_as(like)
+def number_of_whole(whole: Tensor, like: Tensor) -> Tensor:
+    """The same in the dtype of another tensor: 1 and 0 for what is true and false."""
+    return whole.type_as(like)
 
 
-def truth_of_number(numbers: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    """The reverse, of what a solve node returned: of a list where it returned one."""
-    return [one != 0 for one in numbers] if isinstance(numbers, list) else numbers != 0
+def whole_of_number(
+    numbers: Tensor | list[Tensor], dtype: torch.dtype, size: int | None = None
+) -> Tensor | list[Tensor]:
+    """The reverse, of what a solve node returned: of a list where it returned one.
+
+    Args:
+        size: the largest absolute value that there may be, for those who want to know it beforehand.
+    """
+    if isinstance(numbers, list):
+        return [_whole(one, dtype, size) for one in numbers]
+    return _whole(numbers, dtype, size)
+
+
+def _whole(numbers: Tensor, dtype: torch.dtype, size: int | None) -> Tensor:
+    if dtype == torch.bool:
+        return numbers != 0
+    whole = numbers.to(torch.int64)
+    return (whole if size is None else whole.clamp(-size, size)).to(dtype)
 
 
 def _between_numbers(
-    body: fx.GraphModule, given: Sequence[bool], returned: Sequence[bool], like: int
+    body: fx.GraphModule, given: Sequence[Whole | None], returned: Sequence[Whole | None], like: int
 ) -> fx.GraphModule:
-    """`body` that takes and returns numbers where it is said to have truth values; behind those it has no more."""
+    """`body` that takes and returns real numbers where it is said to have others; behind those it has no more."""
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     inputs = list(body.graph.find_nodes(op="placeholder"))
     made = [graph.placeholder(str(node.target)) for node in inputs]
-    more = (False,) * (len(inputs) - len(given))
-    for node, new, is_truth in zip(inputs, made, (*given, *more), strict=True):
+    more = (None,) * (len(inputs) - len(given))
+    for node, new, whole in zip(inputs, made, (*given, *more), strict=True):
         # What nobody reads is not computed either: a head asks which of the states it reads.
-        copies[node] = graph.call_function(operator.ne, (new, 0)) if is_truth and node.users else new
+        copies[node] = (
+            graph.call_function(whole_of_number, (new, whole.dtype, whole.size)) if whole and node.users else new
+        )
     results: Any = graph.graph_copy(body.graph, copies)
-    more = (False,) * (len(results) - len(returned))
+    more = (None,) * (len(results) - len(returned))
     pairs = zip(results, (*returned, *more), strict=True)
     graph.output(
         tuple(
-            graph.call_function(number_of_truth, (one, results[like])) if is_truth else one for one, is_truth in pairs
+            one if whole is None else graph.call_function(number_of_whole, (one, results[like])) for one, whole in pairs
         )
     )
     return fx.GraphModule(body, graph)

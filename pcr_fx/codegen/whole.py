@@ -6,8 +6,10 @@ A result has its own dtype's arithmetic: where it would not be exact, or would w
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +83,19 @@ def _largest(dtype: torch.dtype) -> float:
     return float(max(torch.iinfo(dtype).max, -torch.iinfo(dtype).min))
 
 
+def _bounds(node: fx.Node) -> tuple[Any, Any]:
+    """Of a clamp."""
+    given = arguments_of(node)
+    return given["min"], given["max"]
+
+
+def _cut_off(value: Expression) -> Expression:
+    """A real as a whole number of 64 bits, as processors have it: of NaN, and of what is too large, they make the least one."""
+    least = Constant(-(2.0**63))
+    whole = Apply("add", (Apply("trunc", (value,)), Constant(0.0)))
+    return Apply("where", (Apply("lt", (Apply("abs", (value,)), Constant(2.0**63))), whole, least))
+
+
 def as_truth(value: Expression) -> Expression:
     return Apply("ne", (value, Constant(0.0)))
 
@@ -139,6 +154,8 @@ class WholeNumbers:
     def kept(self, node: fx.Node, expression: Expression) -> Expression:
         """What an op computes, made what its dtype has."""
         name, dtype = op_name(node), node.meta["val"].dtype
+        if dtype == torch.int64 and self._is_cut_off(node):
+            return _cut_off(expression)
         if dtype == torch.bool and name in _SATURATING:
             return as_truth(expression)
         if dtype == torch.int64 and name in _SIGNED:
@@ -153,6 +170,8 @@ class WholeNumbers:
                 raise self._refused(node, f"of {dtype}")
             self.sizes[node] = 1
             return
+        if dtype == torch.int64 and self._is_cut_off(node):
+            return
         size = self._size(node, name)
         if size is None or (dtype == torch.uint8 and _may_be_negative(node, name)):
             raise self._refused(node, f"of {dtype}")
@@ -162,6 +181,11 @@ class WholeNumbers:
         if size > min(self.exact, _largest(dtype) if hands_on else torch.iinfo(dtype).max):
             raise self._refused(node, f"of {dtype} which may not be exact in {self.real}")
         self.sizes[node] = size
+
+    def _is_cut_off(self, node: fx.Node) -> bool:
+        """Whether an op makes whole numbers of any reals, all of which are brought between two numbers then."""
+        is_conversion = op_name(node) == "_to_copy" and node.all_input_nodes[0].meta["val"].dtype == self.real
+        return is_conversion and all(op_name(user) == "clamp" and None not in _bounds(user) for user in node.users)
 
     def _size(self, node: fx.Node, name: str) -> float | None:
         """Up to how large the whole numbers are that an op makes; `None` where it may make others."""
@@ -173,6 +197,10 @@ class WholeNumbers:
             return max(
                 [*map(self._magnitude, _chosen(node)), 0.0 if isinstance(value, fx.Node) else self._magnitude(value)]
             )
+        if name == "clamp" and None not in _bounds(node):
+            return max(map(self._magnitude, _bounds(node)))
+        if name in ("argmax", "argmin"):
+            return float(given["self"].meta["val"].numel())
         if name == "sum":
             return self._magnitude(given["self"]) * given["self"].meta["val"].numel() / max(node.meta["val"].numel(), 1)
         return _SIZES[name](*map(self._magnitude, given.values())) if name in _SIZES else None
@@ -193,6 +221,30 @@ class WholeNumbers:
 
     def _refused(self, node: fx.Node, why: str) -> Unprintable:
         return Unprintable(f"no kernel is printed for {node.target} {why}")
+
+
+def sizes_of(graph: fx.GraphModule, real: torch.dtype, given: Sequence[float | None]) -> list[float]:
+    """Up to how large the whole numbers are that an aten graph returns, infinite where that is not known.
+
+    Args:
+        real: the dtype in which they are to be exact.
+        given: up to how large its first inputs are, of those that are whole numbers.
+    """
+    whole, sizes = WholeNumbers(real), iter(given)
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            whole.take(node)
+            if (size := next(sizes, None)) is not None:
+                whole.sizes[node] = size
+        elif node.op == "get_attr":
+            whole.take_constant(node, getattr(graph, str(node.target)))
+        elif node.target is operator.getitem:
+            whole.take(node)
+        elif node.op == "call_function":
+            with contextlib.suppress(Unprintable, AttributeError):  # of several results, or of none of ours
+                whole.check(node)
+    results: Any = graph.graph.output_node().args[0]
+    return [whole.sizes.get(one, math.inf) for one in results[: len(given)]]
 
 
 def _chosen(node: fx.Node) -> list[fx.Node]:
