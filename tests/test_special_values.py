@@ -45,6 +45,10 @@ FUNCTIONS: dict[str, Body] = {
     **{f"one over {name}": functools.partial(_inverse, getattr(torch, name)) for name in """abs sign tanh expm1 sin atan round
     sqrt relu""".split()},
     "tanh gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "angle": lambda x: torch.angle(x),
+    "logaddexp2": lambda x, y: torch.logaddexp2(x, y),
+    "infinite": lambda x: torch.where(torch.isinf(x), 0.5, x),
+    "rounded to decimals": lambda x: torch.round(x, decimals=2) + torch.round(x, decimals=-1),
     "threshold": lambda x: F.threshold(x, 0.3, -0.1),
     "prelu": lambda x, y: F.prelu(x, y[:1, :1].reshape(1)),
     "softmax": lambda x: x.softmax(-1),

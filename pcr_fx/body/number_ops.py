@@ -31,6 +31,23 @@ def copysign(x: Tensor, sign: Any) -> Any:
     return torch.where(signbit(sign), -x.abs(), x.abs())
 
 
+def isinf(x: Tensor) -> Any:
+    return x.abs() == torch.inf if x.is_floating_point() else NotImplemented
+
+
+def angle(x: Tensor) -> Any:
+    """Of a real number, which is NaN where that is."""
+    if not x.is_floating_point():
+        return NotImplemented
+    return torch.where(torch.isnan(x), x, torch.where(x < 0, torch.pi, torch.zeros_like(x)))
+
+
+def round_decimals(x: Tensor, *, decimals: int) -> Tensor:
+    """Scaled by a whole power of ten, so that nothing is rounded but by intent."""
+    scale = float(10 ** abs(decimals))
+    return torch.round(x * scale) / scale if decimals > 0 else torch.round(x / scale) * scale
+
+
 def shrink_backward(cotangent: Tensor, x: Tensor, width: float) -> Tensor:
     """Of softshrink and of hardshrink; NaN is beyond any width."""
     return torch.where((x >= -width) & (x <= width), 0.0, cotangent)
@@ -44,6 +61,9 @@ NUMBER_OPS: dict[Any, Callable[..., Any]] = {
     aten.hypot.default: hypot,
     aten.signbit.default: signbit,
     aten.copysign.Tensor: copysign,
+    aten.isinf.default: isinf,
+    aten.angle.default: angle,
+    aten.round.decimals: round_decimals,
     aten.softshrink_backward.default: shrink_backward,
     aten.hardshrink_backward.default: shrink_backward,
     aten.ldexp.Tensor: ldexp,

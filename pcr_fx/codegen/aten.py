@@ -383,9 +383,9 @@ RULES: dict[str, Rule] = {
     **{f"{name}.default": _pointwise(lambda value: value) for name in ("clone", "lift_fresh_copy")},
     **{
         f"{name}.default": _apply(name)
-        for name in """abs ceil cos erf erfc exp expm1 floor log log10 log1p log2 maximum minimum neg reciprocal relu round
-        rsqrt sigmoid sign sin sqrt tan tanh atan asin acos sinh cosh trunc logical_and logical_or logical_not
-        atan2""".split()
+        for name in """abs ceil cos erf erfc erfinv exp exp2 expm1 floor log log10 log1p log2 maximum minimum neg reciprocal relu
+        round rsqrt sigmoid sign sin sqrt tan tanh atan asin acos sinh cosh trunc logical_and logical_or logical_not
+        atan2 asinh acosh atanh""".split()
     },
     **{f"{name}.Tensor": _apply(name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "fmod")},
     **{f"{name}.Scalar": _apply(name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "fmod")},

@@ -113,6 +113,7 @@ FUNCTIONS = {
         _library("fmod", 2, torch.fmod),
         # Exponentials and logarithms.
         _row("exp", 1, torch.exp, "tl.exp({0})"),
+        _library("exp2", 1, torch.exp2),
         _library("expm1", 1, torch.expm1),
         _row("log", 1, torch.log, "tl.log({0})"),
         _row("log2", 1, torch.log2, "tl.log2({0})"),
@@ -129,10 +130,14 @@ FUNCTIONS = {
         _library("sinh", 1, torch.sinh),
         _library("cosh", 1, torch.cosh),
         _library("tanh", 1, torch.tanh),
+        _library("asinh", 1, torch.asinh),
+        _library("acosh", 1, torch.acosh),
+        _library("atanh", 1, torch.atanh),
         # Others that are smooth.
         _row("sigmoid", 1, torch.sigmoid, "1 / (1 + tl.exp(-{0}))"),
         _row("erf", 1, torch.erf, "tl.erf({0})"),
         _library("erfc", 1, torch.erfc),
+        _library("erfinv", 1, torch.erfinv),
         # Choices. Comparisons with NaN are false, so that relu keeps it; so do maximum and minimum of either argument.
         _row("relu", 1, torch.relu, "tl.where({0} < 0, {zero}, {0})"),
         _row("sign", 1, torch.sign, "tl.where({0} > 0, {one}, tl.where({0} < 0, -{one}, {zero}))"),

@@ -191,6 +191,24 @@ template <class V> INLINE V k_sign(V x) {
   const V one = k_fill<V>(real(1)), zero = k_fill<V>(real(0));
   return (x > 0 ? one : zero) - (x < 0 ? one : zero);
 }
+// The inverse of erf as PyTorch computes it: a quotient of polynomials, and two steps of Newton's method.
+inline double erfinv(double y) {
+  const double size = std::fabs(y);
+  if (!(size < 1)) return size == 1 ? std::copysign(INFINITY, y) : NAN;
+  double x;
+  if (size <= 0.7) {
+    const double z = y * y;
+    x = y * (((-0.140543331 * z + 0.914624893) * z - 1.645349621) * z + 0.886226899) /
+        ((((0.012229801 * z - 0.329097515) * z + 1.442710462) * z - 2.118377725) * z + 1);
+  } else {
+    const double z = std::sqrt(-std::log((1 - size) / 2));
+    x = std::copysign(((1.641345311 * z + 3.429567803) * z - 1.624906493) * z - 1.970840454, y) /
+        ((1.637067800 * z + 3.543889200) * z + 1);
+  }
+  const double slope = 1.1283791670955126;  // of erf at 0
+  for (int step = 0; step < 2; ++step) x -= (std::erf(x) - y) / (slope * std::exp(-x * x));
+  return x;
+}
 #define K_LIBRARY(name, function) \
   template <class V> INLINE V k_##name(V x) { return k_each([](real a) { return function(a); }, x); }
 K_LIBRARY(ceil, std::ceil)
@@ -205,8 +223,12 @@ K_LIBRARY(acos, std::acos)
 K_LIBRARY(atan, std::atan)
 K_LIBRARY(sinh, std::sinh)
 K_LIBRARY(cosh, std::cosh)
+K_LIBRARY(asinh, std::asinh)
+K_LIBRARY(acosh, std::acosh)
+K_LIBRARY(atanh, std::atanh)
 K_LIBRARY(erf, std::erf)
 K_LIBRARY(erfc, std::erfc)
+K_LIBRARY(erfinv, erfinv)
 K_LIBRARY(exp2, std::exp2)
 K_LIBRARY(log, std::log)
 K_LIBRARY(log2, std::log2)
