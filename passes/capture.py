@@ -18,6 +18,7 @@ from pcr_fx.body.isolation import tracing
 from pcr_fx.errors import CaptureError, UnsupportedError
 from pcr_fx.passes.contents import describe
 from pcr_fx.passes.facts import Facts
+from pcr_fx.passes.reading import Reading
 from pcr_fx.passes.shapes import Answers
 from pcr_fx.passes.stand_ins import ADVICE
 from pcr_fx.passes.tracer import ModelTracer
@@ -63,6 +64,11 @@ class Captured:
             if (arguments if holder is None else holder)[name].requires_grad != answer:
                 return False
         return self.answers is None or self.answers.hold_for(arguments)
+
+    @classmethod
+    def of_nothing(cls, model: nn.Module, changes: Changes) -> Captured:
+        """Of a model that was not read."""
+        return cls(fx.Graph(), {}, None, Facts(Reading(model), False, changes), frozenset(), (), (), ())
 
     def without_graph(self) -> Captured:
         """All but the graph, once another was made of it: it weighs a kilobyte an op."""

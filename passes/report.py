@@ -13,6 +13,7 @@ from pcr_fx.passes.plan import PlannedChain
 from pcr_fx.passes.rewrite import depth
 from pcr_fx.recurrent import Recurrent
 from pcr_fx.reports import ChainEntry, RewriteReport
+from pcr_fx.switches import OFF
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,9 @@ def report_recurrent(report: RewriteReport, networks: Sequence[Recurrent], optio
 
 def warn_without_chains(report: RewriteReport, reason: str = "") -> None:
     """Say loudly that nothing was found, and the reason for it: by default the first in the report."""
-    if not report.chains:
+    if report.is_off:
+        log.warning("%s", OFF)
+    elif not report.chains:
         first = next(iter(report.rejected), None)
         reason = reason or ("nothing in it repeats" if first is None else f"{first.modules}: {first.reason}")
         log.warning("no chain found in %d ops; the model runs as it was (%s)", report.nodes, reason)

@@ -36,6 +36,7 @@ from pcr_fx.passes.report import warn_without_chains
 from pcr_fx.recurrent import Recurrent
 from pcr_fx.reports import RewriteReport, merge_reports
 from pcr_fx.scans import CountedLoop, LoopModule, take_loops
+from pcr_fx.switches import is_disabled
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ def rewrite_captured(
         The report, and whether chains are to be called apart from the rest: all run as native kernels, or some are of recurrent
         networks, which choose at run time what they run by.
     """
+    if is_disabled():
+        return RewriteReport(is_off=True), False
     way_in = _CapturedByDynamo(graph_module, example_inputs, options)
     rewritten = run_passes(way_in, options)
     modules = {**rewritten.nodes, **rewritten.recurrent}

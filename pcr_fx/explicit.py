@@ -30,7 +30,8 @@ from pcr_fx.packing import CONTAINER, Pack, pack_operands
 from pcr_fx.passes.capture import bind_to
 from pcr_fx.passes.report import warn_without_chains
 from pcr_fx.reports import RewriteReport
-from pcr_fx.variants import Variant, carried, may_be_exported, rehearse, rewrite_model
+from pcr_fx.switches import is_disabled
+from pcr_fx.variants import Variant, as_written, carried, may_be_exported, rehearse, rewrite_model
 from pcr_fx.watched import Changes, converting, watch
 
 # How many graphs a module keeps, of those used last: one for each mode, and for each of what the forward asked of its
@@ -291,6 +292,10 @@ class TransformedModule(nn.Module):
                 source.sources = list(map(packed, source.sources))
 
     def _rewrite(self, example_inputs: Any) -> Variant:
+        if is_disabled():
+            variant = as_written(self._model(), self._pcr_changes)
+            warn_without_chains(variant.report)
+            return variant
         watch(self, self._pcr_changes)
         # What counts or logs ops gets none of those that are run to read the model.
         unseen = _disable_current_modes() if is_watched_by_a_mode() else contextlib.nullcontext()

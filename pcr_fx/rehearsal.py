@@ -72,10 +72,14 @@ class Rehearsal:
     def changed(self) -> str:
         return self.facts.changed()
 
-    def blame(self, reason: str) -> None:
-        """Have the model run as it was written from now on, because of what hooks do."""
+    def leave_alone(self, reason: str) -> None:
+        """Have the model run as it was written from now on, without a word."""
         self._at_fault = list(map(numbers_of_hooks, self.hooked))
         self.reason, self.is_over = reason, True
+
+    def blame(self, reason: str) -> None:
+        """Have the model run as it was written from now on, because of what hooks do."""
+        self.leave_alone(reason)
         self.notes.append(f"{reason}: the model runs as it was written")
         log.warning("%s: the model runs as it was written", reason)
 

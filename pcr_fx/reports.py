@@ -16,6 +16,7 @@ from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
 from pcr_fx.planner import ADAM, BESIDE, FUSED_ADAM, HANDING, Choice, Plan, Timing
 from pcr_fx.solvers import Outcome, SolveStats
+from pcr_fx.switches import OFF
 from pcr_fx.ways import Way, in_units
 
 _DIRECTIONS = ("forward", "backward")
@@ -177,6 +178,7 @@ class RewriteReport:
         nodes: ops of the model.
         notes: what else there is to know.
         outside: what `torch.compile` runs outside of all graphs, and why.
+        is_off: whether nothing was looked for, since everything is switched off.
     """
 
     chains: list[ChainEntry] = field(default_factory=list)
@@ -186,6 +188,7 @@ class RewriteReport:
     nodes: int = 0
     notes: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    is_off: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in the report as plain values."""
@@ -200,6 +203,7 @@ class RewriteReport:
             "ops": self.nodes,
             "notes": list(self.notes),
             "outside": list(self.outside),
+            "is_off": self.is_off,
         }
 
     def __str__(self) -> str:
@@ -220,6 +224,8 @@ class RewriteReport:
         return "\n\n".join(parts)
 
     def _headline(self) -> str:
+        if self.is_off:
+            return f"pcr_fx: SWITCHED OFF. {OFF}."
         if not self.chains:
             return f"pcr_fx: NO CHAIN FOUND in {self.nodes} ops. The model runs as it was."
         count = len(self.chains)
@@ -248,6 +254,7 @@ def merge_reports(reports: Sequence[RewriteReport]) -> RewriteReport:
         merged.depth += report.depth
         merged.depth_in_chains += report.depth_in_chains
         merged.nodes += report.nodes
+        merged.is_off |= report.is_off
         merged.notes += [note for note in report.notes if note not in merged.notes]
     merged.rejected = sorted(rejected, key=lambda miss: -miss.length)
     if len(reports) > 1:

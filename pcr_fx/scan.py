@@ -18,6 +18,7 @@ from pcr_fx.loops import Loop
 from pcr_fx.marks import Framed, NotCaptured, scan_op, step_between_marks
 from pcr_fx.options import Options
 from pcr_fx.steps import captures_of, described, may_be_captured
+from pcr_fx.switches import is_disabled
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,9 @@ def scan(
             was given.
     """
     loop = _checked(combine_fn, init, xs, dim, length, reverse)
-    if torch.compiler.is_dynamo_compiling():
+    if is_disabled():
+        carry, ys = _step_by_step(combine_fn, loop) if loop.length else _without_steps(combine_fn, loop)
+    elif torch.compiler.is_dynamo_compiling():
         carry, ys = _in_a_compiler(combine_fn, loop, options)
     else:
         carry, ys = _run(combine_fn, loop, _DEFAULT if options is None else Options.of(options))
@@ -288,6 +291,12 @@ def _step_by_step(combine_fn: Callable[..., Any], loop: _Loop) -> tuple[Any, Any
     return carry, pytree.tree_unflatten(stacked, ys_spec)
 
 
+def _without_steps(combine_fn: Callable[..., Any], loop: _Loop) -> tuple[Any, Any]:
+    """No steps; one is made, of zeros, to see what `ys` it returns."""
+    _, y = combine_fn(loop.carry(loop.init), loop.x([x.new_zeros(x.shape[1:]) for x in loop.xs]))
+    return loop.carry(loop.init), pytree.tree_map_only(Tensor, lambda one: one.new_empty((0, *one.shape)), y)
+
+
 def _check_leaves(leaves: Sequence[Any]) -> None:
     for leaf in leaves:
         if leaf is not None and not isinstance(leaf, Tensor):
@@ -316,8 +325,7 @@ def _check_carry(loop: _Loop, found: Sequence[tuple[tuple[int, ...], torch.dtype
 def _in_a_compiler(combine_fn: Callable[..., Any], loop: _Loop, options: Any) -> tuple[Any, Any]:
     """The loop as one operator of the graph that Dynamo captures."""
     if not loop.length:
-        _, y = combine_fn(loop.carry(loop.init), loop.x([x.new_zeros(x.shape[1:]) for x in loop.xs]))
-        return loop.carry(loop.init), pytree.tree_map_only(Tensor, lambda one: one.new_empty((0, *one.shape)), y)
+        return _without_steps(combine_fn, loop)
     carry, ys = scan_op(step_between_marks, combine_fn, loop.carry(loop.init), loop.x(loop.xs), loop.length, False)
     _, spec, places = _flat(carry, "the carry that combine_fn returns")
     _check_structure(loop, spec, places)

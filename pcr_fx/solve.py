@@ -26,6 +26,8 @@ from pcr_fx.planner import Plan, make_plan
 from pcr_fx.record import SolveRecord
 from pcr_fx.solvers import SolveStats
 from pcr_fx.steps import captures_of, may_be_captured
+from pcr_fx.switches import is_disabled
+from pcr_fx.ways import IN_SEQUENCE
 
 # How often a step is captured again because it closes over other numbers; from then on it is traced at each call, which takes
 # less than half of the time.
@@ -122,12 +124,41 @@ class _Problem:
         if spec != self.structure[0]:
             raise UnsupportedError(f"step must return a state of the structure of x0, {self.structure[0]}, got {spec}")
 
+    def check_states(self, found: Sequence[Any]) -> None:
+        """Whether a step returned states like those that it was given."""
+        for state, new in zip(self.states, found, strict=True):
+            if not isinstance(new, Tensor):
+                raise UnsupportedError(f"step must return tensors, got {type(new).__name__}")
+            if new.shape != state.shape or new.dtype != state.dtype:
+                raise BodyError(
+                    f"step must return a state of the shape and dtype of x0, {list(state.shape)} {state.dtype}, got "
+                    f"{list(new.shape)} {new.dtype}"
+                )
+
     def solution(self, states: Sequence[Tensor], record: SolveRecord) -> ChainSolution:
         return ChainSolution(pytree.tree_unflatten(list(states), self.structure[0]), record)
 
 
 def _solve(problem: _Problem) -> ChainSolution:
+    if is_disabled():
+        return _step_by_step(problem)
     return _captured(problem) or _traced(problem)
+
+
+def _step_by_step(problem: _Problem) -> ChainSolution:
+    """The solution by a plain loop over the step as it is written."""
+    states, (state_spec, operand_spec, shared_spec) = problem.states, problem.structure
+    shared = pytree.tree_unflatten(problem.shared, shared_spec)
+    every = []
+    for index in range(problem.length):
+        own = pytree.tree_unflatten([operand[index] for operand in problem.operands], operand_spec)
+        states, spec = pytree.tree_flatten(problem.step(pytree.tree_unflatten(states, state_spec), own, shared))
+        problem.check_structure(spec)
+        problem.check_states(states)
+        every.append(states)
+    record = SolveRecord(getattr(problem.step, "__name__", "step"))
+    record.forward("sequential", IN_SEQUENCE)
+    return problem.solution([torch.stack(parts) for parts in zip(*every, strict=True)], record)
 
 
 # --- a step that was captured, and is not traced again ------------------------------------------------------------------

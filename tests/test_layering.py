@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 # The rooms of the package, lowest floor first. A module may import from its own room and from lower floors;
 # rooms that share a floor do not see each other.
 FLOORS = (
-    {"errors", "disk", "locks"},
+    {"errors", "disk", "locks", "switches"},
     {"registry", "watched", "artifacts", "frameworks"},
     {"options", "graphs"},
     {"chain", "call", "stopping"},
