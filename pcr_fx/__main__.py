@@ -1,16 +1,66 @@
-"""`python -m pcr_fx plans`: the measurements that `solver="auto"` keeps on disk; `--clear` deletes them."""
+"""The command line: `python -m pcr_fx doctor`, `kernels`, `plans`."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from tabulate import tabulate
 
+from pcr_fx import disk, doctor
+from pcr_fx.errors import PcrFxError
 from pcr_fx.planner import Timing, cached_plans, clear_plans
 from pcr_fx.planner.cache import plan_directory
+from pcr_fx.targets.cpp import kept
+from pcr_fx.ways import in_units
+
+# Exit statuses: something is broken, or cannot be done.
+_BROKEN, _REFUSED = 1, 2
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    findings = doctor.examine()
+    is_well = doctor.is_well(findings)
+    if arguments.json:
+        print(json.dumps({"is_well": is_well, "findings": [one.to_dict() for one in findings]}, indent=1))
+    else:
+        print(doctor.as_table(findings))
+    return 0 if is_well else _BROKEN
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------------
+
+
+def _list_kernels(_: argparse.Namespace) -> int:
+    kernels = kept.kept_kernels()
+    print(f"{len(kernels)} kernels, {in_units(sum(one.size for one in kernels))}, in {disk.cache_directory()}")
+    if kernels:
+        rows = [(one.key, _day(one.made), in_units(one.size), one.what) for one in kernels]
+        print(tabulate(rows, ("key", "compiled", "size", "what"), "simple", disable_numparse=True))
+    return 0
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def _show_kernel(arguments: argparse.Namespace) -> int:
+    print(kept.kernel_source(arguments.key))
+    return 0
+
+
+def _clear_kernels(_: argparse.Namespace) -> int:
+    count, size = kept.clear_kernels()
+    print(f"{count} kernels deleted from {disk.cache_directory()}, {in_units(size)}")
+    return 0
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------------
 
 
 def plan_table(plans: Sequence[dict[str, Any]]) -> str:
@@ -28,19 +78,56 @@ def plan_table(plans: Sequence[dict[str, Any]]) -> str:
     return tabulate(rows, ("chain", "source", "size", "forward", "backward"), "grid")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pcr_fx", description="What pcr_fx keeps on disk.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    plans = commands.add_parser("plans", help='the measurements of solver="auto"')
-    plans.add_argument("--clear", action="store_true", help="delete them; compiled kernels stay")
-    if parser.parse_args(arguments).clear:
+def _plans(arguments: argparse.Namespace) -> int:
+    if arguments.clear:
         print(f"{clear_plans()} measurements deleted from {plan_directory()}")
-        return
-    kept = cached_plans()
-    print(f"{len(kept)} measurements in {plan_directory()}")
-    if kept:
-        print(plan_table(kept))
+        return 0
+    plans = cached_plans()
+    print(f"{len(plans)} measurements in {plan_directory()}")
+    if plans:
+        print(plan_table(plans))
+    return 0
+
+
+# --- the command line -----------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pcr_fx", description="What pcr_fx has, and keeps on disk.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    found = commands.add_parser("doctor", help="what is there, what of it works, and what to do about the rest")
+    found.add_argument("--json", action="store_true", help="for programs")
+    found.set_defaults(run=_doctor)
+
+    kernels = commands.add_parser("kernels", help="the compiled kernels that are kept on disk")
+    what = kernels.add_subparsers(dest="what", required=True)
+    what.add_parser("list", help="all of them, the oldest first").set_defaults(run=_list_kernels)
+    show = what.add_parser("show", help="the C++ source of one")
+    show.add_argument("key", help="how its key begins")
+    show.set_defaults(run=_show_kernel)
+    what.add_parser("clear", help="delete all; measurements stay").set_defaults(run=_clear_kernels)
+
+    plans = commands.add_parser("plans", help='the measurements of solver="auto" that are kept on disk')
+    plans.add_argument("--clear", action="store_true", help="delete them; compiled kernels stay")
+    plans.set_defaults(run=_plans)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit status: 0, 1 where something is broken, 2 where something cannot be done.
+    """
+    given = _parser().parse_args(arguments)
+    try:
+        status: int = given.run(given)
+        return status
+    except (PcrFxError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return _REFUSED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

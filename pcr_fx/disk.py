@@ -56,20 +56,32 @@ def directories() -> Iterator[Path]:
     Raises:
         OSError: there is no further one.
     """
+    folder, error = meant_folder()
+    if error is not None:
+        give_up(folder, error)
+    elif folder is not None:
+        yield folder
+    yield _usable(_private(os.getpid()))
+
+
+def meant_folder() -> tuple[Path | None, OSError | None]:
+    """The folder that things are meant to be kept in, and why they are not."""
     meant = None
     try:
         meant = _meant()
-        usable = _usable(meant)
+        return _usable(meant), None
     except OSError as error:
-        give_up(meant, error)
-    else:
-        yield usable
-    yield _usable(_private(os.getpid()))
+        return meant, error
+
+
+def reason_in(error: Exception) -> str:
+    """What an error says, without number and path."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def give_up(folder: Path | None, error: Exception) -> None:
     """Say why nothing is kept in a folder, once for each."""
-    reason = (error.strerror if isinstance(error, OSError) else None) or error
+    reason = reason_in(error)
     _say_once(
         folder, f"nothing is kept in {folder or 'a folder'}, and each process compiles and measures anew: {reason}"
     )

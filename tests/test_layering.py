@@ -47,7 +47,7 @@ FLOORS = (
     {"steps", "counters"},
     {"scans"},
     {"explicit", "backend", "solve", "scan"},
-    {"introspect"},
+    {"introspect", "doctor"},
     {"__init__"},
     {"__main__"},
 )

@@ -24,6 +24,7 @@ from pcr_fx.body.isolation import stop_if_abandoned
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.locks import fork_safe_lock
 from pcr_fx.registry import Registry
+from pcr_fx.targets.cpp.kept import keep_source
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,15 @@ class CompilerError(UnsupportedError):
 def check_compiler() -> None:
     """Raise `CompilerError` where nothing can be compiled."""
     _toolchain()
+
+
+def compiler_in_words() -> str:
+    """The command that compiles kernels, and what it says of itself.
+
+    Raises:
+        CompilerError: there is none.
+    """
+    return f"{shlex.join(_compiler())}: {_version()}"
 
 
 def load(source: str) -> ctypes.CDLL:
@@ -107,10 +117,12 @@ def _kept(path: Path) -> ctypes.CDLL | None:
 def _built(path: Path, source: str) -> ctypes.CDLL:
     disk.keep(path, _compile(source, path.parent))
     try:
-        return _opened(path)
+        library = _opened(path)
     except OSError:
         disk.delete(path)
         raise
+    keep_source(path, source)
+    return library
 
 
 def _opened(path: Path) -> ctypes.CDLL:
