@@ -23,6 +23,7 @@ from pcr_fx.reports import RewriteReport
 from pcr_fx.scan import scan
 from pcr_fx.solve import ChainSolution, solve_chain
 from pcr_fx.solvers import Outcome, SolveStats
+from pcr_fx.verification import Verification, verify
 
 __all__ = [
     "BodyError",
@@ -39,6 +40,7 @@ __all__ = [
     "TextError",
     "TransformedModule",
     "UnsupportedError",
+    "Verification",
     "cached_plans",
     "clear_plans",
     "explain",
@@ -46,6 +48,7 @@ __all__ = [
     "scan",
     "solve_chain",
     "transform",
+    "verify",
 ]
 
 register()

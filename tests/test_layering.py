@@ -18,7 +18,7 @@ FLOORS = (
     {"errors", "disk", "locks", "switches"},
     {"registry", "watched", "artifacts", "frameworks"},
     {"options", "graphs"},
-    {"chain", "call", "stopping"},
+    {"chain", "call", "stopping", "comparison"},
     {"body"},
     {"codegen"},
     {"targets"},
@@ -47,7 +47,7 @@ FLOORS = (
     {"steps", "counters"},
     {"scans"},
     {"explicit", "backend", "solve", "scan"},
-    {"introspect", "doctor"},
+    {"introspect", "doctor", "verification"},
     {"__init__"},
     {"__main__"},
 )
