@@ -1,21 +1,27 @@
-"""The command line: `python -m pcr_fx doctor`, `kernels`, `plans`."""
+"""The command line: `python -m pcr_fx doctor`, `kernels`, `plans`, `repro`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import runpy
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 from tabulate import tabulate
 
 from pcr_fx import disk, doctor
-from pcr_fx.errors import PcrFxError
-from pcr_fx.planner import Timing, cached_plans, clear_plans
+from pcr_fx.errors import PcrFxError, UnsupportedError
+from pcr_fx.node import SolveNode, nodes_made
+from pcr_fx.planner import Plan, Timing, cached_plans, clear_plans
 from pcr_fx.planner.cache import plan_directory
+from pcr_fx.reproduction import script_of
 from pcr_fx.targets.cpp import kept
 from pcr_fx.ways import in_units
 
@@ -89,6 +95,50 @@ def _plans(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# --- repro ----------------------------------------------------------------------------------------------------------------
+
+
+def _repro(arguments: argparse.Namespace) -> int:
+    nodes = _planned(_run_script(arguments.script, arguments.arguments))
+    if not 1 <= arguments.chain <= len(nodes):
+        raise UnsupportedError(
+            f"--chain must be one of the {len(nodes)} chains that {arguments.script} ran, got {arguments.chain}"
+        )
+    for number, node in enumerate(nodes, 1):
+        chosen = "this one" if number == arguments.chain else f"--chain {number}"
+        print(f"{node.chain.length} blocks of {node.record.name}: {chosen}", file=sys.stderr)
+    node = nodes[arguments.chain - 1]
+    print(script_of(node.chain, node.outcome, node.options), end="")
+    return 0
+
+
+def _run_script(script: str, arguments: Sequence[str]) -> list[SolveNode]:
+    """The solve nodes that a script makes; it may end with an error, which may be what there is to report."""
+    argv, path = list(sys.argv), list(sys.path)
+    with nodes_made() as nodes, contextlib.redirect_stdout(sys.stderr):
+        sys.argv[:], sys.path[:0] = [script, *arguments], [os.path.dirname(os.path.abspath(script))]
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit:
+            pass
+        except OSError:
+            raise
+        except Exception:
+            traceback.print_exc()
+        finally:
+            sys.argv[:], sys.path[:] = argv, path
+    return nodes
+
+
+def _planned(nodes: Sequence[SolveNode]) -> list[SolveNode]:
+    """Those whose shapes are known, one of each chain, the longest first."""
+    found: dict[tuple[str, int], SolveNode] = {}
+    for node in nodes:
+        if isinstance(node.outcome, Plan):
+            found.setdefault((node.outcome.program.key, node.chain.length), node)
+    return sorted(found.values(), key=lambda node: -node.chain.length)
+
+
 # --- the command line -----------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +161,12 @@ def _parser() -> argparse.ArgumentParser:
     plans = commands.add_parser("plans", help='the measurements of solver="auto" that are kept on disk')
     plans.add_argument("--clear", action="store_true", help="delete them; compiled kernels stay")
     plans.set_defaults(run=_plans)
+
+    repro = commands.add_parser("repro", help="a chain of a script of yours as one script for a bug report, printed")
+    repro.add_argument("--chain", type=int, default=1, help="which, the longest first")
+    repro.add_argument("script", help="what to run")
+    repro.add_argument("arguments", nargs=argparse.REMAINDER, help="of the script")
+    repro.set_defaults(run=_repro)
     return parser
 
 

@@ -312,12 +312,12 @@ def carry(chain: Chain, leaving: Leaving, options: Options, given: Given, is_ope
         raise BodyError("the operator has gradients of real tensors alone")
     if autocast_dtype(device.type) is not None:
         raise BodyError("autocast decides the dtypes of its ops")
-    _check_says_all(chain)
+    check_says_all(chain)
     specs = [
         [(tuple(one.shape[first:]), one.dtype, one.device) for one in group]
         for first, group in zip((0, 1, 0, 1, 0), given, strict=True)
     ]
-    graphs = _traced(chain, specs, detect_fake_mode(every) or FakeTensorMode())
+    graphs = traced_graphs(chain, specs, detect_fake_mode(every) or FakeTensorMode())
     text = write_text(chain, graphs, Leaving(leaving.taps, leaving.whole), options, device, is_open)
     told(text, device)  # what cannot be read is not written
     operands, shared = [*given.operands, *given.head_operands], [*given.shared, *given.head_shared]
@@ -325,7 +325,7 @@ def carry(chain: Chain, leaving: Leaving, options: Options, given: Given, is_ope
     return found
 
 
-def _check_says_all(chain: Chain) -> None:
+def check_says_all(chain: Chain) -> None:
     """Whether the ops of a block say all that it does.
 
     Raises:
@@ -342,7 +342,7 @@ def _check_says_all(chain: Chain) -> None:
 
 
 @isolated
-def _traced(chain: Chain, specs: Sequence[Sequence[Any]], mode: FakeTensorMode) -> dict[str, fx.Graph]:
+def traced_graphs(chain: Chain, specs: Sequence[Sequence[Any]], mode: FakeTensorMode) -> dict[str, fx.Graph]:
     """The body as an aten graph, with those of its head, for tensors of sizes that may be symbols."""
 
     def fake(spec: tuple[Any, ...]) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -30,6 +31,20 @@ from pcr_fx.straight import Back, Straight
 from pcr_fx.sweep import Sweep
 from pcr_fx.sweeps import Joints, Sweeps
 from pcr_fx.ways import IN_SEQUENCE, evaluate_whole
+
+# Who is told of new nodes.
+_listening: list[list[SolveNode]] = []
+
+
+@contextlib.contextmanager
+def nodes_made() -> Iterator[list[SolveNode]]:
+    """All nodes that are made meanwhile, whatever the way in."""
+    made: list[SolveNode] = []
+    _listening.append(made)
+    try:
+        yield made
+    finally:
+        _listening[:] = [one for one in _listening if one is not made]
 
 
 @dataclass(eq=False)
@@ -80,6 +95,8 @@ class SolveNode(nn.Module):
         self.routes = Routes(chain, options, plan, self.record.name, *own)
         self._outputs = None if chain.head is None else OutputsBehind(chain.head, chain.length, self.record.name)
         self.takes(leaving or Leaving((), tuple(range(chain.num_states))))
+        for made in _listening:
+            made.append(self)
 
     def takes(self, leaving: Leaving) -> None:
         """Have calls return this."""

@@ -11,10 +11,11 @@ import torch
 from tabulate import tabulate
 
 from pcr_fx.chain import Chain, NearMiss
-from pcr_fx.errors import BodyError
+from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
 from pcr_fx.planner import ADAM, BESIDE, FUSED_ADAM, HANDING, Choice, Plan, Timing
+from pcr_fx.reproduction import script_of
 from pcr_fx.solvers import Outcome, SolveStats
 from pcr_fx.switches import OFF
 from pcr_fx.ways import Way, in_units
@@ -205,6 +206,20 @@ class RewriteReport:
             "outside": list(self.outside),
             "is_off": self.is_off,
         }
+
+    def repro(self, number: int = 1) -> str:
+        """A chain as one script for a bug report: its ops, shapes and options, numbers from a seed, and none of the model's.
+
+        Args:
+            number: of the chain, as the report counts them.
+
+        Raises:
+            UnsupportedError: there is no such chain, it has not run yet, or a script cannot say what it does.
+        """
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= len(self.chains):
+            raise UnsupportedError(f"number must be one of the report's {len(self.chains)} chains, got {number!r}")
+        entry = self.chains[number - 1]
+        return script_of(entry.chain, entry.plan or entry._refusal, entry.options)
 
     def __str__(self) -> str:
         parts = [self._headline()]

@@ -38,6 +38,7 @@ FLOORS = (
     {"sweeps"},
     {"node"},
     {"recurrent", "carried"},
+    {"reproduction"},
     {"reports"},
     {"passes"},
     {"packing", "copies", "optimizers", "rehearsal", "compilations"},
