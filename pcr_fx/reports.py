@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +16,12 @@ from pcr_fx.chain import Chain, NearMiss
 from pcr_fx.errors import BodyError, UnsupportedError
 from pcr_fx.node import SolveNode
 from pcr_fx.options import Options
+from pcr_fx.pages import fragment, page
 from pcr_fx.planner import ADAM, BESIDE, FUSED_ADAM, HANDING, Choice, Plan, Timing
 from pcr_fx.reproduction import script_of
 from pcr_fx.solvers import Outcome, SolveStats
 from pcr_fx.switches import OFF
-from pcr_fx.ways import Way, in_units
+from pcr_fx.ways import EAGER, Way, in_units
 
 _DIRECTIONS = ("forward", "backward")
 # Near misses, and places where graphs end, that are printed.
@@ -75,6 +78,11 @@ class ChainEntry:
         record, way = self.node.record if self.node is not None else None, self._way(direction)
         ran = getattr(record, f"solver_{direction}", None)
         return ran or (way.solver if way is not None else "not yet known")
+
+    def _way_name(self, direction: str) -> str | None:
+        """The way that was chosen, as timings name it; `None` before that."""
+        way = self._way(direction)
+        return None if way is None else EAGER if self.is_left_alone else way.name
 
     def _is_generated(self, direction: str) -> bool:
         """Whether generated code runs in this direction."""
@@ -141,6 +149,7 @@ class ChainEntry:
             "coupled_dims": dict(plan.program.batch.reasons) if plan else {},
             "rewritten": self.node is not None,
             "left_alone": self.is_left_alone,
+            **{f"way_{direction}": self._way_name(direction) for direction in _DIRECTIONS},
             "solver_forward": self._solver("forward"),
             "solver_backward": self._solver("backward"),
             "kernel_kind": "native" if plan is None or isinstance(plan.kernel, str) else plan.kernel.kind,
@@ -206,6 +215,21 @@ class RewriteReport:
             "outside": list(self.outside),
             "is_off": self.is_off,
         }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one HTML file, which needs no network.
+
+        Args:
+            path: of the file; what is there is overwritten.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        Path(path).write_text(page(self.to_dict(), self._headline()), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return fragment(self.to_dict(), self._headline())
 
     def repro(self, number: int = 1) -> str:
         """A chain as one script for a bug report: its ops, shapes and options, numbers from a seed, and none of the model's.

@@ -38,7 +38,7 @@ FLOORS = (
     {"sweeps"},
     {"node"},
     {"recurrent", "carried"},
-    {"reproduction"},
+    {"reproduction", "pages"},
     {"reports"},
     {"passes"},
     {"packing", "copies", "optimizers", "rehearsal", "compilations"},
