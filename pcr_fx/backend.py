@@ -33,6 +33,7 @@ from pcr_fx.passes.inline import holds_regions, inline_regions
 from pcr_fx.passes.pipeline import run_passes
 from pcr_fx.passes.plan import PlannedChain, measure_chains
 from pcr_fx.passes.report import warn_without_chains
+from pcr_fx.progress import stage
 from pcr_fx.recurrent import Recurrent
 from pcr_fx.reports import RewriteReport, merge_reports
 from pcr_fx.scans import CountedLoop, LoopModule, take_loops
@@ -63,16 +64,18 @@ def deeppcr(
     """
     settings = Options.of(options)
     compile_rest = _inner_backend(settings, mode)
-    report, native = rewrite_captured(graph_module, example_inputs, settings)
+    with stage(f"finding chains in a graph of {len(graph_module.graph.nodes)} nodes"):
+        report, native = rewrite_captured(graph_module, example_inputs, settings)
     _latest.add(report)
     _advise(report, _latest.lengths)
     if not report.chains:
         # A training step is several graphs: there need not be a chain in that of the optimiser.
         warn_without_chains(merge_reports(_latest.reports))
-    if native or _has_loops_apart(graph_module):
-        return compile_around(graph_module, compile_rest)
-    nodes = [module for module in graph_module.modules() if isinstance(module, SolveNode)]
-    return _holding(nodes, compile_rest(graph_module, example_inputs))
+    with stage("having the inner backend compile the rest"):
+        if native or _has_loops_apart(graph_module):
+            return compile_around(graph_module, compile_rest)
+        nodes = [module for module in graph_module.modules() if isinstance(module, SolveNode)]
+        return _holding(nodes, compile_rest(graph_module, example_inputs))
 
 
 def _has_loops_apart(graph_module: fx.GraphModule) -> bool:

@@ -29,6 +29,7 @@ from pcr_fx.options import Options
 from pcr_fx.packing import CONTAINER, Pack, pack_operands
 from pcr_fx.passes.capture import bind_to
 from pcr_fx.passes.report import warn_without_chains
+from pcr_fx.progress import stage
 from pcr_fx.reports import RewriteReport
 from pcr_fx.switches import is_disabled
 from pcr_fx.variants import Variant, as_written, carried, may_be_exported, rehearse, rewrite_model
@@ -299,7 +300,7 @@ class TransformedModule(nn.Module):
         watch(self, self._pcr_changes)
         # What counts or logs ops gets none of those that are run to read the model.
         unseen = _disable_current_modes() if is_watched_by_a_mode() else contextlib.nullcontext()
-        with self._unpacked(), unseen:
+        with self._unpacked(), unseen, stage(f"reading {self._pcr_class.__name__} and finding its chains"):
             captured, run, report = rewrite_model(self._model(), example_inputs, self._pcr_options, self._pcr_changes)
         rehearsal = rehearse(captured.model_facts, run.graph, report)
         warn_without_chains(report, "" if rehearsal is None else rehearsal.reason)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # rooms that share a floor do not see each other.
 FLOORS = (
     {"errors", "disk", "locks", "switches"},
-    {"registry", "watched", "artifacts", "frameworks"},
+    {"registry", "watched", "artifacts", "frameworks", "progress"},
     {"options", "graphs"},
     {"chain", "call", "stopping", "comparison"},
     {"body"},

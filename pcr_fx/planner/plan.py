@@ -31,6 +31,7 @@ from pcr_fx.planner.measure import is_plausible, measure
 from pcr_fx.planner.rounds import along
 from pcr_fx.planner.rule import estimated_choice
 from pcr_fx.planner.watch import Watch
+from pcr_fx.progress import stage
 from pcr_fx.registry import Registry
 from pcr_fx.solvers import Settings, SolveStats, default_tolerance
 from pcr_fx.targets import KERNELS, CppKernel, Kernel
@@ -250,7 +251,9 @@ class Plan:
         # In the thread that is going to call, if it may be: another has memory and a team of threads of its own, and
         # what is wide took four times as long there.
         run = measure if is_undisturbed() else apart(measure)
-        return run(case, self.settings, call, needs_gradient, are_stacked, with_eager)
+        name = self.program.chain.origin.modules or "a chain"
+        with stage(f"measuring what runs {name} fastest"):
+            return run(case, self.settings, call, needs_gradient, are_stacked, with_eager)
 
     def wants_another_look(self, samples: int) -> bool:
         """Whether solves go otherwise than when they were chosen."""
@@ -359,7 +362,9 @@ def make_plan(chain: Chain, signature: Signature, options: Options) -> Plan:
     like = None if of_block[0] is None else _of_block.get(of_block)
     if like is not None and like.key in _plans and isinstance(like.kernel, str | CppKernel):
         return like.called_with(signature).for_chain(chain)
-    found = _plan_of(build_program(chain, signature, block).called_with(signature), options, content)
+    with stage(f"tracing a block of {chain.origin.modules or 'a chain'}"):
+        program = build_program(chain, signature, block).called_with(signature)
+    found = _plan_of(program, options, content)
     found = _narrower(found, chain, signature, block, options, content) or found
     if of_block[0] is not None:
         _of_block[of_block] = found

@@ -23,6 +23,7 @@ from pcr_fx import artifacts, disk
 from pcr_fx.body.isolation import stop_if_abandoned
 from pcr_fx.errors import UnsupportedError
 from pcr_fx.locks import fork_safe_lock
+from pcr_fx.progress import stage
 from pcr_fx.registry import Registry
 from pcr_fx.targets.cpp.kept import keep_source
 
@@ -115,7 +116,8 @@ def _kept(path: Path) -> ctypes.CDLL | None:
 
 
 def _built(path: Path, source: str) -> ctypes.CDLL:
-    disk.keep(path, _compile(source, path.parent))
+    with stage("compiling a kernel"):
+        disk.keep(path, _compile(source, path.parent))
     try:
         library = _opened(path)
     except OSError:
