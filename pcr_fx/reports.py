@@ -216,6 +216,13 @@ class RewriteReport:
             "is_off": self.is_off,
         }
 
+    def summary(self) -> str:
+        """The report in a line a chain, and as many for near misses as it prints."""
+        lines = [self._headline()]
+        lines += [f"{number}. {_summary(entry.to_dict())}" for number, entry in enumerate(self.chains, 1)]
+        misses = [f"not {miss.modules}: {miss.reason}" for miss in self.rejected[:_MOST_LINES]]
+        return "\n".join([*lines, *misses, *_rest(self.rejected)])
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as one HTML file, which needs no network.
 
@@ -306,6 +313,18 @@ def _shapes(plan: Plan | None) -> Any:
         return None
     shapes = [list(spec.shape) for spec in plan.program.signature.states]
     return shapes[0] if len(shapes) == 1 else shapes
+
+
+def _summary(entry: dict[str, Any]) -> str:
+    """A chain in a line: how many blocks of what, and how much faster each direction was measured than the model's own ops."""
+    seconds = {(timing["direction"], timing["way"]): timing["seconds"] for timing in entry["timings"]}
+    words = []
+    for direction in _DIRECTIONS:
+        own, ours = seconds.get((direction, EAGER)), seconds.get((direction, entry[f"way_{direction}"]))
+        gain = f" {own / ours:.3g}x" if own and ours and not entry["left_alone"] else ""
+        words.append(_solver(entry, direction) + gain)
+    size = "" if entry["dimension"] is None else f", d = {entry['dimension']}"
+    return f"{entry['modules']}: {entry['length']} blocks{size}; {', '.join(words)}"
 
 
 def _chain_table(number: int, entry: dict[str, Any]) -> str:

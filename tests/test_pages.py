@@ -125,3 +125,17 @@ def test_short_chains_have_a_box_for_each_block(length: int, report: pcr_fx.Rewr
     said = report.to_dict()
     page = Page(fragment({**said, "chains": [{**said["chains"][0], "length": length}]}, ""))
     assert len(page.of_class("block")) == (5 if length == 8 else 3)
+
+
+def test_a_summary_has_a_line_for_each_chain(report: pcr_fx.RewriteReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    headline, chain, miss = report.summary().splitlines()
+    (entry,) = report.to_dict()["chains"]
+    assert headline == str(report).splitlines()[0]
+    assert chain == f"1. {entry['modules']}: 20 blocks, d = 4; forward newton, backward newton"
+    assert miss == f"not {report.rejected[0].modules}: {report.rejected[0].reason}"
+    timings = [vars(Timing("newton", "forward", 0.002)), vars(Timing("eager", "forward", 0.003))]
+    measured = {**entry, "timings": timings}
+    monkeypatch.setattr("pcr_fx.reports.ChainEntry.to_dict", lambda self: measured)
+    assert report.summary().splitlines()[1].endswith("forward newton 1.5x, backward newton")
+    measured["left_alone"] = True
+    assert report.summary().splitlines()[1].endswith("forward the model's own ops, backward the model's own ops")
