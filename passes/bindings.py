@@ -62,13 +62,18 @@ class NotCarried(Broken):
 
 
 class OpSequence:
-    """The ops of a graph in order, and what is known of them."""
+    """The ops of a graph in order, and what is known of them.
 
-    def __init__(self, graph: fx.Graph, attributes: Mapping[str, Any]) -> None:
+    Args:
+        constants_first: whether what hangs on nothing but sizes stands in front of all others.
+    """
+
+    def __init__(self, graph: fx.Graph, attributes: Mapping[str, Any], constants_first: bool = True) -> None:
         self.attributes = attributes
-        ops = [node for node in graph.nodes if node.op.startswith("call_")]
-        # Constants first: the zeros that only the first step of a recurrence makes would set it apart from the others.
-        self.ops = [*filter(self._is_constant, ops), *(node for node in ops if not self._is_constant(node))]
+        self.ops = [node for node in graph.nodes if node.op.startswith("call_")]
+        if constants_first:
+            # The zeros that only the first step of a recurrence makes would set it apart from the others.
+            self.ops.sort(key=lambda node: not self._is_constant(node))
         self.position = {node: index for index, node in enumerate(self.ops)}
         memory = written_memory(graph)
         # By node: the ops that write to its memory, and the first of them.

@@ -7,13 +7,11 @@ of its block (`bindings.py`); blocks with equal bindings are isomorphic (`isomor
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 from pcr_fx.chain import NearMiss
@@ -26,14 +24,11 @@ from pcr_fx.passes.describe import common_modules, describe_node, describe_sourc
 from pcr_fx.passes.isomorphism import Isomorphism
 from pcr_fx.passes.kinds import target_of
 from pcr_fx.passes.periods import Run, find_runs
+from pcr_fx.passes.phases import best_phase
 from pcr_fx.passes.statistics import update_apart
 from pcr_fx.passes.truths import carry_wholes
 from pcr_fx.passes.varying_numbers import write_numbers_out
 
-# A cut through an op that returns several tensors would carry the tuple: any other cut is better.
-_TUPLE_COST = 1000
-# Of two cuts that are as good, one through values that are read behind the run as well: those are states then.
-_READ_GAIN = 1 / 1024
 # By how much an attempt may be longer than the chain known so far. So the work is in proportion to what is found.
 _GROWTH = 8
 # Last blocks that are completed one after the other: of two states that wait for each other the last two blocks lack some.
@@ -136,56 +131,11 @@ class _Detector:
 
     def _search(self, run: Run) -> None:
         """Chains within one run. What ends a chain is passed, and the search goes on behind it."""
-        start = run.start + self._best_phase(run)
+        start = run.start + best_phase(self.sequence, run)
         count = (run.stop - start) // run.period
         first = 0
         while count - first >= 2:
             first += self._take(Blocks(self.sequence, start + first * run.period, run.period, count - first))
-
-    def _best_phase(self, run: Run) -> int:
-        """Where within the period to cut: where the fewest values are carried over, then for the most blocks, then
-
-        where a module begins.
-        """
-        live = self._live(run)
-        # In the middle of the run the ends do not show.
-        whole = (run.stop - run.start) // run.period
-        middle = whole // 2 * run.period
-        remainder = (run.stop - run.start) - whole * run.period
-        costs = [live[min(middle + phase, len(live) - 1)] for phase in range(run.period)]
-        least = [phase for phase, cost in enumerate(costs) if cost == min(costs)]
-
-        def preference(phase: int) -> tuple[bool, int, int]:
-            block = self.sequence.ops[run.start + max(middle - run.period, 0) + phase :][: run.period]
-            return phase > remainder, -len(common_modules(block)), phase
-
-        return min(least, key=preference)
-
-    def _live(self, run: Run) -> list[float]:
-        """For each cut through the run what is handed over it; what is only collected behind the run is not."""
-        sequence = self.sequence
-        live = [0.0] * (run.stop - run.start + 1)
-        for index in range(run.start, run.stop):
-            users = [sequence.position.get(user, run.stop) for user in sequence.ops[index].users]
-            within = [user for user in users if user < run.stop]
-            last = max(within, default=index)
-            weight = _TUPLE_COST if self._is_tuple(sequence.ops[index]) else 1.0
-            if len(within) < len(users):
-                weight -= _READ_GAIN
-            live[index - run.start + 1] += weight
-            live[last - run.start + 1] -= weight
-        for index in range(1, len(live)):
-            live[index] += live[index - 1]
-        return live
-
-    def _is_tuple(self, node: fx.Node) -> bool:
-        value = self.sequence.value(node)
-        if value is not None:
-            return not isinstance(value, torch.Tensor)
-        return bool(node.users) and all(
-            user.target is operator.getitem and isinstance(user.args[1], int) and op_name(node) != "getitem"
-            for user in node.users
-        )
 
     def _take(self, blocks: Blocks) -> int:
         """Claim the chain that starts with the first of `blocks`; the number of blocks that are dealt with."""
@@ -271,7 +221,7 @@ class _Detector:
         for index in self.claimed:
             targets[index] = index
         for run in find_runs(targets, self.min_length):
-            start = run.start + self._best_phase(run)
+            start = run.start + best_phase(self.sequence, run)
             blocks = Blocks(self.sequence, start, run.period, (run.stop - start) // run.period)
             known = any(first < run.stop and run.start < last for first, last in self.misses)
             if known or blocks.count < self.min_length:

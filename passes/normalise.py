@@ -232,6 +232,20 @@ def _free_from_values(graph: fx.Graph) -> None:
             first.setdefault(form, node)
 
 
+def tie_noise_to_neighbours(graph: fx.Graph) -> None:
+    """Let noise take its shape from the last node before it that has it: the opposite of what a chain asks for.
+
+    Blocks draw alike then, and none holds on to a tensor in front of all blocks.
+    """
+    last: dict[Any, fx.Node] = {}
+    for node in graph.nodes:
+        if is_noise_like(node.target) and node.args and isinstance(node.args[0], fx.Node):
+            node.args = (last.get(_form(node.args[0]), node.args[0]), *node.args[1:])
+        form = _form(node)
+        if form is not None and node.op != "get_attr":
+            last[form] = node
+
+
 def _take_all_results(node: fx.Node) -> None:
     """Have a cell that returns several tensors give out all of them: of the last one in a loop, not all may be read."""
     value = node.meta.get("example_value")

@@ -15,9 +15,9 @@ from torch.fx.passes.split_module import split_module
 
 from pcr_fx.body.truths import number_of_whole, whole_of_number
 from pcr_fx.compilations import Compilations, keep
-from pcr_fx.errors import OptionError
 from pcr_fx.frameworks import introduce
 from pcr_fx.graphs.effects import is_barrier
+from pcr_fx.inner import NAME, Regional, inner_backend, takes_regions
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import (
     InputOperand,
@@ -41,9 +41,6 @@ from pcr_fx.switches import is_disabled
 
 log = logging.getLogger(__name__)
 
-NAME = "deeppcr"
-
-
 _latest = Compilations()
 
 
@@ -63,19 +60,23 @@ def deeppcr(
         options: the fields of `pcr_fx.Options`.
     """
     settings = Options.of(options)
-    compile_rest = _inner_backend(settings, mode)
+    compile_rest = inner_backend(settings, mode)
     with stage(f"finding chains in a graph of {len(graph_module.graph.nodes)} nodes"):
         report, native = rewrite_captured(graph_module, example_inputs, settings)
     _latest.add(report)
     _advise(report, _latest.lengths)
-    if not report.chains:
-        # A training step is several graphs: there need not be a chain in that of the optimiser.
-        warn_without_chains(merge_reports(_latest.reports))
+    if takes_regions(settings) and not report.is_off:
+        compile_rest = Regional(compile_rest, report)
     with stage("having the inner backend compile the rest"):
         if native or _has_loops_apart(graph_module):
-            return compile_around(graph_module, compile_rest)
-        nodes = [module for module in graph_module.modules() if isinstance(module, SolveNode)]
-        return _holding(nodes, compile_rest(graph_module, example_inputs))
+            compiled = compile_around(graph_module, compile_rest)
+        else:
+            nodes = [module for module in graph_module.modules() if isinstance(module, SolveNode)]
+            compiled = _holding(nodes, compile_rest(graph_module, example_inputs))
+    if not report.chains and not report.regions:
+        # A training step is several graphs: there need not be a chain in that of the optimiser.
+        warn_without_chains(merge_reports(_latest.reports))
+    return compiled
 
 
 def _has_loops_apart(graph_module: fx.GraphModule) -> bool:
@@ -282,22 +283,6 @@ class _Compiled(torch.nn.Module):
     def forward(self, *inputs: Any) -> Any:
         results = self.run(*inputs)
         return results[0] if self.is_single else results
-
-
-def _inner_backend(options: Options, mode: str | None) -> Callable[..., Any]:
-    inner = options.inner_backend
-    if not isinstance(inner, str):
-        return inner
-    known = [name for name in torch._dynamo.list_backends(exclude_tags=()) if name != NAME]
-    if inner not in known:
-        raise OptionError(f"option inner_backend={inner!r} is not allowed; it must be one of {', '.join(known)}")
-    compile_rest = torch._dynamo.lookup_backend(inner)
-    if mode is None or mode == "default":
-        return compile_rest
-    if inner != "inductor":
-        raise OptionError(f"mode={mode!r} is for the inner backend 'inductor', and this one is {inner!r}")
-    patches = torch._inductor.list_mode_options(mode)
-    return lambda module, inputs: compile_rest(module, inputs, config_patches=patches)  # type: ignore[call-arg]
 
 
 def last_report() -> RewriteReport | None:

@@ -106,6 +106,8 @@ class Options:
             the report and the log, `"raise"` raises `SolveError`.
         inner_backend: the `torch.compile` backend that gets the rest of the graph: a registered name or a callable
             `(graph_module, example_inputs) -> callable`. Only used by `torch.compile(backend="deeppcr")`.
+        regions: whether an inner backend that takes regions compiles blocks that are alike once, where no solver runs them. Only
+            used by `torch.compile(backend="deeppcr")`.
 
     Raises:
         OptionError: an unknown name, or a value that is not allowed.
@@ -128,6 +130,7 @@ class Options:
     min_length: int = 8
     on_failure: str = "fallback"
     inner_backend: str | Callable[..., Any] = "inductor"
+    regions: bool = True
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -139,7 +142,7 @@ class Options:
                 object.__setattr__(self, number.name, number.kept(value))
             except (ValueError, OverflowError):
                 _refuse(number.name, value, number.allowed)
-        for name in ("kernels", "plan_cache"):
+        for name in ("kernels", "plan_cache", "regions"):
             if not isinstance(getattr(self, name), bool):
                 _refuse(name, getattr(self, name), "True or False")
         self._check_solver()

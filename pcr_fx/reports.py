@@ -176,6 +176,23 @@ class ChainEntry:
         }
 
 
+@dataclass(frozen=True)
+class RegionEntry:
+    """Blocks of which the inner backend compiled one body.
+
+    Attributes:
+        modules: where they stand in the model.
+        source: the line of the model that they come from.
+        length: how many blocks they are.
+        ops: those of a block.
+    """
+
+    modules: str
+    source: str
+    length: int
+    ops: tuple[str, ...]
+
+
 @dataclass(eq=False)
 class RewriteReport:
     """The report of one model: `print` it, or take `to_dict()`.
@@ -189,6 +206,7 @@ class RewriteReport:
         notes: what else there is to know.
         outside: what `torch.compile` runs outside of all graphs, and why.
         is_off: whether nothing was looked for, since everything is switched off.
+        regions: what no solver runs, and the inner backend compiled once for all blocks.
     """
 
     chains: list[ChainEntry] = field(default_factory=list)
@@ -199,6 +217,7 @@ class RewriteReport:
     notes: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     is_off: bool = False
+    regions: list[RegionEntry] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in the report as plain values."""
@@ -214,6 +233,7 @@ class RewriteReport:
             "notes": list(self.notes),
             "outside": list(self.outside),
             "is_off": self.is_off,
+            "regions": [asdict(region) for region in self.regions],
         }
 
     def summary(self) -> str:
@@ -259,6 +279,13 @@ class RewriteReport:
             parts.append("\n".join(["Outside of the graphs that torch.compile made:", *lines, *_rest(self.outside)]))
         for number, entry in enumerate(self.chains, 1):
             parts.append(_chain_table(number, entry.to_dict()))
+        if self.regions:
+            shown = self.regions[:_MOST_LINES]
+            found = [(one.modules, one.length, len(one.ops), one.source) for one in shown]
+            table = tabulate(found, ("modules", "blocks", "ops each", "source"), "simple")
+            parts.append(
+                "\n".join(["Compiled once for all blocks, by the inner backend:", table, *_rest(self.regions)])
+            )
         if self.rejected:
             rows = [
                 (miss.modules, miss.length or "", miss.source, textwrap.fill(miss.reason, 70))
@@ -273,7 +300,8 @@ class RewriteReport:
         if self.is_off:
             return f"pcr_fx: SWITCHED OFF. {OFF}."
         if not self.chains:
-            return f"pcr_fx: NO CHAIN FOUND in {self.nodes} ops. The model runs as it was."
+            rest = "Blocks that are alike are compiled once." if self.regions else "The model runs as it was."
+            return f"pcr_fx: NO CHAIN FOUND in {self.nodes} ops. {rest}"
         count = len(self.chains)
         share = 100 * self.depth_in_chains / max(self.depth, 1)
         return (
@@ -301,6 +329,7 @@ def merge_reports(reports: Sequence[RewriteReport]) -> RewriteReport:
         merged.depth_in_chains += report.depth_in_chains
         merged.nodes += report.nodes
         merged.is_off |= report.is_off
+        merged.regions += report.regions
         merged.notes += [note for note in report.notes if note not in merged.notes]
     merged.rejected = sorted(rejected, key=lambda miss: -miss.length)
     if len(reports) > 1:

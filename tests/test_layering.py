@@ -41,7 +41,7 @@ FLOORS = (
     {"reproduction", "pages"},
     {"reports"},
     {"passes"},
-    {"packing", "copies", "optimizers", "rehearsal", "compilations"},
+    {"packing", "copies", "optimizers", "rehearsal", "compilations", "inner"},
     {"variants", "loop_step"},
     {"loops"},
     {"marks", "exports"},
