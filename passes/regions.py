@@ -71,16 +71,17 @@ class Region:
         return next(filter(None, map(describe_source, reversed(self.blocks[0].ops))), "")
 
 
-def find_regions(graph: fx.Graph, attributes: Mapping[str, Any]) -> list[Region]:
+def find_regions(graph: fx.Graph, attributes: Mapping[str, Any], with_gradients: bool = True) -> list[Region]:
     """The blocks of a captured graph that can each be one call of a common body.
 
     Args:
         attributes: the value of each `get_attr` target.
+        with_gradients: whether regions may have a backward.
     """
     barriers = [node for node in graph.nodes if is_barrier(node)]
     if any(op_name(node) not in _KNOWN_BARRIERS for node in barriers):
         return []
-    return _Finder(graph, OpSequence(graph, attributes, constants_first=False)).regions()
+    return _Finder(graph, OpSequence(graph, attributes, constants_first=False), with_gradients).regions()
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class _Irregular(Exception):
 
 
 class _Finder:
-    def __init__(self, graph: fx.Graph, sequence: OpSequence) -> None:
-        self.sequence = sequence
+    def __init__(self, graph: fx.Graph, sequence: OpSequence, with_gradients: bool) -> None:
+        self.sequence, self.with_gradients = sequence, with_gradients
         self.claimed: set[int] = set()
         self.barriers = dict(zip(graph.nodes, itertools.accumulate(map(is_barrier, graph.nodes)), strict=True))
         self.autocast = dict(_autocast_around(graph))
@@ -171,6 +172,8 @@ class _Finder:
         if None in given or len({id(value) for value in values}) < len(values):
             raise _Irregular  # of one tensor that is two arguments a tracer makes one
         differentiable = tuple(getattr(self.sequence.value(node), "requires_grad", None) for node in ops)
+        if any(differentiable) and not self.with_gradients:
+            raise _Irregular
         return (wiring, given, differentiable, self.barriers[ops[0]], self._written(block)), block
 
     def _written(self, block: Block) -> tuple[int, ...]:

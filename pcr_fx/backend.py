@@ -17,7 +17,7 @@ from pcr_fx.body.truths import number_of_whole, whole_of_number
 from pcr_fx.compilations import Compilations, keep
 from pcr_fx.frameworks import introduce
 from pcr_fx.graphs.effects import is_barrier
-from pcr_fx.inner import NAME, Regional, inner_backend, takes_regions
+from pcr_fx.inner import NAME, Regional, inner_backend, takes_regions, trains_regions
 from pcr_fx.node import SolveNode
 from pcr_fx.operands import (
     InputOperand,
@@ -66,7 +66,7 @@ def deeppcr(
     _latest.add(report)
     _advise(report, _latest.lengths)
     if takes_regions(settings) and not report.is_off:
-        compile_rest = Regional(compile_rest, report)
+        compile_rest = Regional(compile_rest, report, trains_regions(settings))
     with stage("having the inner backend compile the rest"):
         if native or _has_loops_apart(graph_module):
             compiled = compile_around(graph_module, compile_rest)

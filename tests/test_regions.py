@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import pcr_fx
-from pcr_fx.reports import RegionEntry
+from pcr_fx import inner
+from pcr_fx.reports import RegionEntry, RewriteReport
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -220,11 +221,11 @@ def test_the_option_and_backends_that_take_no_regions() -> None:
     x = torch.randn(2, 5, 8)
     seen: list[fx.GraphModule] = []
 
-    def inner(module: fx.GraphModule, inputs: Any) -> Any:
+    def keeping(module: fx.GraphModule, inputs: Any) -> Any:
         seen.append(module)
         return module.forward
 
-    for options in ({**TRACING, "regions": False}, {"inner_backend": inner}, {"inner_backend": "eager"}):
+    for options in ({**TRACING, "regions": False}, {"inner_backend": keeping}, {"inner_backend": "eager"}):
         torch._dynamo.reset()
         torch.compile(Stack(), backend="deeppcr", options=options)(x)
         assert not regions()
@@ -268,3 +269,26 @@ def test_marked_regions_are_their_authors() -> None:
 
     assert_same(Marked().double(), torch.randn(2, 5, 8, dtype=torch.float64))
     assert not regions()
+
+
+def test_inductor_gets_no_regions_that_have_a_backward() -> None:
+    """Its backward of regions is wrong for some graphs; what it is given is looked at, and nothing is compiled."""
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        assert found_for_inductor(Stack(), x) == 1
+    assert found_for_inductor(Stack(), x) == 0
+    assert found_for_inductor(Stack().requires_grad_(False), x) == 1
+
+
+def found_for_inductor(model: nn.Module, x: Tensor) -> int:
+    """How many bodies Inductor would be given."""
+    options = pcr_fx.Options()
+    assert inner.takes_regions(options)
+    report = RewriteReport()
+
+    def compile_rest(module: fx.GraphModule, inputs: Any) -> Any:
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=inner.Regional(compile_rest, report, inner.trains_regions(options)))(x)
+    return len(report.regions)
