@@ -25,7 +25,7 @@ BASE    = $(firstword $(foreach name,$(PYTHON),$(shell $(name) -c '$(USABLE)' 2>
 override CXX := $(firstword $(foreach name,$(CXX) g++ clang++,$(shell command -v $(name) 2>/dev/null)))
 export CXX
 
-.PHONY: help environment demo test lint types wheel examples zoo stress clean compiler
+.PHONY: help environment demo test lint types docs wheel examples zoo stress clean compiler
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-14s%s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ lint: $(READY)  ## check the style of the code and its format
 
 types: $(READY)  ## check the types of the package
 	$(BIN)/mypy
+
+docs: $(READY)  ## build the documentation site, build/site/index.html; a warning or a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 wheel: $(READY)  ## build dist/*.tar.gz, and from it dist/*.whl
 	rm -rf dist

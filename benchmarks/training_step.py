@@ -220,8 +220,9 @@ def within(ratio: float, goal: float | None) -> str:
 
 NOTES = (
     "The least times of calls that take turns, in one run; what is aimed at stands in brackets. All blocks have four parameters "
-    "of their own. The guard recipe is the README's, `use_recursive_dict_tags_for_guards`. Checks before a call are those of "
-    "`torch.compile` with a backend that does nothing; gradients are handed out by `torch.stack` of each column of parameters, "
+    "of their own. The guard recipe is that of docs/performance.md, `use_recursive_dict_tags_for_guards`. Checks before a call "
+    "are those of `torch.compile` with a backend that does nothing; gradients are handed out by `torch.stack` of each column of "
+    "parameters, "
     "which PyTorch has in C++, and its backward, that makes and assigns views of gradients that are there. No backend for a "
     "model with these parameters does without either, so that a row says how fast one would be that did nothing else. JAX gets "
     "the gradients of all parameters and of the input. C++ by hand is `limit.cpp`."

@@ -1,4 +1,4 @@
-"""Guards of `torch.compile`: what changes in a model is seen, also by the recipe that the README gives."""
+"""Guards of `torch.compile`: what changes in a model is seen, also by the recipe that the documentation gives."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def fill(environment: Environment, system_torch: bool) -> None:
         environment.install(tested_torch())
     if platform.system() == "Linux" and environment.version("triton") is None:
         environment.install(TRITON)
-    environment.install("--editable", f"{PROJECT}[examples,test]", f"torch=={environment.version('torch')}")
+    environment.install("--editable", f"{PROJECT}[docs,examples,test]", f"torch=={environment.version('torch')}")
     if subprocess.run([str(environment.python), "-c", "import pcr_fx"], check=False).returncode:
         raise SetupError("everything is installed, but cannot be imported; the reason stands above.")
 
