@@ -1,5 +1,6 @@
 """What the documentation shows: its code runs, its figures are those that were recorded, its pages are all there."""
 
+import importlib
 import json
 import re
 import runpy
@@ -75,3 +76,21 @@ def test_figures_in_the_readme_were_recorded() -> None:
         for size, cell in zip(header[1:], row[1:], strict=True):
             gain = float(recorded[f"{keys[way]}, {direction}"][size].split("x")[0])
             assert cell == (f"{gain:.0f}x" if gain >= 10 else f"{gain:.1f}x"), (row[0], size)
+
+
+def test_links_in_the_repository_lead_somewhere() -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "SECURITY.md", "CHANGELOG.md"):
+        for link in re.findall(r"\]\((?!https?://)([^)#\s]+)", (PROJECT / name).read_text()):
+            assert (PROJECT / link).exists(), f"{name}: {link}"
+
+
+@pytest.mark.parametrize("kind", ["contractive", "residual blocks", "chaotic"])
+def test_pictures_of_the_method_show_what_newton_does(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each iteration makes at least one more block right, and all of them are after as many as there are."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(snippets.DOCS / "scripts")
+    method = importlib.import_module("method")
+    weights, x0 = method._chain(12)
+    residuals = method.iterate(method.KINDS[kind], weights, x0, "newton", 13)
+    for iteration, row in enumerate(residuals):
+        assert (row[:iteration] < 1e-14).all()
