@@ -20,7 +20,7 @@ from torch._inductor.utils import fresh_cache
 import pcr_fx
 from benchmarks.measure import least_ms, record
 
-BACKENDS = ("inductor", "deeppcr")
+BACKENDS: dict[str, Any] = {"inductor": None, "deeppcr": {"regions": True}}
 MODES = ("forward", "training")
 
 
@@ -100,7 +100,7 @@ def compare(name: str, layers: int, mode: str) -> tuple[list[float], list[float]
     torch._dynamo.reset()
     for backend in BACKENDS:
         with fresh_cache():
-            step = _step(torch.compile(model, backend=backend), model, x, mode)
+            step = _step(torch.compile(model, backend=backend, options=BACKENDS[backend]), model, x, mode)
             began = time.perf_counter()
             step()
             seconds.append(time.perf_counter() - began)

@@ -106,7 +106,8 @@ class Options:
             the report and the log, `"raise"` raises `SolveError`.
         inner_backend: the `torch.compile` backend that gets the rest of the graph: a registered name or a callable
             `(graph_module, example_inputs) -> callable`. Only used by `torch.compile(backend="deeppcr")`.
-        regions: whether an inner backend that takes regions compiles blocks that are alike once, where no solver runs them. Only
+        regions: whether an inner backend that takes regions compiles blocks that are alike once, where no solver runs them. Off, since
+            Inductor of PyTorch 2.13 gets the gradients of regions wrong for some graphs (it gets none with gradients here). Only
             used by `torch.compile(backend="deeppcr")`.
 
     Raises:
@@ -130,7 +131,7 @@ class Options:
     min_length: int = 8
     on_failure: str = "fallback"
     inner_backend: str | Callable[..., Any] = "inductor"
-    regions: bool = True
+    regions: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():

@@ -18,7 +18,7 @@ from pcr_fx.reports import RegionEntry, RewriteReport
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 # What traces forward and backward as Inductor does, and compiles nothing.
-TRACING = {"inner_backend": "aot_eager"}
+TRACING = {"regions": True, "inner_backend": "aot_eager"}
 
 
 class Attention(nn.Module):
@@ -225,7 +225,11 @@ def test_the_option_and_backends_that_take_no_regions() -> None:
         seen.append(module)
         return module.forward
 
-    for options in ({**TRACING, "regions": False}, {"inner_backend": keeping}, {"inner_backend": "eager"}):
+    for options in (
+        {"inner_backend": "aot_eager"},
+        {**TRACING, "inner_backend": keeping},
+        {**TRACING, "inner_backend": "eager"},
+    ):
         torch._dynamo.reset()
         torch.compile(Stack(), backend="deeppcr", options=options)(x)
         assert not regions()
@@ -282,7 +286,7 @@ def test_inductor_gets_no_regions_that_have_a_backward() -> None:
 
 def found_for_inductor(model: nn.Module, x: Tensor) -> int:
     """How many bodies Inductor would be given."""
-    options = pcr_fx.Options()
+    options = pcr_fx.Options(regions=True)
     assert inner.takes_regions(options)
     report = RewriteReport()
 

@@ -1,7 +1,7 @@
 // One chain, block after block.
 
 #ifdef FORWARD
-template <class V> static void k_forward(const Call& call, Samples<V> samples) {
+template <class V> static void k_go_through(const Call& call, Samples<V> samples) {
   constexpr int d = Body::dimension;
   const int64_t tiles = samples.tiles();
   std::vector<V> states(tiles * d);
@@ -25,6 +25,37 @@ template <class V> static void k_forward(const Call& call, Samples<V> samples) {
       });
     }
   }
+}
+
+
+// Results may be wanted with blocks as an inner dimension, as `torch.stack(outputs, 1)` has them. Then rows of samples lie far
+// apart, and the memory of each is a stream that advances by a little at every block. Processors look ahead of some streams
+// only, and those of a power of two's distance share the few places of one cache set. A store with three fluxes, 32 samples of 16
+// numbers, takes half the time so.
+constexpr int64_t k_far = 4096, k_streams = 16;
+
+// Streams that a tile writes, and to `bytes` what a block does.
+template <class V> static int64_t k_streams_of(const Call& call, int64_t& bytes) {
+  int64_t streams = 0;
+  Body::each_result([&](auto number, int k, int, int size) ALWAYS_INLINE {
+    const Result& result = call.results[k];
+    if (!result.base || !result.in_row || result.row < k_far) return;
+    streams += (k_width<V> + result.in_row - 1) / result.in_row;
+    bytes += call.samples * size * int64_t(sizeof(number));
+  });
+  return streams;
+}
+
+// All blocks for some samples, then for the next, where that makes fewer streams and what is read anew for each is little.
+template <class V> static void k_forward(const Call& call, Samples<V> samples) {
+  int64_t bytes = 0, read = 0;
+  const int64_t streams = k_streams_of<V>(call, bytes);
+  const int64_t some = streams ? std::max<int64_t>(1, k_streams / streams) * k_width<V> : samples.last - samples.first;
+  for (int k = 0; k < Body::inputs; ++k)
+    if (!Body::own[k] && !Body::shared[k]) read += Body::sizes[k] * int64_t(sizeof(real));
+  if (read * (samples.last - samples.first) > bytes * some) return k_go_through<V>(call, samples);
+  for (int64_t first = samples.first; first < samples.last; first += some)
+    k_go_through<V>(call, {first, std::min(first + some, samples.last)});
 }
 #endif
 
