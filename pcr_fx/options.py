@@ -106,9 +106,9 @@ class Options:
             the report and the log, `"raise"` raises `SolveError`.
         inner_backend: the `torch.compile` backend that gets the rest of the graph: a registered name or a callable
             `(graph_module, example_inputs) -> callable`. Only used by `torch.compile(backend="deeppcr")`.
-        regions: whether an inner backend that takes regions compiles blocks that are alike once, where no solver runs them. Off, since
-            Inductor of PyTorch 2.13 gets the gradients of regions wrong for some graphs (it gets none with gradients here). Only
-            used by `torch.compile(backend="deeppcr")`.
+        regions: whether an inner backend that takes regions compiles blocks that are alike once, where no solver runs
+            them. Off, since Inductor of PyTorch 2.13 gets the gradients of regions wrong for some graphs; where gradients
+            are taken, it gets none here. Only used by `torch.compile(backend="deeppcr")`.
 
     Raises:
         OptionError: an unknown name, or a value that is not allowed.
