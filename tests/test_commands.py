@@ -58,7 +58,7 @@ def test_kernels_are_listed_shown_and_cleared(cache: Path, capsys: pytest.Captur
     assert main(["kernels", "show", key[:12]]) == 0
     shown = capsys.readouterr().out
     assert "#define FORWARD" in shown and 'extern "C"' in shown
-    assert main(["kernels", "show", ""]) == 2 and "must begin like that of one kernel" in capsys.readouterr().err
+    assert main(["kernels", "show", "zz"]) == 2 and capsys.readouterr().err
     (cache / f"{key}.cpp.gz").write_bytes(b"damaged")
     assert main(["kernels", "show", key]) == 2 and "is not kept" in capsys.readouterr().err
     (cache / "plans").mkdir(exist_ok=True)

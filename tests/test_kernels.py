@@ -256,12 +256,12 @@ def test_an_op_without_a_form_is_named_and_runs_in_torch_ops() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             for layer in self.layers:
-                x = torch.tanh(layer(x)).erfinv()
+                x = torch.tanh(layer(x)).lgamma()
             return x
 
     model, x = Inverted().double(), torch.randn(3, 4, dtype=torch.float64)
     fast = pcr_fx.transform(model, x, {"solver": "sequential"})
-    assert "aten.erfinv" in fast.report.chains[0].reason
+    assert "aten.lgamma" in fast.report.chains[0].reason
     assert relative_error(fast(x), model(x)) <= 1e-12
 
 
