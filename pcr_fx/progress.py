@@ -30,7 +30,8 @@ def stage(what: str) -> Iterator[None]:
     ended, began = threading.Event(), time.perf_counter()
     timer = threading.Timer(_PATIENCE, _tell, (what, ended))
     timer.daemon = True
-    timer.start()
+    with contextlib.suppress(RuntimeError):  # no thread starts where memory is short, or while Python ends
+        timer.start()
     try:
         yield
     finally:

@@ -180,11 +180,11 @@ def test_blocks_within_autocast() -> None:
 
 
 def test_blocks_whose_parameters_are_frozen_have_a_body_of_their_own() -> None:
-    model = Stack(8).double()
-    for block in model.blocks[4:]:
+    model = Stack(6).double()
+    for block in model.blocks[3:]:
         block.requires_grad_(False)
     assert_same(model, torch.randn(2, 5, 8, dtype=torch.float64))
-    assert [region.length for region in regions()] == [4, 4]
+    assert [region.length for region in regions()] == [3, 3]
 
 
 NO_REGIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -215,6 +215,12 @@ def test_another_batch_size_and_a_dynamic_one() -> None:
         torch.testing.assert_close(*results)
         torch.testing.assert_close(gradients(model), gradients(reference))
         assert [region.length for region in regions()][-1:] == [4]
+
+
+def test_inductor_computes_what_the_model_does() -> None:
+    """States that are returned as well, without gradients."""
+    assert_same(Taps(3).double(), torch.randn(2, 5, 8).double(), {"inner_backend": "inductor"}, training=False)
+    assert [region.length for region in regions()] == [3]
 
 
 def test_the_option_and_backends_that_take_no_regions() -> None:

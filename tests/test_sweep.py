@@ -212,6 +212,28 @@ def test_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(before)
 
 
+def fluxes(m: Any, h: Tensor, x: Tensor) -> tuple[Tensor, Any]:
+    """Two fluxes and a flag: every number is a sample of its own."""
+    q, leak = m.rate * torch.relu(h - 0.1), 0.2 * torch.sigmoid(h)
+    return h + 0.1 * x - q - leak, (q, h > 0.2, leak)
+
+
+@pytest.mark.parametrize(("threads", "batch"), [(1, 75), (2, 75), (1, 2)])
+def test_rows_that_lie_far_apart(threads: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples are gone through some at a time: rows of 3 numbers, 4.8 KB apart, and of flags, which are nearer."""
+    monkeypatch.setattr("pcr_fx.targets.cpp.kernel._OPERATIONS_A_THREAD", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(
+            Loop(fluxes, lambda c: [torch.stack(one, 1) for one in zip(*c, strict=True)]),
+            SEQUENTIAL,
+            given(batch, 200),
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_many_cotangents_at_once() -> None:
     model, (h, xs) = Loop(several, lambda c: [torch.stack([one[0] for one in c], 1), c[-1][4] * 1]), given(2, 9)
     fast = pcr_fx.transform(model, (h, xs), SEQUENTIAL)
