@@ -10,15 +10,13 @@ import torch
 from torch import fx
 
 from pcr_fx.body.reals import carry_reals
-from pcr_fx.chain import Chain, Complex, Head, Leaving, Origin, TensorSpec
+from pcr_fx.chain import Chain, Complex, Head, Leaving, Origin
 from pcr_fx.graphs.nodes import op_name
 from pcr_fx.passes.bindings import Binding, Broken, Carried, Inside, Literal, NotCarried
 from pcr_fx.passes.describe import describe_node
 from pcr_fx.passes.isomorphism import Isomorphism, same_literal
 from pcr_fx.passes.kinds import say_spec
-
-# What may be carried beside real numbers.
-_WHOLE = (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64)
+from pcr_fx.passes.states import check_state, whole_dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +198,10 @@ class _Assembly:
         for component in self.components:
             if component not in self.initial:
                 raise Broken(1, "the first block does not start from a state of its own")
-            self._check_state(component)
+        values = map(self.sequence.value, self.initial.values())
+        with_reals = any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values)
+        for component in self.components:
+            check_state(self.sequence, *self._ends(component), with_reals)
 
     def _bind(self, block: int, component: tuple[int, int], value: fx.Node, op: fx.Node) -> None:
         known = self.initial.setdefault(component, value)
@@ -208,32 +209,12 @@ class _Assembly:
             words = f"{op_name(op)} starts from {value.name}, another op of the block from {known.name}"
             raise Broken(block + 1, words, op)
 
+    def _ends(self, component: tuple[int, int]) -> tuple[fx.Node, fx.Node]:
+        """A state before and after the first block."""
+        return self.initial[component], self.blocks.op(0, component[0])
+
     def _whole_dtype(self, component: tuple[int, int]) -> torch.dtype | None:
-        """The dtype of a state of truth values or whole numbers, the same before and after each block."""
-        values = map(self.sequence.value, (self.initial[component], self.blocks.op(0, component[0])))
-        dtypes = {value.dtype if isinstance(value, torch.Tensor) else None for value in values}
-        dtype = dtypes.pop() if len(dtypes) == 1 else None
-        return dtype if dtype in _WHOLE else None
-
-    def _has_reals(self) -> bool:
-        """Whether some state is of real numbers: truth values and whole ones are carried beside them."""
-        values = [self.sequence.value(node) for node in self.initial.values()]
-        return any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values)
-
-    def _check_state(self, component: tuple[int, int]) -> None:
-        """A state has one shape before and after each block, and is floating or complex, or of truth values or whole numbers."""
-        nodes = self.initial[component], self.blocks.op(0, component[0])
-        is_whole = self._whole_dtype(component) is not None and self._has_reals()
-        for value in [] if is_whole else map(self.sequence.value, nodes):
-            if value is not None and not (isinstance(value, torch.Tensor) and TensorSpec.of(value).is_differentiable):
-                got = say_spec(self.sequence.kinds.spec(nodes[0]))
-                raise Broken(1, f"the value carried from block to block is no floating tensor but {got}")
-        before, after = map(self.sequence.kinds.spec, nodes)
-        if before is not None and after is not None and before[1].is_complex != after[1].is_complex:
-            raise Broken(0, f"the first block changes its state from {before[1]} to {after[1]}")
-        if before is not None and after is not None and before[0] != after[0]:
-            words = f"the first block changes the shape of its state from {say_spec(before)} to {say_spec(after)}"
-            raise Broken(0, words)
+        return whole_dtype(map(self.sequence.value, self._ends(component)))
 
     # --- outputs ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from pcr_fx.body.truths import whole_of_number
+from pcr_fx.body.wholes import whole_of_number
 from pcr_fx.chain import Leaving, Place
 from pcr_fx.graphs.nodes import argument, is_pytorchs, op_name
 from pcr_fx.node import SolveNode

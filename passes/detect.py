@@ -26,8 +26,8 @@ from pcr_fx.passes.kinds import target_of
 from pcr_fx.passes.periods import Run, find_runs
 from pcr_fx.passes.phases import best_phase
 from pcr_fx.passes.statistics import update_apart
-from pcr_fx.passes.truths import carry_wholes
 from pcr_fx.passes.varying_numbers import write_numbers_out
+from pcr_fx.passes.wholes import carry_wholes
 
 # By how much an attempt may be longer than the chain known so far. So the work is in proportion to what is found.
 _GROWTH = 8

@@ -11,7 +11,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from pcr_fx.body.truths import number_of_whole, whole_of_number
+from pcr_fx.body.wholes import number_of_whole, whole_of_number
 from pcr_fx.graphs.effects import hides_ops, is_barrier, is_random, written_memory
 from pcr_fx.graphs.nodes import argument, is_pytorchs, lookup, op_name
 from pcr_fx.operands import complex_of_parts, parts_of_complex, stack_operands, stack_parts

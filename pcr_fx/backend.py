@@ -13,7 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.passes.split_module import split_module
 
-from pcr_fx.body.truths import number_of_whole, whole_of_number
+from pcr_fx.body.wholes import number_of_whole, whole_of_number
 from pcr_fx.compilations import Compilations, keep
 from pcr_fx.frameworks import introduce
 from pcr_fx.graphs.effects import is_barrier

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from pcr_fx.body.decompositions import DECOMPOSITIONS
 from pcr_fx.body.isolation import isolated
 from pcr_fx.body.tracer import trace
-from pcr_fx.body.truths import Whole, carry_numbers, number_of_whole
+from pcr_fx.body.wholes import Whole, carry_numbers, number_of_whole
 from pcr_fx.codegen.whole import sizes_of
 from pcr_fx.errors import PcrFxError
 from pcr_fx.graphs.nodes import argument, op_name
